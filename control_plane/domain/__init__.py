@@ -1,0 +1,1 @@
+"""Value types of the control plane. Standard library only; no I/O, clock, log or randomness."""

@@ -1,0 +1,56 @@
+"""Everything the control plane refuses, each with the reason that the contract's error table lists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class DomainError(Exception):
+    """A refusal. `reason` is a reason of the table in modelyard/v1/orchestrator.proto."""
+
+    reason: str
+    message: str
+    retry_after: float | None = None
+    """Seconds after which a retry may help."""
+
+    def __post_init__(self) -> None:
+        super().__init__(self.message)
+
+
+def unknown_model(name: str, known: tuple[str, ...]) -> DomainError:
+    listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+    return DomainError("UNKNOWN_MODEL", f"no model {name!r}; known: {listed or 'none'}")
+
+
+def unknown_server(server_id: str, known: tuple[str, ...]) -> DomainError:
+    listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+    return DomainError("UNKNOWN_SERVER", f"no model server {server_id!r}; known: {listed or 'none'}")
+
+
+def no_capable_server(summary: str) -> DomainError:
+    return DomainError("NO_CAPABLE_SERVER", summary)
+
+
+def queue_full(waiting: int, bound: int, retry_after: float) -> DomainError:
+    return DomainError(
+        "QUEUE_FULL", f"{waiting} requests are waiting, {bound} may: retry in {retry_after:.1f} s", retry_after
+    )
+
+
+def queue_timeout(waited: float, summary: str) -> DomainError:
+    return DomainError("QUEUE_TIMEOUT", f"waited {waited:.1f} s in the queue: {summary}")
+
+
+def fleet_warming_up(retry_after: float) -> DomainError:
+    return DomainError(
+        "FLEET_WARMING_UP", "the control plane has just started and servers are still attaching", retry_after
+    )
+
+
+def servers_away(summary: str, retry_after: float) -> DomainError:
+    return DomainError("SERVERS_AWAY", summary, retry_after)
+
+
+def draining() -> DomainError:
+    return DomainError("DRAINING", "this control plane is shutting down", 1.0)

@@ -1,0 +1,57 @@
+"""A model as the selector sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NewType
+
+from control_plane.domain.task import Feature, TaskType
+
+ServerId = NewType("ServerId", str)
+ModelName = NewType("ModelName", str)
+Provider = NewType("Provider", str)
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """US dollars per million tokens, all >= 0."""
+
+    prompt: float = 0.0
+    cached_prompt: float = 0.0
+    completion: float = 0.0
+
+    def nano_usd(self, prompt_tokens: int, cached_prompt_tokens: int, completion_tokens: int) -> int:
+        """Price of a request in 1e-9 US dollars, rounded to the nearest whole."""
+        cached = min(cached_prompt_tokens, prompt_tokens)
+        return round(
+            1e3
+            * (
+                (prompt_tokens - cached) * self.prompt
+                + cached * self.cached_prompt
+                + completion_tokens * self.completion
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """One model on one server, definitions applied."""
+
+    name: ModelName
+    provider: Provider
+    context_length: int
+    capabilities: Mapping[TaskType, float] = field(default_factory=lambda: MappingProxyType({}))
+    """Score in [0, 1] per kind of work; a missing kind is not offered."""
+    features: Feature = Feature.NONE
+    price: Price = Price()
+    quantization: str = ""
+    ttft: float | None = None
+    """Mean time to first token that the server measured, seconds."""
+    tpot: float | None = None
+    """Mean time per output token that the server measured, seconds."""
+
+    @property
+    def id(self) -> str:
+        return f"{self.provider}/{self.name}"

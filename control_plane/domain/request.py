@@ -1,0 +1,33 @@
+"""What the selector and the queue know of a request: never its text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from control_plane.domain.model import ModelName, Provider, ServerId
+from control_plane.domain.task import Feature, Priority, TaskType
+
+
+@dataclass(frozen=True, slots=True)
+class RouteRequest:
+    """Everything that routing may depend on."""
+
+    request_id: str
+    task_type: TaskType = TaskType.CHAT
+    priority: Priority = Priority.NORMAL
+    prompt_tokens: int = 0
+    """Estimated."""
+    max_tokens: int | None = None
+    """None: the client left it open."""
+    model: ModelName | None = None
+    provider: Provider | None = None
+    server_id: ServerId | None = None
+    excluded: frozenset[ServerId] = frozenset()
+    """By the request."""
+    min_context_length: int = 0
+    features: Feature = Feature.NONE
+
+    @property
+    def context_needed(self) -> int:
+        """Tokens of context that prompt and answer need at least."""
+        return max(self.min_context_length, self.prompt_tokens + (self.max_tokens or 1))

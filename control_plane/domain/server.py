@@ -1,0 +1,71 @@
+"""A model server as the control plane sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from types import MappingProxyType
+
+from control_plane.domain.model import ModelCard, ServerId
+
+
+class LeaseState(IntEnum):
+    """Numbers equal those of the contract."""
+
+    LIVE = 1
+    SUSPECT = 2
+    LOST = 3
+    DRAINING = 4
+
+
+class Health(IntEnum):
+    """Numbers equal those of the contract."""
+
+    STARTING = 1
+    READY = 2
+    UNHEALTHY = 3
+
+
+class BreakerState(IntEnum):
+    """Numbers equal those of the contract."""
+
+    CLOSED = 1
+    OPEN = 2
+    HALF_OPEN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    server_id: ServerId
+    instance_id: str
+    endpoint: str
+    """host:port of the ModelServer service."""
+    labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    slots: int
+    running: int = 0
+    waiting: int = 0
+    foreign: int = 0
+    """Requests in hand that this control plane did not send."""
+    kv_cache_utilization: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The whole state of a server at one moment, checked and converted."""
+
+    identity: Identity
+    engine: str
+    engine_version: str
+    device: str
+    models: tuple[ModelCard, ...]
+    load: Load
+    health: Health
+    health_detail: str = ""
+    draining: bool = False
+    """The server itself says that it takes nothing new."""

@@ -1,0 +1,296 @@
+"""The Engine protocol: everything a model server asks of the software that runs the models.
+
+An engine is driven from one asyncio loop. It converts between these types and its
+vendor's; it knows nothing of gRPC, leases or control planes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum, IntFlag
+from typing import Protocol
+
+
+class Role(IntEnum):
+    """Numbers equal those of the contract."""
+
+    SYSTEM = 1
+    USER = 2
+    ASSISTANT = 3
+    TOOL = 4
+
+
+class FinishReason(IntEnum):
+    """Numbers equal those of the contract."""
+
+    STOP = 1
+    LENGTH = 2
+    TOOL_CALLS = 3
+    CONTENT_FILTER = 4
+
+
+class Feature(IntFlag):
+    """Bit n stands for number n of the contract's ModelFeature."""
+
+    NONE = 0
+    STREAMING = 1 << 1
+    FUNCTION_CALLING = 1 << 2
+    VISION = 1 << 3
+    JSON = 1 << 4
+    JSON_SCHEMA = 1 << 5
+    LOGPROBS = 1 << 6
+    EMBEDDING = 1 << 7
+    PREFIX_CACHE = 1 << 8
+
+
+class Health(IntEnum):
+    """Numbers equal those of the contract."""
+
+    STARTING = 1
+    READY = 2
+    UNHEALTHY = 3
+
+
+class ToolChoiceMode(IntEnum):
+    """Numbers equal those of the contract."""
+
+    AUTO = 1
+    NONE = 2
+    REQUIRED = 3
+
+
+# ---------------------------------------------------------------- requests ---
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    data: bytes
+    media_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    id: str
+    name: str
+    arguments_json: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: Role
+    content: tuple[str | Image, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    name: str = ""
+
+    @property
+    def text(self) -> str:
+        return "".join(part for part in self.content if isinstance(part, str))
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """None means the model's own default. Units and ranges: SamplingParams of the contract."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logprobs: bool = False
+    top_logprobs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    name: str
+    description: str = ""
+    parameters_schema: str = ""
+    """JSON Schema; empty means no arguments."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """Exactly one of `messages` and `prompt` is given; values were validated at the edge."""
+
+    model: str
+    messages: tuple[Message, ...] = ()
+    prompt: str | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    json_schema: str | None = None
+    """The answer must satisfy this JSON Schema; '{}' style "any object" is `json_object`."""
+    json_object: bool = False
+    """The answer must be a JSON object."""
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoiceMode = ToolChoiceMode.AUTO
+    tool_name: str = ""
+    """With ToolChoiceMode.REQUIRED: the one tool to call."""
+    request_id: str = ""
+
+
+# ----------------------------------------------------------------- answers ---
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments_json: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """The next piece of an answer; see GenerationDelta of the contract."""
+
+    text: str = ""
+    tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    reasoning_text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of an answer; always the last item of a stream."""
+
+    finish_reason: FinishReason
+    usage: Usage
+    queued: float = 0.0
+    """Seconds in the engine's own queue before prefill."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    vectors: tuple[Sequence[float], ...]
+    prompt_tokens: int
+
+
+# ------------------------------------------------------------- description ---
+
+
+@dataclass(frozen=True, slots=True)
+class EngineModel:
+    """A model that the engine offers."""
+
+    name: str
+    provider: str
+    context_length: int
+    capabilities: dict[int, float] = field(default_factory=dict)
+    """TaskType number of the contract -> score in [0, 1]."""
+    features: Feature = Feature.STREAMING
+    price: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """US dollars per million prompt, cached prompt and completion tokens."""
+    quantization: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    slots: int
+    """Requests the engine generates at the same time."""
+    running: int = 0
+    waiting: int = 0
+    kv_cache_utilization: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """Everything that holds about the engine right now; cheap to ask for."""
+
+    engine: str
+    version: str
+    device: str
+    memory_bytes: int
+    models: tuple[EngineModel, ...]
+    load: EngineLoad
+    health: Health
+    health_detail: str = ""
+
+
+# ------------------------------------------------------------------ errors ---
+
+
+class EngineError(Exception):
+    """Base of what an engine may raise. Anything else is a bug and answered as INTERNAL."""
+
+
+class UnknownModel(EngineError):
+    """The engine does not have this model."""
+
+
+class ContextTooLong(EngineError):
+    """Prompt and answer do not fit; raised before anything is computed."""
+
+
+class Unsupported(EngineError):
+    """The engine or model lacks a feature that the request needs."""
+
+
+class Busy(EngineError):
+    """Slots and waiting room are full."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineFailed(EngineError):
+    """The engine broke while working on the request."""
+
+
+# ---------------------------------------------------------------- protocol ---
+
+
+class Engine(Protocol):
+    """What stands behind a model server."""
+
+    async def start(self) -> None:
+        """Load what must be loaded. Raises EngineFailed with a cure in the message."""
+        ...
+
+    def status(self) -> EngineStatus:
+        """The state now. Never blocks, never raises."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta | Finished, None]:
+        """Stream an answer: any number of Delta, one Finished.
+
+        Closing the generator (aclose, or cancelling the task that iterates it) stops the
+        work in the engine at once and frees the slot.
+        Raises UnknownModel, ContextTooLong, Unsupported, Busy before the first item, and
+        EngineFailed at any time.
+        """
+        ...
+
+    async def embed(self, model: str, inputs: Sequence[str]) -> Embeddings:
+        """One vector per input. Raises as generate."""
+        ...
+
+    async def count_tokens(self, request: GenerationRequest) -> int:
+        """Prompt tokens of the request, exactly as generate would count them."""
+        ...
+
+    async def close(self) -> None:
+        """Stop everything and free all memory. Idempotent; running generations raise EngineFailed."""
+        ...

@@ -1,0 +1,1 @@
+"""What modelyard's server programs share beside the contract: settings, logging, process life."""

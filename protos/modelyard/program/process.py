@@ -1,0 +1,101 @@
+"""Life of a server process: event loop, ready line, signals, a parent that may die, logging."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Awaitable, Coroutine
+from typing import Any
+
+READY_EVENT = "ready"
+
+
+def run(main: Coroutine[Any, Any, int]) -> int:
+    """Run `main` to its exit status on uvloop where it is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main)
+
+
+def configure_logging(level: str, form: str) -> None:
+    """Log to stderr as text for people ("text") or one JSON object a line ("json")."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter() if form == "json" else _TextFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+class _TextFormatter(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname).1s %(name)s: %(message)s", "%H:%M:%S")
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+def announce_ready(program: str, **facts: str | int) -> None:
+    """Print the ready line: one JSON object on stdout, for whoever started the program."""
+    print(json.dumps({"event": READY_EVENT, "program": program, "pid": os.getpid(), **facts}), flush=True)
+
+
+async def until_told_to_stop(*, watch_parent: bool = False) -> str:
+    """Wait for SIGINT or SIGTERM, or with `watch_parent` for the end of standard input.
+
+    Returns what happened, for the log. A second signal kills at once.
+    """
+    loop = asyncio.get_running_loop()
+    told: asyncio.Future[str] = loop.create_future()
+
+    def tell(why: str) -> None:
+        if not told.done():
+            told.set_result(why)
+        elif why.startswith("SIG"):
+            os._exit(130)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, tell, signal.Signals(number).name)
+    if watch_parent:
+
+        def watch() -> None:
+            # Blocking read on a daemon thread: works for pipes on every platform and loop.
+            while os.read(0, 4096):
+                pass
+            try:
+                loop.call_soon_threadsafe(tell, "the parent is gone")
+            except RuntimeError:
+                pass  # the loop has closed: we are on the way out already
+
+        threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+    return await told
+
+
+async def first_of(*awaitables: Awaitable[Any]) -> None:
+    """Return when the first one ends, cancelling the rest; its exception is raised."""
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
