@@ -46,6 +46,14 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
+class Hardware:
+    device: str = ""
+    memory_bytes: int = 0
+    cpu_cores: int = 0
+    platform: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     slots: int
     running: int = 0
@@ -62,7 +70,7 @@ class Report:
     identity: Identity
     engine: str
     engine_version: str
-    device: str
+    hardware: Hardware
     models: tuple[ModelCard, ...]
     load: Load
     health: Health

@@ -1,0 +1,34 @@
+"""python -m control_plane, which is what `modelyard control-plane` runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from control_plane.app import serve
+from control_plane.config import PROGRAM, SECTION, ControlPlaneSettings
+from modelyard.program.process import configure_logging, run
+from modelyard.program.settings import SettingsError, load
+
+
+def main() -> int:
+    try:
+        settings = load(
+            ControlPlaneSettings,
+            program=PROGRAM,
+            section=SECTION,
+            description="The control plane: one front door for a fleet of model servers.",
+            argv=sys.argv[1:],
+            env=os.environ,
+            cwd=Path.cwd(),
+        )
+        configure_logging(settings.log_level, settings.log_format)
+        return run(serve(settings))
+    except (SettingsError, OSError) as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""The life of one request: wait for a server, try it, try another while nothing was sent yet."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from random import random
+from typing import TypeVar
+
+import grpc
+
+from control_plane.api.convert import timestamp
+from control_plane.api.metrics import Metrics
+from control_plane.domain.errors import DomainError
+from control_plane.domain.model import ServerId
+from control_plane.domain.ports import Clock
+from control_plane.domain.request import RouteRequest
+from control_plane.fleet.registry import Flight, Outcome, OutcomeKind
+from control_plane.fleet.scheduler import Grant, Scheduler
+from control_plane.scheduling.retry import RetryPolicy
+from modelyard.rpc.errors import Refusal, from_rpc_error
+from modelyard.rpc.reasons import Reason
+from modelyard.v1.orchestrator_pb2 import Attempt
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# The request itself is at fault, or its caller: another server would say the same.
+_FINAL = {Reason.INVALID_REQUEST, Reason.DEADLINE_EXCEEDED, Reason.SLOW_READER}
+# The server is sound but not the right one at this moment.
+_BLAMELESS = {Reason.SERVER_BUSY, Reason.DRAINING, Reason.UNSUPPORTED, Reason.UNKNOWN_MODEL}
+
+NEUTRAL = Outcome(OutcomeKind.NEUTRAL)
+FAILURE = Outcome(OutcomeKind.FAILURE)
+
+
+class AttemptFailed(Exception):
+    """The server did not do what was asked."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far an attempt has come; written by the attempt, read when it fails."""
+
+    tokens_sent: bool = False
+    lost: bool = False
+    """The server's lease ran out during the attempt."""
+    call: grpc.aio.Call | None = None
+
+    def lose(self) -> None:
+        """End the attempt because nothing will come from its server any more."""
+        self.lost = True
+        if self.call is not None:
+            self.call.cancel()
+
+
+class Attempts:
+    """Runs requests against the fleet."""
+
+    def __init__(self, scheduler: Scheduler, policy: RetryPolicy, clock: Clock, metrics: Metrics) -> None:
+        self._scheduler = scheduler
+        self._policy = policy
+        self._clock = clock
+        self._metrics = metrics
+
+    async def run(
+        self,
+        request: RouteRequest,
+        attempt: Callable[[Grant, Progress], Awaitable[tuple[T, Outcome]]],
+        history: list[Attempt],
+        on_grant: Callable[[Grant], Awaitable[None]] | None = None,
+    ) -> T:
+        """Return what the first successful attempt returns; `history` gets one entry per attempt.
+
+        Raises Refusal or DomainError when no attempt can be made or none succeeded.
+        """
+        avoid: frozenset[ServerId] = frozenset()
+        while True:
+            try:
+                grant = await self._scheduler.acquire(request, avoid, explain=on_grant is not None)
+            except DomainError as error:
+                if avoid and error.reason in ("NO_CAPABLE_SERVER", "SERVERS_AWAY"):
+                    raise exhausted(history) from error
+                raise
+            flight = grant.flight
+            entry = Attempt(server_id=flight.server_id, model=flight.model, provider=flight.provider)
+            entry.started_at.CopyFrom(timestamp(self._clock.wall()))
+            history.append(entry)
+            progress = Progress()
+            flight.on_lost = progress.lose
+            try:
+                if on_grant:
+                    await on_grant(grant)
+                result, outcome = await _judged(attempt(grant, progress), progress)
+            except AttemptFailed as failed:
+                refusal = failed.refusal
+            except BaseException:
+                self._scheduler.release(flight, NEUTRAL)
+                raise
+            else:
+                self._scheduler.release(flight, outcome)
+                return result
+            reason = refusal.reason
+            self._scheduler.release(flight, NEUTRAL if reason in _FINAL | _BLAMELESS else FAILURE)
+            entry.failure_reason = reason
+            entry.failure_message = refusal.message
+            log.info("%s: attempt on %s failed: %s %s", request.request_id, flight.server_id, reason, refusal.message)
+            if progress.tokens_sent:
+                raise broken(flight, refusal)
+            if reason in _FINAL:
+                raise refusal
+            if len(history) >= self._policy.max_attempts:
+                raise exhausted(history)
+            if reason is not Reason.SERVER_BUSY:
+                avoid |= {flight.server_id}
+            self._metrics.retries.labels(reason=reason).inc()
+            await asyncio.sleep(self._policy.delay(len(history), random()))
+
+
+async def _judged(attempt: Awaitable[T], progress: Progress) -> T:
+    """The attempt's result; whatever the server did wrong is raised as AttemptFailed."""
+    try:
+        return await attempt
+    except grpc.aio.AioRpcError as error:
+        raise AttemptFailed(from_rpc_error(error)) from error
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if not progress.lost or (task is not None and task.cancelling()):
+            raise  # the caller went away
+        raise AttemptFailed(Refusal(Reason.SERVERS_AWAY, "the server's lease ran out during the attempt")) from None
+
+
+def broken(flight: Flight, refusal: Refusal) -> Refusal:
+    """The answer broke off: tokens were sent, so nobody but the client may start again."""
+    return Refusal(
+        Reason.STREAM_BROKEN,
+        f"{flight.server_id} broke off the answer: {refusal.message}",
+        metadata={"server_id": flight.server_id, "cause": refusal.reason},
+    )
+
+
+def exhausted(history: list[Attempt]) -> Refusal:
+    """Every attempt failed."""
+    tried = "; ".join(f"{entry.server_id}: {entry.failure_reason} {entry.failure_message}" for entry in history)
+    return Refusal(
+        Reason.ATTEMPTS_EXHAUSTED,
+        f"{len(history)} attempts failed: {tried}",
+        metadata={"servers": ",".join(entry.server_id for entry in history)},
+    )

@@ -1,0 +1,252 @@
+"""The only place where messages of the contract and domain values meet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from control_plane.domain.decision import DecisionRecord, ScoredCandidate
+from control_plane.domain.model import ModelCard, ModelName, Price, Provider, ServerId
+from control_plane.domain.request import RouteRequest
+from control_plane.domain.server import Hardware, Health, Identity, Load, Report
+from control_plane.domain.task import Feature, Priority, TaskType
+from modelyard.v1 import fleet_pb2, generation_pb2, orchestrator_pb2, selection_pb2
+
+# A tokenizer is the model's own affair; the control plane only has to know whether a prompt
+# can fit. UTF-8 bytes per token are steadier over languages than characters are.
+BYTES_PER_TOKEN = 4
+TOKENS_PER_MESSAGE = 4
+TOKENS_PER_IMAGE = 768
+
+
+def duration(seconds: float) -> Duration:
+    whole = math.floor(seconds)
+    return Duration(seconds=whole, nanos=int((seconds - whole) * 1e9))
+
+
+def seconds(message: Duration) -> float:
+    return message.seconds + message.nanos * 1e-9
+
+
+def timestamp(wall: float) -> Timestamp:
+    whole = math.floor(wall)
+    return Timestamp(seconds=whole, nanos=int((wall - whole) * 1e9))
+
+
+# ---------------------------------------------------------------- requests ---
+
+
+def estimated_tokens(source: generation_pb2.GenerationInput) -> int:
+    """Prompt tokens of an input, estimated from its size."""
+    total = len(source.prompt.encode()) // BYTES_PER_TOKEN
+    for message in source.messages:
+        total += TOKENS_PER_MESSAGE
+        for part in message.content:
+            if part.WhichOneof("part") == "image":
+                total += TOKENS_PER_IMAGE
+            else:
+                total += len(part.text.encode()) // BYTES_PER_TOKEN
+        for call in message.tool_calls:
+            total += len(call.arguments_json.encode()) // BYTES_PER_TOKEN
+    for tool in source.tools:
+        total += (len(tool.description.encode()) + len(tool.parameters_schema.encode())) // BYTES_PER_TOKEN
+    return max(total, 1)
+
+
+def implied_features(source: generation_pb2.GenerationInput) -> Feature:
+    """Features that the input cannot do without."""
+    features = Feature.NONE
+    if source.tools and source.tool_choice.mode != generation_pb2.TOOL_CHOICE_MODE_NONE:
+        features |= Feature.FUNCTION_CALLING
+    if source.HasField("response_format"):
+        form = source.response_format.WhichOneof("format")
+        if form == "json":
+            features |= Feature.JSON
+        elif form == "json_schema":
+            features |= Feature.JSON_SCHEMA
+    if source.sampling.logprobs:
+        features |= Feature.LOGPROBS
+    if any(part.WhichOneof("part") == "image" for message in source.messages for part in message.content):
+        features |= Feature.VISION
+    return features
+
+
+def feature_set(numbers: Iterable[int]) -> Feature:
+    features = Feature.NONE
+    for number in numbers:
+        if number:
+            features |= Feature(1 << number)
+    return features
+
+
+def feature_numbers(features: Feature) -> list[int]:
+    return [number for number in range(1, features.bit_length()) if features >> number & 1]
+
+
+def route_request(
+    message: orchestrator_pb2.GenerateRequest, request_id: str, model: tuple[ModelName, Provider | None] | None
+) -> RouteRequest:
+    """What routing may know of a checked request. `model` is the resolved pin."""
+    requirements = message.requirements
+    task_type = TaskType(message.task_type or TaskType.CHAT)
+    features = implied_features(message.input) | feature_set(requirements.features)
+    if task_type is TaskType.VISION:
+        features |= Feature.VISION
+    sampling = message.input.sampling
+    return RouteRequest(
+        request_id=request_id,
+        task_type=task_type,
+        priority=Priority(message.priority or Priority.NORMAL),
+        prompt_tokens=estimated_tokens(message.input),
+        max_tokens=sampling.max_tokens if sampling.HasField("max_tokens") else None,
+        features=features,
+        **_pins(requirements, model),
+    )
+
+
+def embed_route_request(
+    message: orchestrator_pb2.EmbedRequest, request_id: str, model: tuple[ModelName, Provider | None] | None
+) -> RouteRequest:
+    longest = max((len(text.encode()) for text in message.inputs), default=0)
+    return RouteRequest(
+        request_id=request_id,
+        task_type=TaskType.EMBEDDING,
+        priority=Priority(message.priority or Priority.NORMAL),
+        prompt_tokens=max(longest // BYTES_PER_TOKEN, 1),
+        features=Feature.EMBEDDING | feature_set(message.requirements.features),
+        **_pins(message.requirements, model),
+    )
+
+
+def _pins(requirements: selection_pb2.Requirements, model: tuple[ModelName, Provider | None] | None) -> dict:
+    name, provider = model or (None, None)
+    return {
+        "model": name,
+        "provider": Provider(requirements.provider) if requirements.provider else provider,
+        "server_id": ServerId(requirements.server_id) if requirements.server_id else None,
+        "excluded": frozenset(ServerId(server_id) for server_id in requirements.excluded_server_ids),
+        "min_context_length": requirements.min_context_length,
+    }
+
+
+# ----------------------------------------------------------------- reports ---
+
+
+def report(message: fleet_pb2.ServerReport) -> Report:
+    """A checked report as a value."""
+    identity, load = message.identity, message.load
+    return Report(
+        identity=Identity(
+            server_id=ServerId(identity.server_id),
+            instance_id=identity.instance_id,
+            endpoint=identity.endpoint,
+            labels=dict(identity.labels),
+            version=identity.version,
+        ),
+        engine=message.engine.name,
+        engine_version=message.engine.version,
+        hardware=Hardware(
+            device=message.hardware.device,
+            memory_bytes=message.hardware.memory_bytes,
+            cpu_cores=message.hardware.cpu_cores,
+            platform=message.hardware.platform,
+        ),
+        models=tuple(model_card(model) for model in message.models),
+        load=Load(
+            slots=load.slots,
+            running=load.running,
+            waiting=load.waiting,
+            foreign=load.foreign,
+            kv_cache_utilization=load.kv_cache_utilization,
+        ),
+        health=Health(message.health or Health.UNHEALTHY),
+        health_detail=message.health_detail,
+        draining=message.state == fleet_pb2.DESIRED_STATE_DRAIN,
+    )
+
+
+def model_card(message: fleet_pb2.ModelInfo) -> ModelCard:
+    performance = message.performance
+    return ModelCard(
+        name=ModelName(message.name),
+        provider=Provider(message.provider),
+        context_length=message.context_length,
+        capabilities={TaskType(entry.task_type): entry.score for entry in message.capabilities if entry.task_type},
+        features=feature_set(message.features),
+        price=Price(
+            message.price.prompt_usd_per_million_tokens,
+            message.price.cached_prompt_usd_per_million_tokens,
+            message.price.completion_usd_per_million_tokens,
+        ),
+        quantization=message.quantization,
+        ttft=seconds(performance.ttft) if performance.HasField("ttft") else None,
+        tpot=seconds(performance.tpot) if performance.HasField("tpot") else None,
+    )
+
+
+def model_info(card: ModelCard) -> fleet_pb2.ModelInfo:
+    info = fleet_pb2.ModelInfo(
+        name=card.name,
+        provider=card.provider,
+        capabilities=capabilities(card.capabilities),
+        context_length=card.context_length,
+        features=feature_numbers(card.features),  # type: ignore[arg-type]
+        price=fleet_pb2.Price(
+            prompt_usd_per_million_tokens=card.price.prompt,
+            cached_prompt_usd_per_million_tokens=card.price.cached_prompt,
+            completion_usd_per_million_tokens=card.price.completion,
+        ),
+        quantization=card.quantization,
+    )
+    if card.ttft is not None:
+        info.performance.ttft.CopyFrom(duration(card.ttft))
+    if card.tpot is not None:
+        info.performance.tpot.CopyFrom(duration(card.tpot))
+    return info
+
+
+def capabilities(scores: dict[TaskType, float] | object) -> list[fleet_pb2.Capability]:
+    return [
+        fleet_pb2.Capability(task_type=kind.value, score=score)  # type: ignore[arg-type]
+        for kind, score in sorted(dict(scores).items())  # type: ignore[call-overload]
+    ]
+
+
+# --------------------------------------------------------------- decisions ---
+
+
+def decision(record: DecisionRecord) -> selection_pb2.Decision:
+    message = selection_pb2.Decision(
+        verdict=record.verdict.value,  # type: ignore[arg-type]
+        candidates=[_candidate(candidate) for candidate in record.candidates],
+        summary=record.summary,
+    )
+    if record.chosen:
+        message.server_id = record.chosen.server_id
+        message.model = record.chosen.model
+        message.provider = record.chosen.provider
+    return message
+
+
+def _candidate(candidate: ScoredCandidate) -> selection_pb2.Candidate:
+    return selection_pb2.Candidate(
+        server_id=candidate.server_id,
+        model=candidate.model,
+        provider=candidate.provider,
+        score=candidate.score,
+        parts=[
+            selection_pb2.ScorePart(scorer=part.scorer, value=part.value, weight=part.weight)
+            for part in candidate.parts
+        ],
+        rejections=[
+            selection_pb2.Rejection(
+                reason=rejection.reason.value,  # type: ignore[arg-type]
+                detail=rejection.detail,
+                permanent=rejection.reason.permanent,
+            )
+            for rejection in candidate.rejections
+        ],
+    )

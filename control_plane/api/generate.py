@@ -1,0 +1,311 @@
+"""Generate and Embed: check, route, relay."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable
+
+import grpc
+
+from control_plane.api import convert
+from control_plane.api.attempts import AttemptFailed, Attempts, Progress
+from control_plane.api.metrics import Metrics
+from control_plane.api.upstream import Upstreams
+from control_plane.config import LimitSettings
+from control_plane.domain.errors import fleet_warming_up, unknown_model
+from control_plane.domain.model import ModelName, Provider
+from control_plane.domain.ports import Clock
+from control_plane.fleet.registry import Fleet, Outcome, OutcomeKind
+from control_plane.fleet.scheduler import Grant
+from modelyard.rpc.errors import Refusal, invalid
+from modelyard.rpc.reasons import Reason
+from modelyard.rpc.validation import check_embed_request, check_generate_request
+from modelyard.v1.generation_pb2 import GenerationResult, Timings
+from modelyard.v1.model_server_pb2 import (
+    ModelServerEmbedRequest,
+    ModelServerEmbedResponse,
+    ModelServerGenerateRequest,
+    ModelServerGenerateResponse,
+)
+from modelyard.v1.orchestrator_pb2 import (
+    Attempt,
+    EmbedRequest,
+    EmbedResponse,
+    GenerateRequest,
+    GenerateResponse,
+    GenerationSummary,
+)
+from modelyard.v1.selection_pb2 import Requirements
+
+# The first byte of a ModelServerGenerateResponse whose `delta` is set: field 2, length-delimited.
+# Such a message is a GenerateResponse too (the contract promises it) and passes unread.
+_DELTA_TAG = 0x12
+
+REQUEST_ID_KEY = "modelyard-request-id"
+
+
+class Generation:
+    """The two ways to have work done by the fleet."""
+
+    def __init__(
+        self,
+        orchestrator_id: str,
+        fleet: Fleet,
+        attempts: Attempts,
+        upstreams: Upstreams,
+        limits: LimitSettings,
+        clock: Clock,
+        metrics: Metrics,
+        release: Callable[..., None],
+    ) -> None:
+        self._orchestrator_id = orchestrator_id
+        self._fleet = fleet
+        self._attempts = attempts
+        self._upstreams = upstreams
+        self._limits = limits
+        self._clock = clock
+        self._metrics = metrics
+        self._release = release
+        # Calls that gave their result but not yet their status; dropping one would cancel it.
+        self._ending: set[grpc.aio.Call] = set()
+
+    def pinned(self, requirements: Requirements) -> tuple[ModelName, Provider | None] | None:
+        """The model that the request names. Raises UNKNOWN_MODEL or FLEET_WARMING_UP."""
+        if not requirements.model:
+            return None
+        found = self._fleet.resolve(requirements.model)
+        if found is None:
+            left = self._fleet.warming_up(self._clock.monotonic())
+            if left:
+                raise fleet_warming_up(left)
+            raise unknown_model(requirements.model, self._fleet.model_names())
+        return found
+
+    # ------------------------------------------------------------ Generate ---
+
+    async def generate(self, request: GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+        """Serve one Generate call, writing to `context`."""
+        arrived = self._clock.monotonic()
+        violations = check_generate_request(request)
+        if violations:
+            raise invalid(violations)
+        request_id = request.request_id or uuid.uuid4().hex
+        await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+        route = convert.route_request(request, request_id, self.pinned(request.requirements))
+        limit = self._time_limit(context)
+        # Fields of one message may come in any order and from several pieces: the input is
+        # serialised once, the model is appended for each attempt.
+        body = ModelServerGenerateRequest(
+            input=request.input, orchestrator_id=self._orchestrator_id, request_id=request_id
+        ).SerializeToString()
+        history: list[Attempt] = []
+        relay = _Relay(self, context, body, arrived, arrived + limit, request_id, history)
+        try:
+            async with asyncio.timeout(limit):
+                await self._attempts.run(
+                    route, relay.attempt, history, relay.announce if request.explain else None
+                )
+        except TimeoutError:
+            raise _out_of_time(limit) from None
+        finally:
+            relay.close()
+
+    # --------------------------------------------------------------- Embed ---
+
+    async def embed(self, request: EmbedRequest, context: grpc.aio.ServicerContext) -> EmbedResponse:
+        """Serve one Embed call."""
+        arrived = self._clock.monotonic()
+        violations = check_embed_request(request)
+        if violations:
+            raise invalid(violations)
+        request_id = request.request_id or uuid.uuid4().hex
+        await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+        route = convert.embed_route_request(request, request_id, self.pinned(request.requirements))
+        limit = self._time_limit(context)
+        message = ModelServerEmbedRequest(
+            inputs=request.inputs, orchestrator_id=self._orchestrator_id, request_id=request_id
+        )
+
+        async def attempt(grant: Grant, progress: Progress) -> tuple[EmbedResponse, Outcome]:
+            flight = grant.flight
+            message.model = flight.model
+            started = self._clock.monotonic()
+            call = self._upstreams.get(flight.endpoint).embed(
+                message.SerializeToString(), timeout=max(0.0, arrived + limit - started)
+            )
+            progress.call = call
+            answer = ModelServerEmbedResponse.FromString(await call)
+            usage = answer.usage
+            self._count_tokens(flight.model, usage)
+            response = EmbedResponse(
+                embeddings=answer.embeddings,
+                usage=usage,
+                server_id=flight.server_id,
+                model=flight.model,
+                provider=flight.provider,
+                request_id=request_id,
+                cost_nano_usd=flight.price.nano_usd(usage.prompt_tokens, usage.cached_prompt_tokens, 0),
+            )
+            return response, Outcome(OutcomeKind.SUCCESS, ttft=self._clock.monotonic() - started)
+
+        try:
+            async with asyncio.timeout(limit):
+                return await self._attempts.run(route, attempt, [])
+        except TimeoutError:
+            raise _out_of_time(limit) from None
+
+    def _time_limit(self, context: grpc.aio.ServicerContext) -> float:
+        remaining = context.time_remaining()
+        longest = self._limits.max_generation
+        return longest if remaining is None else min(remaining, longest)
+
+    def _count_tokens(self, model: str, usage: object) -> None:
+        for kind in ("prompt", "cached_prompt", "completion"):
+            amount = getattr(usage, f"{kind}_tokens")
+            if amount:
+                self._metrics.tokens.labels(model=model, kind=kind).inc(amount)
+
+
+class _Relay:
+    """One Generate call on its way through: passes deltas on unread, completes the summary."""
+
+    def __init__(
+        self,
+        owner: Generation,
+        context: grpc.aio.ServicerContext,
+        body: bytes,
+        arrived: float,
+        deadline: float,
+        request_id: str,
+        history: list[Attempt],
+    ) -> None:
+        self._owner = owner
+        self._context = context
+        self._body = body
+        self._arrived = arrived
+        self._deadline = deadline
+        self._request_id = request_id
+        self._history = history
+        self._queued = 0.0
+        self._slow = False
+        self._blocked_since: float | None = None
+        self._task = asyncio.current_task()
+        self._watch = self._watch_writes()
+
+    # A client that does not read must not hold a slot for ever. One timer per request looks at
+    # a time stamp; a timeout object per chunk would cost more than the relaying itself.
+    def _watch_writes(self) -> asyncio.TimerHandle:
+        limit = self._owner._limits.write_timeout
+        since = self._blocked_since
+        if since is not None and self._owner._clock.monotonic() - since > limit and self._task:
+            self._slow = True
+            self._task.cancel()
+        return asyncio.get_running_loop().call_later(limit / 4, self._rewatch)
+
+    def _rewatch(self) -> None:
+        self._watch = self._watch_writes()
+
+    def close(self) -> None:
+        self._watch.cancel()
+
+    async def _write(self, message: bytes) -> None:
+        self._blocked_since = self._owner._clock.monotonic()
+        try:
+            await self._context.write(message)
+        except asyncio.CancelledError:
+            if not self._slow or self._task is None or self._task.uncancel() > 0:
+                raise
+            raise Refusal(
+                Reason.SLOW_READER,
+                f"the stream was not read for {self._owner._limits.write_timeout:.0f} s",
+            ) from None
+        self._blocked_since = None
+
+    async def announce(self, grant: Grant) -> None:
+        """Send the decision record of an attempt."""
+        if grant.record:
+            await self._write(GenerateResponse(decision=convert.decision(grant.record)).SerializeToString())
+
+    async def attempt(self, grant: Grant, progress: Progress) -> tuple[None, Outcome]:
+        """Ask one server and pass on what it says."""
+        owner, flight = self._owner, grant.flight
+        clock = owner._clock.monotonic
+        self._queued += grant.queued
+        started = clock()
+        call = owner._upstreams.get(flight.endpoint).generate(
+            self._body + ModelServerGenerateRequest(model=flight.model).SerializeToString(),
+            timeout=max(0.0, self._deadline - started),
+        )
+        progress.call = call
+        first = last = 0.0
+        try:
+            while True:
+                chunk = await call.read()
+                if chunk is grpc.aio.EOF:
+                    # A status that is not OK is raised by read itself.
+                    raise AttemptFailed(Refusal(Reason.ENGINE_FAILED, "the stream ended without a result"))
+                if chunk and chunk[0] == _DELTA_TAG:
+                    last = clock()
+                    if not progress.tokens_sent:
+                        first = last
+                        progress.tokens_sent = True
+                    await self._write(chunk)
+                    continue
+                message = ModelServerGenerateResponse.FromString(chunk)
+                if message.HasField("result"):
+                    break
+        except BaseException:
+            call.cancel()
+            raise
+        outcome = self._outcome(message.result, started, first, last)
+        # The slot is free now; that this client may be slow to read its summary is no concern
+        # of the next request.
+        owner._release(flight, outcome)
+        owner._ending.add(call)
+        call.add_done_callback(owner._ending.discard)
+        await self._write(self._summary(message.result, grant, first, last))
+        return None, outcome
+
+    def _outcome(self, result: GenerationResult, started: float, first: float, last: float) -> Outcome:
+        tokens = result.usage.completion_tokens
+        return Outcome(
+            OutcomeKind.SUCCESS,
+            ttft=first - started if first else None,
+            tpot=(last - first) / (tokens - 1) if first and tokens > 1 else None,
+        )
+
+    def _summary(self, result: GenerationResult, grant: Grant, first: float, last: float) -> bytes:
+        owner, flight, usage = self._owner, grant.flight, result.usage
+        timings = Timings(
+            queued=convert.duration(self._queued),
+            total=convert.duration(owner._clock.monotonic() - self._arrived),
+        )
+        if first:
+            ttft = first - self._arrived
+            timings.ttft.CopyFrom(convert.duration(ttft))
+            owner._metrics.ttft.labels(model=flight.model).observe(ttft)
+            if usage.completion_tokens > 1:
+                tpot = (last - first) / (usage.completion_tokens - 1)
+                timings.tpot.CopyFrom(convert.duration(tpot))
+                owner._metrics.tpot.labels(model=flight.model).observe(tpot)
+        owner._count_tokens(flight.model, usage)
+        return GenerateResponse(
+            summary=GenerationSummary(
+                request_id=self._request_id,
+                finish_reason=result.finish_reason,
+                usage=usage,
+                timings=timings,
+                server_id=flight.server_id,
+                model=flight.model,
+                provider=flight.provider,
+                attempts=self._history,
+                cost_nano_usd=flight.price.nano_usd(
+                    usage.prompt_tokens, usage.cached_prompt_tokens, usage.completion_tokens
+                ),
+            )
+        ).SerializeToString()
+
+
+def _out_of_time(limit: float) -> Refusal:
+    return Refusal(Reason.DEADLINE_EXCEEDED, f"not finished within {limit:.1f} s")

@@ -1,0 +1,129 @@
+"""Prometheus metrics of the control plane.
+
+Counters and histograms are written by the request path; everything that is a state (fleet,
+queue, breakers) is read from its owner when Prometheus asks, so it costs the hot path nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from control_plane.domain.server import BreakerState, LeaseState
+from control_plane.domain.task import Priority
+from control_plane.fleet.registry import Fleet
+from control_plane.fleet.scheduler import Scheduler
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1)
+_SELECTION_SECONDS = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3)
+
+
+class Metrics:
+    """Every metric, on a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "modelyard_requests",
+            "Finished requests by method and outcome: ok, cancelled, or the reason of the refusal.",
+            ("method", "outcome"),
+            registry=self.registry,
+        )
+        self.ttft = Histogram(
+            "modelyard_ttft_seconds",
+            "Time from receipt of a request to its first token, queue and failed attempts included.",
+            ("model",),
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.tpot = Histogram(
+            "modelyard_tpot_seconds",
+            "Mean time per output token after the first, one observation per request.",
+            ("model",),
+            buckets=_TOKEN_SECONDS,
+            registry=self.registry,
+        )
+        self.queue_time = Histogram(
+            "modelyard_queue_seconds",
+            "Time that a request waited for a free slot, per attempt.",
+            ("priority",),
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.selection_time = Histogram(
+            "modelyard_selection_seconds",
+            "Time that one selection took.",
+            buckets=_SELECTION_SECONDS,
+            registry=self.registry,
+        )
+        self.retries = Counter(
+            "modelyard_retries",
+            "Attempts that were followed by another one, by the reason of the failure.",
+            ("reason",),
+            registry=self.registry,
+        )
+        self.tokens = Counter(
+            "modelyard_tokens",
+            "Tokens of finished requests, by model and kind: prompt, cached_prompt, completion.",
+            ("model", "kind"),
+            registry=self.registry,
+        )
+
+    def granted(self, priority: Priority, queued: float) -> None:
+        """A request got a server after so many seconds."""
+        self.queue_time.labels(priority=priority.name.lower()).observe(queued)
+
+    def observe(self, fleet: Fleet, scheduler: Scheduler) -> None:
+        """Show the states of these owners."""
+        self.registry.register(_States(fleet, scheduler))
+
+
+class _States(Collector):
+    def __init__(self, fleet: Fleet, scheduler: Scheduler) -> None:
+        self._fleet = fleet
+        self._scheduler = scheduler
+
+    def describe(self) -> list[Metric]:
+        return []  # nothing to clash with: no need to collect before anybody asks
+
+    def collect(self) -> Iterator[Metric]:
+        servers = self._fleet.servers()
+        depth = GaugeMetricFamily(
+            "modelyard_queue_depth", "Requests that wait for a free slot.", labels=["priority"]
+        )
+        waiting = self._scheduler.depth()
+        for priority in Priority:
+            depth.add_metric([priority.name.lower()], waiting.get(priority, 0))
+        yield depth
+        states = Tally(server.state for server in servers)
+        leases = GaugeMetricFamily("modelyard_servers", "Model servers by lease state.", labels=["state"])
+        for state in LeaseState:
+            leases.add_metric([state.name.lower()], states.get(state, 0))
+        yield leases
+        flights = GaugeMetricFamily(
+            "modelyard_in_flight", "Requests that a server is working on for this control plane.", labels=["server"]
+        )
+        slots = GaugeMetricFamily("modelyard_slots", "Slots that a server reports.", labels=["server"])
+        breakers = GaugeMetricFamily(
+            "modelyard_breaker_state",
+            "Circuit breaker per server and model: 1 in the state that holds, else 0.",
+            labels=["server", "model", "state"],
+        )
+        success = GaugeMetricFamily(
+            "modelyard_success_rate", "Moving average of success, 0 to 1.", labels=["server", "model"]
+        )
+        for server in servers:
+            flights.add_metric([server.id], len(server.flights))
+            slots.add_metric([server.id], server.report.load.slots)
+            for (model, _), pair in server.pairs.items():
+                success.add_metric([server.id, model], pair.stats.success)
+                for breaker in BreakerState:
+                    breakers.add_metric(
+                        [server.id, model, breaker.name.lower()], float(pair.breaker.state is breaker)
+                    )
+        yield from (flights, slots, breakers, success)

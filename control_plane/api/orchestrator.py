@@ -1,0 +1,245 @@
+"""The Orchestrator service: parse -> call -> render."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+
+from control_plane.api import convert, fleet_view
+from control_plane.api.generate import Generation
+from control_plane.api.metrics import Metrics
+from control_plane.config import FleetSettings
+from control_plane.domain.errors import DomainError, draining, unknown_model
+from control_plane.domain.ports import Clock
+from control_plane.fleet.registry import Attachment, Fleet, superseded
+from control_plane.fleet.scheduler import Scheduler
+from modelyard.rpc.errors import Refusal, Violation, invalid
+from modelyard.rpc.reasons import Reason
+from modelyard.rpc.server import InFlight
+from modelyard.rpc.validation import check_generate_request, check_report
+from modelyard.v1 import fleet_pb2, orchestrator_pb2
+
+T = TypeVar("T")
+
+
+def served(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
+    """Around every method: domain errors become refusals, the outcome is counted."""
+    name = method.__name__
+
+    @functools.wraps(method)
+    async def wrapped(self: OrchestratorServicer, request: Any, context: grpc.aio.ServicerContext) -> T:
+        outcome = "ok"
+        try:
+            return await method(self, request, context)
+        except DomainError as error:
+            outcome = error.reason
+            raise Refusal(Reason(error.reason), error.message, retry_after=error.retry_after) from error
+        except Refusal as refusal:
+            outcome = refusal.reason
+            raise
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        except Exception:
+            outcome = Reason.INTERNAL
+            raise
+        finally:
+            self.metrics.requests.labels(method=name, outcome=outcome).inc()
+
+    return wrapped
+
+
+class OrchestratorServicer:
+    """All methods of the service. Once `stop_accepting` was called, new work is refused with
+    DRAINING and endless streams end; what runs goes on."""
+
+    def __init__(
+        self,
+        orchestrator_id: str,
+        fleet: Fleet,
+        scheduler: Scheduler,
+        generation: Generation,
+        settings: FleetSettings,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self.metrics = metrics
+        self.in_flight = InFlight()
+        self._orchestrator_id = orchestrator_id
+        self._fleet = fleet
+        self._scheduler = scheduler
+        self._generation = generation
+        self._settings = settings
+        self._clock = clock
+        self._stopping = asyncio.Event()
+
+    def stop_accepting(self) -> None:
+        """Refuse new work from now on."""
+        self._stopping.set()
+
+    def _admit(self) -> InFlight:
+        if self._stopping.is_set():
+            raise draining()
+        return self.in_flight
+
+    # ---------------------------------------------------------------- work ---
+
+    @served
+    async def Generate(
+        self, request: orchestrator_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        with self._admit():
+            await self._generation.generate(request, context)
+
+    @served
+    async def Embed(
+        self, request: orchestrator_pb2.EmbedRequest, context: grpc.aio.ServicerContext
+    ) -> orchestrator_pb2.EmbedResponse:
+        with self._admit():
+            return await self._generation.embed(request, context)
+
+    @served
+    async def ExplainSelection(
+        self, request: orchestrator_pb2.ExplainSelectionRequest, context: grpc.aio.ServicerContext
+    ) -> orchestrator_pb2.ExplainSelectionResponse:
+        if not request.HasField("request"):
+            raise invalid([Violation("request", "is required")])
+        inner = request.request
+        violations = check_generate_request(inner, path="request")
+        if violations:
+            raise invalid(violations)
+        route = convert.route_request(inner, "explain", self._generation.pinned(inner.requirements))
+        return orchestrator_pb2.ExplainSelectionResponse(
+            decision=convert.decision(self._scheduler.explain(route)),
+            estimated_prompt_tokens=route.prompt_tokens,
+        )
+
+    # --------------------------------------------------------------- fleet ---
+
+    @served
+    async def ListModels(
+        self, request: orchestrator_pb2.ListModelsRequest, context: grpc.aio.ServicerContext
+    ) -> orchestrator_pb2.ListModelsResponse:
+        return orchestrator_pb2.ListModelsResponse(models=fleet_view.models(self._fleet).values())
+
+    @served
+    async def GetModel(
+        self, request: orchestrator_pb2.GetModelRequest, context: grpc.aio.ServicerContext
+    ) -> orchestrator_pb2.GetModelResponse:
+        if not request.name:
+            raise invalid([Violation("name", "is required")])
+        found = self._fleet.resolve(request.name)
+        if found is None:
+            raise unknown_model(request.name, self._fleet.model_names())
+        return orchestrator_pb2.GetModelResponse(model=fleet_view.models(self._fleet)[found[0]])
+
+    @served
+    async def ListModelServers(
+        self, request: orchestrator_pb2.ListModelServersRequest, context: grpc.aio.ServicerContext
+    ) -> orchestrator_pb2.ListModelServersResponse:
+        now = self._clock.monotonic()
+        return orchestrator_pb2.ListModelServersResponse(
+            servers=[fleet_view.server_status(server, now) for server in self._fleet.servers()]
+        )
+
+    @served
+    async def DrainModelServer(
+        self, request: orchestrator_pb2.DrainModelServerRequest, context: grpc.aio.ServicerContext
+    ) -> orchestrator_pb2.DrainModelServerResponse:
+        if not request.server_id:
+            raise invalid([Violation("server_id", "is required")])
+        server = self._fleet.drain(request.server_id, request.undo)
+        return orchestrator_pb2.DrainModelServerResponse(
+            server=fleet_view.server_status(server, self._clock.monotonic())
+        )
+
+    @served
+    async def WatchFleet(
+        self, request: orchestrator_pb2.WatchFleetRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        watch = fleet_view.Watch(self._fleet)
+        try:
+            await context.write(watch.snapshot(self._clock.monotonic()))
+            while await self._unless_stopping(watch.changed()):
+                await context.write(watch.changes(self._clock.monotonic()))
+        finally:
+            watch.close()
+        raise draining()
+
+    async def _unless_stopping(self, event: Awaitable[None]) -> bool:
+        """Wait for the event; False if the process stops first."""
+        waiting = {asyncio.ensure_future(event), asyncio.ensure_future(self._stopping.wait())}
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waiting:
+                task.cancel()
+        return not self._stopping.is_set()
+
+    # ----------------------------------------------------- model servers ---
+
+    @served
+    async def Attach(
+        self, requests: AsyncIterator[fleet_pb2.ServerReport], context: grpc.aio.ServicerContext
+    ) -> None:
+        self._admit()
+        stream = _ReportStream(self._fleet, self._clock, requests)
+        reader = asyncio.create_task(stream.read(), name="attach-reader")
+        reader.add_done_callback(lambda _: stream.wake.set())
+        try:
+            while await self._unless_stopping(stream.wake.wait()):
+                stream.wake.clear()
+                attachment = stream.attachment
+                if attachment and attachment.superseded:
+                    raise superseded(attachment.server.id)
+                if reader.done():
+                    reader.result()
+                    return
+                if attachment:
+                    await context.write(self._directive(attachment))
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+            if stream.attachment:
+                self._fleet.detach(stream.attachment)
+        raise draining()
+
+    def _directive(self, attachment: Attachment) -> fleet_pb2.ServerDirective:
+        server = attachment.server
+        return fleet_pb2.ServerDirective(
+            orchestrator_id=self._orchestrator_id,
+            lease_epoch=server.lease.epoch,
+            lease_duration=convert.duration(self._settings.lease_duration),
+            next_report_in=convert.duration(self._settings.report_interval),
+            desired_state=fleet_pb2.DESIRED_STATE_DRAIN
+            if server.drain_ordered
+            else fleet_pb2.DESIRED_STATE_SERVE,
+        )
+
+
+class _ReportStream:
+    """The reading half of an Attach call."""
+
+    def __init__(self, fleet: Fleet, clock: Clock, requests: AsyncIterator[fleet_pb2.ServerReport]) -> None:
+        self.wake = asyncio.Event()
+        self.attachment: Attachment | None = None
+        self._fleet = fleet
+        self._clock = clock
+        self._requests = requests
+
+    async def read(self) -> None:
+        async for message in self._requests:
+            violations = check_report(message)
+            if violations:
+                raise invalid(violations)
+            report = convert.report(message)
+            now, wall = self._clock.monotonic(), self._clock.wall()
+            if self.attachment is None:
+                self.attachment = self._fleet.attach(report, now, wall, self.wake.set)
+            else:
+                self._fleet.update(self.attachment, report, now, wall)
+            self.wake.set()

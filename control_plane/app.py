@@ -1,0 +1,178 @@
+"""Composition root of the control plane: wires everything, runs it, drains it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+
+from prometheus_client import start_http_server
+
+from control_plane import definitions as definition_files
+from control_plane.api.attempts import Attempts
+from control_plane.api.generate import Generation
+from control_plane.api.metrics import Metrics
+from control_plane.api.orchestrator import OrchestratorServicer
+from control_plane.api.upstream import Upstreams
+from control_plane.config import ControlPlaneSettings
+from control_plane.domain.definition import Definitions
+from control_plane.domain.ports import Clock
+from control_plane.domain.task import Priority
+from control_plane.fleet.registry import Fleet, FleetPolicy
+from control_plane.fleet.scheduler import Scheduler
+from control_plane.scheduling.breaker import BreakerPolicy
+from control_plane.scheduling.queue import FairQueue
+from control_plane.scheduling.retry import RetryPolicy
+from control_plane.scheduling.stats import StatsPolicy
+from control_plane.selection.policy import Policy, Weights
+from modelyard.program.process import announce_ready, until_told_to_stop
+from modelyard.rpc.server import bind, create_server, drain, enable_standard_services, service_handler
+from modelyard.v1 import orchestrator_pb2
+
+log = logging.getLogger(__name__)
+
+# Leases, queue timeouts and breaker pauses end at most this many seconds late.
+_TICK = 0.05
+_FILES_INTERVAL = 1.0
+
+
+class SystemClock:
+    """The one place where the control plane asks what time it is."""
+
+    monotonic = staticmethod(time.monotonic)
+    wall = staticmethod(time.time)
+
+
+class ControlPlane:
+    """Everything of one control plane process but its sockets."""
+
+    def __init__(self, settings: ControlPlaneSettings, clock: Clock) -> None:
+        self.settings = settings
+        self.clock = clock
+        self.metrics = Metrics()
+        self.upstreams = Upstreams()
+        # Bad definitions stop the start: there are no previous ones to keep.
+        folder = settings.models_dir
+        definitions = definition_files.read(folder) if folder else Definitions()
+        self.watcher = definition_files.Watcher(folder) if folder else None
+        self.fleet = Fleet(_fleet_policy(settings), definitions, clock.monotonic())
+        self.scheduler = Scheduler(
+            self.fleet,
+            _selection_policy(settings),
+            FairQueue(
+                bounds={priority: getattr(settings.queue.bound, priority.name.lower()) for priority in Priority},
+                timeouts={priority: getattr(settings.queue.timeout, priority.name.lower()) for priority in Priority},
+            ),
+            clock,
+            on_selected=self.metrics.selection_time.observe,
+            on_granted=self.metrics.granted,
+        )
+        self.metrics.observe(self.fleet, self.scheduler)
+        orchestrator_id = uuid.uuid4().hex
+        retry = settings.retry
+        attempts = Attempts(
+            self.scheduler,
+            RetryPolicy(max_attempts=retry.max_attempts, base=retry.base, factor=retry.factor, cap=retry.cap),
+            clock,
+            self.metrics,
+        )
+        generation = Generation(
+            orchestrator_id,
+            self.fleet,
+            attempts,
+            self.upstreams,
+            settings.limits,
+            clock,
+            self.metrics,
+            self.scheduler.release,
+        )
+        self.servicer = OrchestratorServicer(
+            orchestrator_id, self.fleet, self.scheduler, generation, settings.fleet, clock, self.metrics
+        )
+
+    async def tick_forever(self) -> None:
+        """Let time pass for fleet and queue."""
+        while True:
+            now = self.clock.monotonic()
+            self.fleet.tick(now)
+            self.scheduler.tick(now)
+            self.upstreams.keep_only(server.report.identity.endpoint for server in self.fleet.servers())
+            await asyncio.sleep(_TICK)
+
+    async def watch_definitions(self) -> None:
+        """Put changed model definitions in force."""
+        while self.watcher:
+            definitions = self.watcher.poll()
+            if definitions is not None:
+                self.fleet.define(definitions)
+            await asyncio.sleep(_FILES_INTERVAL)
+
+
+async def serve(settings: ControlPlaneSettings) -> int:
+    """Run a control plane until it is told to stop; the exit status."""
+    plane = ControlPlane(settings, SystemClock())
+    service = orchestrator_pb2.DESCRIPTOR.services_by_name["Orchestrator"]
+    limit = settings.limits.max_request_bytes
+    server = create_server(max_request_bytes=limit)
+    server.add_generic_rpc_handlers((service_handler(service, plane.servicer, max_request_bytes=limit),))
+    health = enable_standard_services(server, [service.full_name])
+    port = bind(server, settings.host, settings.port)
+    facts: dict[str, str | int] = {"address": f"{settings.host}:{port}"}
+    if settings.metrics_port >= 0:
+        metrics_server, _ = start_http_server(
+            settings.metrics_port, addr=settings.host, registry=plane.metrics.registry
+        )
+        facts["metrics"] = f"http://{settings.host}:{metrics_server.server_port}/metrics"
+    async with asyncio.TaskGroup() as group:
+        # A task that dies takes the group, and so the process, with it.
+        background = [
+            group.create_task(plane.tick_forever(), name="ticker"),
+            group.create_task(plane.watch_definitions(), name="definitions"),
+        ]
+        await server.start()
+        await health.set_serving(service.full_name, True)
+        announce_ready("control-plane", **facts)
+        log.info("serving on %s", facts["address"])
+        why = await until_told_to_stop(watch_parent=settings.watch_parent)
+        log.info("%s: draining, at most %g s", why, settings.drain_grace)
+        await drain(
+            server,
+            health,
+            stop_accepting=plane.servicer.stop_accepting,
+            in_flight=plane.servicer.in_flight,
+            grace=settings.drain_grace,
+        )
+        for task in background:
+            task.cancel()
+    await plane.upstreams.close()
+    return 0
+
+
+def _fleet_policy(settings: ControlPlaneSettings) -> FleetPolicy:
+    statistics, breaker = settings.statistics, settings.breaker
+    return FleetPolicy(
+        lease_duration=settings.fleet.lease_duration,
+        forget_after=settings.fleet.forget_after,
+        warm_up=settings.fleet.warm_up,
+        stats=StatsPolicy(
+            alpha=statistics.alpha,
+            recovery_half_life=statistics.recovery_half_life,
+            initial_success=statistics.initial_success,
+        ),
+        breaker=BreakerPolicy(failures=breaker.failures, pause=breaker.pause, pause_cap=breaker.pause_cap),
+    )
+
+
+def _selection_policy(settings: ControlPlaneSettings) -> Policy:
+    selection = settings.selection
+    return Policy(
+        weights=Weights(**selection.weights.model_dump()),
+        availability_threshold=selection.availability_threshold,
+        latency_reference_s=selection.latency_reference,
+        ttft_prior_s=selection.prior_ttft,
+        tpot_prior_s=selection.prior_tpot,
+        cost_reference_usd=selection.cost_reference_usd,
+        expected_output_tokens=selection.expected_output_tokens,
+        provider_preference=selection.provider_preference,  # type: ignore[arg-type]
+    )

@@ -1,0 +1,141 @@
+"""Settings of the control plane, section `control_plane` of modelyard.yaml.
+
+The table in README.md is generated from this module.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from modelyard.program.settings import Settings
+
+SECTION = "control_plane"
+PROGRAM = "modelyard control-plane"
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class FleetSettings(Settings):
+    report_interval: PositiveSeconds = Field(1.0, description="Seconds between two reports of a model server.")
+    lease_duration: PositiveSeconds = Field(
+        3.0, description="Seconds after its last report at which a model server is LOST; at least twice the interval."
+    )
+    warm_up: Seconds = Field(
+        2.0, description="Seconds after the start during which an empty-handed refusal is UNAVAILABLE, not final."
+    )
+    forget_after: Seconds = Field(600.0, description="Seconds after which a LOST server is no longer listed.")
+
+    @model_validator(mode="after")
+    def _lease_outlives_a_report(self) -> FleetSettings:
+        if self.lease_duration < 2 * self.report_interval:
+            raise ValueError("lease_duration must be at least twice report_interval, or a single late report loses it")
+        return self
+
+
+class QueueBounds(Settings):
+    low: int = Field(4096, ge=0, description="Most waiting requests of priority low.")
+    normal: int = Field(2048, ge=0, description="Most waiting requests of priority normal.")
+    high: int = Field(1024, ge=0, description="Most waiting requests of priority high.")
+    critical: int = Field(512, ge=0, description="Most waiting requests of priority critical.")
+
+
+class QueueTimeouts(Settings):
+    low: PositiveSeconds = Field(300.0, description="Seconds that a request of priority low may wait.")
+    normal: PositiveSeconds = Field(60.0, description="Seconds that a request of priority normal may wait.")
+    high: PositiveSeconds = Field(30.0, description="Seconds that a request of priority high may wait.")
+    critical: PositiveSeconds = Field(30.0, description="Seconds that a request of priority critical may wait.")
+
+
+class QueueSettings(Settings):
+    bound: QueueBounds = QueueBounds()
+    timeout: QueueTimeouts = QueueTimeouts()
+
+
+class SelectionWeights(Settings):
+    capability: Weight = Field(3.0, description="Weight of the model's score for the kind of work.")
+    success: Weight = Field(2.0, description="Weight of the success rate.")
+    latency: Weight = Field(3.0, description="Weight of the expected latency.")
+    cost: Weight = Field(1.0, description="Weight of the expected price.")
+    load: Weight = Field(2.0, description="Weight of the share of free slots.")
+    provider: Weight = Field(1.0, description="Weight of the provider preference.")
+
+    @model_validator(mode="after")
+    def _something_counts(self) -> SelectionWeights:
+        if not any(getattr(self, name) for name in type(self).model_fields):
+            raise ValueError("at least one weight must be above 0")
+        return self
+
+
+class SelectionSettings(Settings):
+    weights: SelectionWeights = SelectionWeights()
+    availability_threshold: Share = Field(
+        0.2, description="A server and model whose success rate is lower are not chosen."
+    )
+    latency_reference: PositiveSeconds = Field(5.0, description="Expected seconds at which the latency score is 0.5.")
+    cost_reference_usd: Annotated[float, Field(gt=0)] = Field(
+        0.01, description="Expected US dollars per request at which the cost score is 0.5."
+    )
+    prior_ttft: PositiveSeconds = Field(0.5, description="Time to first token assumed before anything was measured.")
+    prior_tpot: PositiveSeconds = Field(0.05, description="Time per output token assumed before measurement.")
+    expected_output_tokens: int = Field(256, ge=1, description="Output length assumed where max_tokens is not given.")
+    provider_preference: dict[str, Share] = Field(
+        default_factory=dict, description="Preference per provider, 0 to 1; 1 for those not named."
+    )
+
+
+class StatisticsSettings(Settings):
+    alpha: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="Weight of the newest observation.")
+    recovery_half_life: PositiveSeconds = Field(
+        60.0, description="Seconds in which an unused success rate gets half-way back to its start."
+    )
+    initial_success: Share = Field(1.0, description="Success rate before anything was observed.")
+
+
+class BreakerSettings(Settings):
+    failures: int = Field(5, ge=1, description="Consecutive failures that open the circuit breaker.")
+    pause: PositiveSeconds = Field(1.0, description="Seconds until the first trial; doubles with each failed trial.")
+    pause_cap: PositiveSeconds = Field(30.0, description="Longest pause in seconds.")
+
+
+class RetrySettings(Settings):
+    max_attempts: int = Field(3, ge=1, le=10, description="Most attempts per request, the first one included.")
+    base: Seconds = Field(0.02, description="Seconds before the first retry; the actual delay is random below it.")
+    factor: Annotated[float, Field(ge=1)] = Field(2.0, description="Growth of the delay per retry.")
+    cap: Seconds = Field(2.0, description="Longest delay in seconds.")
+
+
+class LimitSettings(Settings):
+    max_request_bytes: int = Field(8 * 1024 * 1024, ge=1024, description="Largest request.")
+    max_generation: PositiveSeconds = Field(
+        600.0, description="Seconds after which a request ends when its caller gave no deadline, or a later one."
+    )
+    write_timeout: PositiveSeconds = Field(
+        30.0, description="Seconds that a client may leave its stream unread before it is cut off."
+    )
+
+
+class ControlPlaneSettings(Settings):
+    host: str = Field("127.0.0.1", description="Address to listen on. Anything but loopback opens it to the network.")
+    port: Port = Field(7460, description="gRPC port; 0 takes a free one.")
+    metrics_port: int = Field(7461, ge=-1, le=65535, description="Port of /metrics; 0 takes a free one, -1 turns off.")
+    models_dir: Path | None = Field(
+        None, description="Folder of model definitions, one YAML file per provider. Read again when a file changes."
+    )
+    fleet: FleetSettings = FleetSettings()
+    queue: QueueSettings = QueueSettings()
+    selection: SelectionSettings = SelectionSettings()
+    statistics: StatisticsSettings = StatisticsSettings()
+    breaker: BreakerSettings = BreakerSettings()
+    retry: RetrySettings = RetrySettings()
+    limits: LimitSettings = LimitSettings()
+    drain_grace: Seconds = Field(30.0, description="Seconds that running requests get when the program is stopped.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity logged.")
+    log_format: Literal["text", "json"] = Field("text", description="Log lines for people or for machines.")
+    watch_parent: bool = Field(False, description="Stop when standard input ends (used by `modelyard up`).")

@@ -1,0 +1,152 @@
+"""Read model definitions: one YAML file per provider, top-level key `models`.
+
+    # ollama.yaml: the file's name is the provider
+    models:
+      llama3.1:8b:
+        capabilities: {chat: 0.7, code_generation: 0.5}   # 0 to 1 per kind of work
+        context_length: 8192
+        features: [streaming, json, function_calling]
+        price: {prompt: 0, cached_prompt: 0, completion: 0}   # US dollars per million tokens
+        initial: {success: 0.95, ttft: 0.4, tpot: 0.05}       # until measured
+
+Every key is optional. A mistake is refused with file, line and key.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, field_validator
+
+from control_plane.domain.definition import Definitions, ModelDefinition
+from control_plane.domain.model import ModelName, Price, Provider
+from control_plane.domain.task import Feature, TaskType
+from modelyard.program.settings import Settings, SettingsError, YamlFile
+
+log = logging.getLogger(__name__)
+
+Score = Annotated[float, Field(ge=0, le=1)]
+Usd = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Price(Settings):
+    prompt: Usd = 0.0
+    cached_prompt: Usd = 0.0
+    completion: Usd = 0.0
+
+
+class _Initial(Settings):
+    success: Score | None = None
+    ttft: Seconds | None = None
+    tpot: Seconds | None = None
+
+
+class _Model(Settings):
+    capabilities: dict[str, Score] | None = None
+    context_length: Annotated[int, Field(ge=1)] | None = None
+    features: list[str] | None = None
+    price: _Price | None = None
+    initial: _Initial = _Initial()
+
+    @field_validator("capabilities")
+    @classmethod
+    def _known_kinds(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        _names_in(value or (), TaskType, "kind of work")
+        return value
+
+    @field_validator("features")
+    @classmethod
+    def _known_features(cls, value: list[str] | None) -> list[str] | None:
+        _names_in(value or (), [feature for feature in Feature if feature], "feature")
+        return value
+
+
+class _File(Settings):
+    models: dict[str, _Model]
+
+
+def _names_in(names: Any, enum: Any, what: str) -> None:
+    known = [member.name.lower() for member in enum]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
+
+
+def read_file(path: Path) -> Iterator[ModelDefinition]:
+    """The definitions of one file. Raises SettingsError."""
+    document = YamlFile(path)
+    try:
+        parsed = _File.model_validate(document.data if document.data is not None else {})
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors(include_url=False):
+            message = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
+            lines.append(f"{document.where(problem['loc'])}: {message}")
+        raise SettingsError("\n".join(lines)) from None
+    provider = Provider(path.stem)
+    for name, model in parsed.models.items():
+        features = None
+        if model.features is not None:
+            features = Feature.NONE
+            for feature in model.features:
+                features |= Feature[feature.upper()]
+        yield ModelDefinition(
+            provider=provider,
+            name=ModelName(name),
+            capabilities=None
+            if model.capabilities is None
+            else {TaskType[kind.upper()]: score for kind, score in model.capabilities.items()},
+            context_length=model.context_length,
+            features=features,
+            price=Price(**model.price.model_dump()) if model.price else None,
+            initial_success=model.initial.success,
+            initial_ttft=model.initial.ttft,
+            initial_tpot=model.initial.tpot,
+        )
+
+
+def read(folder: Path) -> Definitions:
+    """All definitions of a folder. Raises SettingsError naming file, line and key."""
+    if not folder.is_dir():
+        raise SettingsError(f"models_dir: {folder} is not a folder")
+    return Definitions(definition for path in _files(folder) for definition in read_file(path))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
+
+
+class Watcher:
+    """Notices changed files; a bad edit keeps the previous definitions and is logged once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._seen = self._stamp()
+
+    def _stamp(self) -> tuple[tuple[str, int, int], ...]:
+        stamps = []
+        for path in _files(self._folder):
+            try:
+                status = path.stat()
+            except OSError:
+                continue  # gone between listing and looking: the next look will tell
+            stamps.append((path.name, status.st_mtime_ns, status.st_size))
+        return tuple(stamps)
+
+    def poll(self) -> Definitions | None:
+        """New definitions if something changed and all of it is sound, else None."""
+        stamp = self._stamp()
+        if stamp == self._seen:
+            return None
+        self._seen = stamp
+        try:
+            definitions = read(self._folder)
+        except SettingsError as error:
+            log.error("model definitions not changed, the previous ones stay in force:\n%s", error)
+            return None
+        log.info("model definitions read again from %s", self._folder)
+        return definitions

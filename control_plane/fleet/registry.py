@@ -1,0 +1,426 @@
+"""The live picture of the fleet: who is here, what they hold, how they do.
+
+One object, one event loop, no awaits: every method is a single step. Time comes in as `now`
+(monotonic seconds) and `wall` (seconds since 1970, shown to people only).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from control_plane.domain.definition import Definitions
+from control_plane.domain.errors import DomainError, unknown_server
+from control_plane.domain.lease import Lease
+from control_plane.domain.model import ModelCard, ModelName, Price, Provider, ServerId
+from control_plane.domain.server import BreakerState, Health, LeaseState, Report
+from control_plane.scheduling.breaker import Breaker, BreakerPolicy
+from control_plane.scheduling.stats import RuntimeStats, StatsPolicy
+from control_plane.selection.table import CandidateRow, CandidateTable
+
+log = logging.getLogger(__name__)
+
+PairKey = tuple[ModelName, Provider]
+
+
+class OutcomeKind(Enum):
+    SUCCESS = "success"
+    FAILURE = "failure"
+    NEUTRAL = "neutral"
+    """Says nothing about the server: cancelled, refused for the request's own sake, busy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a dispatched request ended."""
+
+    kind: OutcomeKind
+    ttft: float | None = None
+    """Seconds from dispatch to the first token."""
+    tpot: float | None = None
+
+
+@dataclass(slots=True)
+class Pair:
+    """What was learned of one model on one server."""
+
+    stats: RuntimeStats
+    breaker: Breaker
+
+
+@dataclass(eq=False, slots=True)
+class Flight:
+    """A request that a server is working on. Ends with Fleet.end, exactly once."""
+
+    server: Server
+    model: ModelName
+    provider: Provider
+    price: Price
+    on_lost: Callable[[], None] | None = None
+    """Called when the server's lease runs out: nothing will come any more."""
+
+    @property
+    def server_id(self) -> ServerId:
+        return self.server.id
+
+    @property
+    def endpoint(self) -> str:
+        return self.server.report.identity.endpoint
+
+
+@dataclass(eq=False, slots=True)
+class Server:
+    """One model server."""
+
+    report: Report
+    lease: Lease
+    attached_wall: float
+    reported_wall: float
+    cards: tuple[ModelCard, ...] = ()
+    """Models with definitions applied."""
+    drain_ordered: bool = False
+    attachment: Attachment | None = None
+    pairs: dict[PairKey, Pair] = field(default_factory=dict)
+    flights: set[Flight] = field(default_factory=set)
+    lost_at: float = 0.0
+
+    @property
+    def id(self) -> ServerId:
+        return self.report.identity.server_id
+
+    @property
+    def draining(self) -> bool:
+        return self.drain_ordered or self.report.draining
+
+    @property
+    def state(self) -> LeaseState:
+        """The lease's state; a draining server with a live lease is DRAINING."""
+        if self.draining and self.lease.state is LeaseState.LIVE:
+            return LeaseState.DRAINING
+        return self.lease.state
+
+    @property
+    def ready(self) -> bool:
+        return self.lease.state is LeaseState.LIVE and self.report.health is Health.READY
+
+
+@dataclass(eq=False, slots=True)
+class Attachment:
+    """One report stream."""
+
+    server: Server
+    on_directive: Callable[[], None]
+    """Called when the server must be told something before its next report."""
+    superseded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FleetPolicy:
+    lease_duration: float
+    forget_after: float
+    warm_up: float
+    stats: StatsPolicy
+    breaker: BreakerPolicy
+
+
+class Fleet:
+    """Owner of the fleet picture and of the candidate table that the selector reads."""
+
+    def __init__(self, policy: FleetPolicy, definitions: Definitions, now: float) -> None:
+        self._policy = policy
+        self._definitions = definitions
+        self._servers: dict[ServerId, Server] = {}
+        self._epochs: dict[ServerId, int] = {}
+        self._warm_at = now + policy.warm_up
+        self._troubled: set[tuple[ServerId, PairKey]] = set()
+        self._listeners: list[Callable[[ServerId, bool], None]] = []
+        self.on_capacity: Callable[[], None] = lambda: None
+        self.table = CandidateTable([])
+
+    # ------------------------------------------------------------- reading ---
+
+    def servers(self) -> list[Server]:
+        """Every server known, by id."""
+        return [self._servers[server_id] for server_id in sorted(self._servers)]
+
+    def server(self, server_id: str) -> Server:
+        """Raises UNKNOWN_SERVER."""
+        try:
+            return self._servers[ServerId(server_id)]
+        except KeyError:
+            raise unknown_server(server_id, tuple(sorted(self._servers))) from None
+
+    @property
+    def definitions(self) -> Definitions:
+        return self._definitions
+
+    def warming_up(self, now: float) -> float:
+        """Seconds of warm-up left, 0 once over."""
+        return max(0.0, self._warm_at - now)
+
+    def model_names(self) -> tuple[str, ...]:
+        """Every model offered or defined, by name."""
+        names = {card.name for server in self._servers.values() for card in server.cards}
+        names.update(definition.name for definition in self._definitions)
+        return tuple(sorted(names))
+
+    def resolve(self, text: str) -> tuple[ModelName, Provider | None] | None:
+        """'name' or 'provider/name' as a pin; None if no such model is offered or defined."""
+        found = self.table.resolve(text)
+        if found is None:
+            for definition in self._definitions:
+                if text == definition.name:
+                    return definition.name, None
+                if text == f"{definition.provider}/{definition.name}":
+                    return definition.name, definition.provider
+        return found
+
+    def listen(self, listener: Callable[[ServerId, bool], None]) -> Callable[[], None]:
+        """Call `listener(server_id, urgent)` at every change; returns how to stop that."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    # ----------------------------------------------------------- attaching ---
+
+    def attach(self, report: Report, now: float, wall: float, on_directive: Callable[[], None]) -> Attachment:
+        """Begin a report stream: grants the next lease epoch and supersedes an older stream."""
+        server_id = report.identity.server_id
+        epoch = self._epochs[server_id] = self._epochs.get(server_id, 0) + 1
+        server = self._servers.get(server_id)
+        if server is None:
+            server = Server(report, Lease.grant(epoch, now, self._policy.lease_duration), wall, wall)
+            self._servers[server_id] = server
+        else:
+            if server.attachment is not None:
+                server.attachment.superseded = True
+                server.attachment.on_directive()
+            if server.report.identity.instance_id != report.identity.instance_id:
+                # A new process: the drain order was for the old one, and its work died with it.
+                server.drain_ordered = False
+                self._abandon(server)
+            server.attached_wall = server.reported_wall = wall
+            server.lease = Lease.grant(epoch, now, self._policy.lease_duration)
+        server.attachment = Attachment(server, on_directive)
+        self._accept(server, report, rebuild=True, now=now)
+        log.info(
+            "%s attached: %s, %s, epoch %d, %d models",
+            server_id, report.identity.endpoint, report.engine, epoch, len(report.models),
+        )  # fmt: skip
+        return server.attachment
+
+    def update(self, attachment: Attachment, report: Report, now: float, wall: float) -> None:
+        """A later report of the same stream. Raises SUPERSEDED, or INVALID_REQUEST when the
+        stream changes its server_id."""
+        server = attachment.server
+        if attachment.superseded:
+            raise superseded(server.id)
+        if report.identity.server_id != server.id:
+            raise DomainError("INVALID_REQUEST", "identity.server_id must not change during a stream")
+        before = server.state
+        server.lease = server.lease.renewed(now, self._policy.lease_duration)
+        self._epochs[server.id] = server.lease.epoch
+        server.reported_wall = wall
+        static = (
+            report.models != server.report.models or report.identity != server.report.identity or not server.cards
+        )
+        health = report.health is not server.report.health
+        self._accept(server, report, rebuild=static, now=now)
+        self._changed(server, urgent=static or health or server.state is not before)
+
+    def detach(self, attachment: Attachment) -> None:
+        """The stream ended, for whatever reason."""
+        server = attachment.server
+        if attachment.superseded or server.attachment is not attachment:
+            return
+        server.attachment = None
+        server.lease = server.lease.broken()
+        log.warning("%s: report stream broke, %s", server.id, server.state.name)
+        self._refresh(server)
+        self._changed(server, urgent=True)
+
+    def drain(self, server_id: str, undo: bool) -> Server:
+        """Order a server to take nothing new, or to serve again. Raises UNKNOWN_SERVER."""
+        server = self.server(server_id)
+        if server.drain_ordered is undo:
+            server.drain_ordered = not undo
+            log.info("%s: %s", server_id, "serve again" if undo else "drain")
+            self._refresh(server)
+            if server.attachment:
+                server.attachment.on_directive()
+            self._changed(server, urgent=True)
+        return server
+
+    def define(self, definitions: Definitions) -> None:
+        """Put new model definitions in force."""
+        self._definitions = definitions
+        for server in self._servers.values():
+            server.cards = tuple(definitions.apply(card) for card in server.report.models)
+        self._rebuild()
+        for server in self._servers.values():
+            self._changed(server, urgent=True)
+
+    def tick(self, now: float) -> None:
+        """Let time pass: leases expire, breakers reopen, rates recover, the lost are forgotten."""
+        for server in list(self._servers.values()):
+            lease = server.lease.at(now)
+            if lease.state is not server.lease.state:
+                server.lease = lease
+                server.lost_at = now
+                log.warning("%s: LOST, lease of epoch %d ran out", server.id, lease.epoch)
+                self._abandon(server)
+                self._refresh(server)
+                self._changed(server, urgent=True)
+            elif lease.state is LeaseState.LOST and now - server.lost_at > self._policy.forget_after:
+                del self._servers[server.id]
+                self._rebuild()
+                self._changed(server, urgent=True)
+        for key in list(self._troubled):
+            self._refresh_pair(*key, now)
+
+    # --------------------------------------------------------- dispatching ---
+
+    def begin(self, row: int, now: float) -> Flight:
+        """Take a slot for a request on the chosen row of the table."""
+        chosen = self.table.rows[row]
+        server_id, model, provider = chosen.server_id, chosen.card.name, chosen.card.provider
+        server = self._servers[server_id]
+        pair = self._pair(server, (model, provider))
+        pair.breaker = pair.breaker.on_dispatch(now)
+        if pair.breaker.state is not BreakerState.CLOSED:
+            self._refresh_pair(server_id, (model, provider), now)
+        flight = Flight(server, model, provider, chosen.card.price)
+        server.flights.add(flight)
+        self.table.take(row)
+        self._changed(server, urgent=False)
+        return flight
+
+    def end(self, flight: Flight, outcome: Outcome, now: float) -> None:
+        """Give the slot back and learn from the outcome. A second call does nothing."""
+        server = flight.server
+        if flight not in server.flights:
+            return
+        server.flights.discard(flight)
+        key = (flight.model, flight.provider)
+        pair = self._pair(server, key)
+        if outcome.kind is OutcomeKind.SUCCESS:
+            pair.stats = pair.stats.observe_success(outcome.ttft, outcome.tpot, now)
+            pair.breaker = pair.breaker.on_success(now)
+        elif outcome.kind is OutcomeKind.FAILURE:
+            pair.stats = pair.stats.observe_failure(now)
+            pair.breaker = pair.breaker.on_failure(now)
+            self._troubled.add((server.id, key))
+        else:
+            pair.breaker = pair.breaker.on_cancel(now)
+        if self._servers.get(server.id) is server:
+            row = self.table.find(server.id, *key)
+            if row is None:
+                self._refresh(server)
+            else:
+                self.table.give(row)
+            self._refresh_pair(server.id, key, now)
+            self._changed(server, urgent=False)
+        self.on_capacity()
+
+    # ------------------------------------------------------------- private ---
+
+    def _accept(self, server: Server, report: Report, *, rebuild: bool, now: float) -> None:
+        server.report = report
+        if rebuild:
+            server.cards = tuple(self._definitions.apply(card) for card in report.models)
+            for card in server.cards:
+                self._pair(server, (card.name, card.provider))
+            self._rebuild()
+        else:
+            self._refresh(server)
+        for card in report.models:
+            pair = server.pairs.get((card.name, card.provider))
+            # Until this control plane has measured, the server's own word is the best there is.
+            if pair and not pair.stats.requests and (card.ttft is not None or card.tpot is not None):
+                self.table.set_stats(
+                    server.id, card.name, card.provider,
+                    success=pair.stats.success_at(now), ttft=card.ttft, tpot=card.tpot,
+                )  # fmt: skip
+        self._changed(server, urgent=rebuild)
+        self.on_capacity()
+
+    def _abandon(self, server: Server) -> None:
+        for flight in list(server.flights):
+            if flight.on_lost:
+                flight.on_lost()
+
+    def _pair(self, server: Server, key: PairKey) -> Pair:
+        pair = server.pairs.get(key)
+        if pair is None:
+            definition = self._definitions.get(key[1], key[0])
+            stats = RuntimeStats.initial(
+                self._policy.stats,
+                success=definition.initial_success if definition else None,
+                ttft=definition.initial_ttft if definition else None,
+                tpot=definition.initial_tpot if definition else None,
+            )
+            pair = server.pairs[key] = Pair(stats, Breaker.closed(self._policy.breaker))
+        return pair
+
+    def _rebuild(self) -> None:
+        """The set of rows changed: build the table anew and fill in what moves."""
+        self.table = CandidateTable(
+            [CandidateRow(server.id, card) for server in self._servers.values() for card in server.cards]
+        )
+        for server in self._servers.values():
+            self._refresh(server)
+            for card in server.cards:
+                key = (card.name, card.provider)
+                pair = self._pair(server, key)
+                measured = pair.stats.requests > 0
+                self.table.set_stats(
+                    server.id, *key, success=pair.stats.success,
+                    ttft=pair.stats.ttft if measured or card.ttft is None else card.ttft,
+                    tpot=pair.stats.tpot if measured or card.tpot is None else card.tpot,
+                )  # fmt: skip
+                self.table.set_breaker(server.id, *key, open=pair.breaker.state is not BreakerState.CLOSED)
+
+    def _refresh(self, server: Server) -> None:
+        load = server.report.load
+        self.table.set_server(
+            server.id,
+            ready=server.ready,
+            draining=server.draining,
+            slots=load.slots,
+            used=len(server.flights) + load.foreign,
+            waiting=load.waiting,
+        )
+
+    def _refresh_pair(self, server_id: ServerId, key: PairKey, now: float) -> None:
+        server = self._servers.get(server_id)
+        if server is None or self.table.find(server_id, *key) is None:
+            self._troubled.discard((server_id, key))
+            return
+        pair = self._pair(server, key)
+        stats = pair.stats
+        success = stats.success_at(now)
+        allowed = pair.breaker.allows(now)
+        self.table.set_stats(server_id, *key, success=success, ttft=stats.ttft, tpot=stats.tpot)
+        self.table.set_breaker(server_id, *key, open=not allowed)
+        if pair.breaker.state is BreakerState.CLOSED and success > 0.99:
+            self._troubled.discard((server_id, key))
+        else:
+            self._troubled.add((server_id, key))
+
+    def _changed(self, server: Server, *, urgent: bool) -> None:
+        for listener in self._listeners:
+            listener(server.id, urgent)
+
+
+def superseded(server_id: ServerId) -> DomainError:
+    return DomainError("SUPERSEDED", f"a newer instance attached as {server_id!r}: stop this one or rename it")
+
+
+def placements(servers: Iterable[Server]) -> dict[ModelName, list[tuple[Server, ModelCard]]]:
+    """Which servers hold which model, by name."""
+    found: dict[ModelName, list[tuple[Server, ModelCard]]] = {}
+    for server in servers:
+        for card in server.cards:
+            found.setdefault(card.name, []).append((server, card))
+    return dict(sorted(found.items()))
