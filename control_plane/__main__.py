@@ -13,6 +13,7 @@ from modelyard.program.settings import SettingsError, load
 
 
 def main() -> int:
+    status = 0
     try:
         settings = load(
             ControlPlaneSettings,
@@ -24,10 +25,11 @@ def main() -> int:
             cwd=Path.cwd(),
         )
         configure_logging(settings.log_level, settings.log_format)
-        return run(serve(settings))
-    except (SettingsError, OSError) as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 2
+        status = run(serve(settings))
+    except* (SettingsError, OSError) as errors:
+        print(f"{PROGRAM}: {errors.exceptions[0]}", file=sys.stderr)
+        status = 2
+    return status
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
+from collections.abc import AsyncIterator
 
 from prometheus_client import start_http_server
 
@@ -31,6 +33,8 @@ from modelyard.rpc.server import bind, create_server, drain, enable_standard_ser
 from modelyard.v1 import orchestrator_pb2
 
 log = logging.getLogger(__name__)
+
+SERVICE = orchestrator_pb2.DESCRIPTOR.services_by_name["Orchestrator"]
 
 # Leases, queue timeouts and breaker pauses end at most this many seconds late.
 _TICK = 0.05
@@ -91,6 +95,29 @@ class ControlPlane:
             orchestrator_id, self.fleet, self.scheduler, generation, settings.fleet, clock, self.metrics
         )
 
+    async def start(self) -> str:
+        """Listen and serve; the address."""
+        settings, limit = self.settings, self.settings.limits.max_request_bytes
+        server = create_server(max_request_bytes=limit)
+        server.add_generic_rpc_handlers((service_handler(SERVICE, self.servicer, max_request_bytes=limit),))
+        self._health = enable_standard_services(server, [SERVICE.full_name])
+        port = bind(server, settings.host, settings.port)
+        await server.start()
+        await self._health.set_serving(SERVICE.full_name, True)
+        self._server = server
+        return f"{settings.host}:{port}"
+
+    async def stop(self) -> None:
+        """Drain: refuse new work, let what runs end within the grace, close."""
+        await drain(
+            self._server,
+            self._health,
+            stop_accepting=self.servicer.stop_accepting,
+            in_flight=self.servicer.in_flight,
+            grace=self.settings.drain_grace,
+        )
+        await self.upstreams.close()
+
     async def tick_forever(self) -> None:
         """Let time pass for fleet and queue."""
         while True:
@@ -109,43 +136,38 @@ class ControlPlane:
             await asyncio.sleep(_FILES_INTERVAL)
 
 
-async def serve(settings: ControlPlaneSettings) -> int:
-    """Run a control plane until it is told to stop; the exit status."""
-    plane = ControlPlane(settings, SystemClock())
-    service = orchestrator_pb2.DESCRIPTOR.services_by_name["Orchestrator"]
-    limit = settings.limits.max_request_bytes
-    server = create_server(max_request_bytes=limit)
-    server.add_generic_rpc_handlers((service_handler(service, plane.servicer, max_request_bytes=limit),))
-    health = enable_standard_services(server, [service.full_name])
-    port = bind(server, settings.host, settings.port)
-    facts: dict[str, str | int] = {"address": f"{settings.host}:{port}"}
-    if settings.metrics_port >= 0:
-        metrics_server, _ = start_http_server(
-            settings.metrics_port, addr=settings.host, registry=plane.metrics.registry
-        )
-        facts["metrics"] = f"http://{settings.host}:{metrics_server.server_port}/metrics"
+@contextlib.asynccontextmanager
+async def running(settings: ControlPlaneSettings, clock: Clock | None = None) -> AsyncIterator[tuple[ControlPlane, str]]:
+    """A serving control plane and its address; drained on the way out."""
+    plane = ControlPlane(settings, clock or SystemClock())
     async with asyncio.TaskGroup() as group:
         # A task that dies takes the group, and so the process, with it.
         background = [
             group.create_task(plane.tick_forever(), name="ticker"),
             group.create_task(plane.watch_definitions(), name="definitions"),
         ]
-        await server.start()
-        await health.set_serving(service.full_name, True)
+        try:
+            address = await plane.start()
+            try:
+                yield plane, address
+            finally:
+                await plane.stop()
+        finally:
+            for task in background:
+                task.cancel()
+
+
+async def serve(settings: ControlPlaneSettings) -> int:
+    """Run a control plane until it is told to stop; the exit status."""
+    async with running(settings) as (plane, address):
+        facts: dict[str, str | int] = {"address": address}
+        if settings.metrics_port >= 0:
+            metrics, _ = start_http_server(settings.metrics_port, addr=settings.host, registry=plane.metrics.registry)
+            facts["metrics"] = f"http://{settings.host}:{metrics.server_port}/metrics"
         announce_ready("control-plane", **facts)
-        log.info("serving on %s", facts["address"])
+        log.info("serving on %s", address)
         why = await until_told_to_stop(watch_parent=settings.watch_parent)
         log.info("%s: draining, at most %g s", why, settings.drain_grace)
-        await drain(
-            server,
-            health,
-            stop_accepting=plane.servicer.stop_accepting,
-            in_flight=plane.servicer.in_flight,
-            grace=settings.drain_grace,
-        )
-        for task in background:
-            task.cancel()
-    await plane.upstreams.close()
     return 0
 
 

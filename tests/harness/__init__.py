@@ -1,0 +1,1 @@
+"""What tests share: programs as child processes, and small waits for conditions."""
