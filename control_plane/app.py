@@ -132,12 +132,14 @@ class ControlPlane:
         while self.watcher:
             definitions = self.watcher.poll()
             if definitions is not None:
-                self.fleet.define(definitions)
+                self.fleet.define(definitions, self.clock.monotonic())
             await asyncio.sleep(_FILES_INTERVAL)
 
 
 @contextlib.asynccontextmanager
-async def running(settings: ControlPlaneSettings, clock: Clock | None = None) -> AsyncIterator[tuple[ControlPlane, str]]:
+async def running(
+    settings: ControlPlaneSettings, clock: Clock | None = None
+) -> AsyncIterator[tuple[ControlPlane, str]]:
     """A serving control plane and its address; drained on the way out."""
     plane = ControlPlane(settings, clock or SystemClock())
     async with asyncio.TaskGroup() as group:

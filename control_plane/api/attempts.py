@@ -19,7 +19,7 @@ from control_plane.domain.ports import Clock
 from control_plane.domain.request import RouteRequest
 from control_plane.fleet.registry import Flight, Outcome, OutcomeKind
 from control_plane.fleet.scheduler import Grant, Scheduler
-from control_plane.scheduling.retry import RetryPolicy
+from control_plane.scheduling.retry import RetryPolicy, blames_server, retryable
 from modelyard.rpc.errors import Refusal, from_rpc_error
 from modelyard.rpc.reasons import Reason
 from modelyard.v1.orchestrator_pb2 import Attempt
@@ -27,11 +27,6 @@ from modelyard.v1.orchestrator_pb2 import Attempt
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-# The request itself is at fault, or its caller: another server would say the same.
-_FINAL = {Reason.INVALID_REQUEST, Reason.DEADLINE_EXCEEDED, Reason.SLOW_READER}
-# The server is sound but not the right one at this moment.
-_BLAMELESS = {Reason.SERVER_BUSY, Reason.DRAINING, Reason.UNSUPPORTED, Reason.UNKNOWN_MODEL}
 
 NEUTRAL = Outcome(OutcomeKind.NEUTRAL)
 FAILURE = Outcome(OutcomeKind.FAILURE)
@@ -108,13 +103,13 @@ class Attempts:
                 self._scheduler.release(flight, outcome)
                 return result
             reason = refusal.reason
-            self._scheduler.release(flight, NEUTRAL if reason in _FINAL | _BLAMELESS else FAILURE)
+            self._scheduler.release(flight, FAILURE if blames_server(reason) else NEUTRAL)
             entry.failure_reason = reason
             entry.failure_message = refusal.message
             log.info("%s: attempt on %s failed: %s %s", request.request_id, flight.server_id, reason, refusal.message)
             if progress.tokens_sent:
                 raise broken(flight, refusal)
-            if reason in _FINAL:
+            if not retryable(reason):
                 raise refusal
             if len(history) >= self._policy.max_attempts:
                 raise exhausted(history)

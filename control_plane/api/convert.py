@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -121,7 +122,7 @@ def embed_route_request(
     )
 
 
-def _pins(requirements: selection_pb2.Requirements, model: tuple[ModelName, Provider | None] | None) -> dict:
+def _pins(requirements: selection_pb2.Requirements, model: tuple[ModelName, Provider | None] | None) -> dict[str, Any]:
     name, provider = model or (None, None)
     return {
         "model": name,
@@ -208,10 +209,10 @@ def model_info(card: ModelCard) -> fleet_pb2.ModelInfo:
     return info
 
 
-def capabilities(scores: dict[TaskType, float] | object) -> list[fleet_pb2.Capability]:
+def capabilities(scores: Mapping[TaskType, float]) -> list[fleet_pb2.Capability]:
     return [
         fleet_pb2.Capability(task_type=kind.value, score=score)  # type: ignore[arg-type]
-        for kind, score in sorted(dict(scores).items())  # type: ignore[call-overload]
+        for kind, score in sorted(scores.items())
     ]
 
 

@@ -103,9 +103,7 @@ class Generation:
         relay = _Relay(self, context, body, arrived, arrived + limit, request_id, history)
         try:
             async with asyncio.timeout(limit):
-                await self._attempts.run(
-                    route, relay.attempt, history, relay.announce if request.explain else None
-                )
+                await self._attempts.run(route, relay.attempt, history, relay.announce if request.explain else None)
         except TimeoutError:
             raise _out_of_time(limit) from None
         finally:

@@ -93,9 +93,7 @@ class _States(Collector):
 
     def collect(self) -> Iterator[Metric]:
         servers = self._fleet.servers()
-        depth = GaugeMetricFamily(
-            "modelyard_queue_depth", "Requests that wait for a free slot.", labels=["priority"]
-        )
+        depth = GaugeMetricFamily("modelyard_queue_depth", "Requests that wait for a free slot.", labels=["priority"])
         waiting = self._scheduler.depth()
         for priority in Priority:
             depth.add_metric([priority.name.lower()], waiting.get(priority, 0))
@@ -123,7 +121,5 @@ class _States(Collector):
             for (model, _), pair in server.pairs.items():
                 success.add_metric([server.id, model], pair.stats.success)
                 for breaker in BreakerState:
-                    breakers.add_metric(
-                        [server.id, model, breaker.name.lower()], float(pair.breaker.state is breaker)
-                    )
+                    breakers.add_metric([server.id, model, breaker.name.lower()], float(pair.breaker.state is breaker))
         yield from (flights, slots, breakers, success)

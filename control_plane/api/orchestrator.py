@@ -89,9 +89,7 @@ class OrchestratorServicer:
     # ---------------------------------------------------------------- work ---
 
     @served
-    async def Generate(
-        self, request: orchestrator_pb2.GenerateRequest, context: grpc.aio.ServicerContext
-    ) -> None:
+    async def Generate(self, request: orchestrator_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         with self._admit():
             await self._generation.generate(request, context)
 
@@ -158,9 +156,7 @@ class OrchestratorServicer:
         )
 
     @served
-    async def WatchFleet(
-        self, request: orchestrator_pb2.WatchFleetRequest, context: grpc.aio.ServicerContext
-    ) -> None:
+    async def WatchFleet(self, request: orchestrator_pb2.WatchFleetRequest, context: grpc.aio.ServicerContext) -> None:
         watch = fleet_view.Watch(self._fleet)
         try:
             await context.write(watch.snapshot(self._clock.monotonic()))
@@ -170,7 +166,7 @@ class OrchestratorServicer:
             watch.close()
         raise draining()
 
-    async def _unless_stopping(self, event: Awaitable[None]) -> bool:
+    async def _unless_stopping(self, event: Awaitable[object]) -> bool:
         """Wait for the event; False if the process stops first."""
         waiting = {asyncio.ensure_future(event), asyncio.ensure_future(self._stopping.wait())}
         try:
@@ -183,9 +179,7 @@ class OrchestratorServicer:
     # ----------------------------------------------------- model servers ---
 
     @served
-    async def Attach(
-        self, requests: AsyncIterator[fleet_pb2.ServerReport], context: grpc.aio.ServicerContext
-    ) -> None:
+    async def Attach(self, requests: AsyncIterator[fleet_pb2.ServerReport], context: grpc.aio.ServicerContext) -> None:
         self._admit()
         stream = _ReportStream(self._fleet, self._clock, requests)
         reader = asyncio.create_task(stream.read(), name="attach-reader")
@@ -215,9 +209,7 @@ class OrchestratorServicer:
             lease_epoch=server.lease.epoch,
             lease_duration=convert.duration(self._settings.lease_duration),
             next_report_in=convert.duration(self._settings.report_interval),
-            desired_state=fleet_pb2.DESIRED_STATE_DRAIN
-            if server.drain_ordered
-            else fleet_pb2.DESIRED_STATE_SERVE,
+            desired_state=fleet_pb2.DESIRED_STATE_DRAIN if server.drain_ordered else fleet_pb2.DESIRED_STATE_SERVE,
         )
 
 

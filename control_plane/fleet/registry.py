@@ -22,6 +22,9 @@ from control_plane.selection.table import CandidateRow, CandidateTable
 
 log = logging.getLogger(__name__)
 
+# A success rate this close to where it began needs no more watching.
+_NEARLY = 0.005
+
 PairKey = tuple[ModelName, Provider]
 
 
@@ -58,6 +61,7 @@ class Flight:
     model: ModelName
     provider: Provider
     price: Price
+    breaker_epoch: int
     on_lost: Callable[[], None] | None = None
     """Called when the server's lease runs out: nothing will come any more."""
 
@@ -222,9 +226,7 @@ class Fleet:
         server.lease = server.lease.renewed(now, self._policy.lease_duration)
         self._epochs[server.id] = server.lease.epoch
         server.reported_wall = wall
-        static = (
-            report.models != server.report.models or report.identity != server.report.identity or not server.cards
-        )
+        static = report.models != server.report.models or report.identity != server.report.identity or not server.cards
         health = report.health is not server.report.health
         self._accept(server, report, rebuild=static, now=now)
         self._changed(server, urgent=static or health or server.state is not before)
@@ -252,12 +254,12 @@ class Fleet:
             self._changed(server, urgent=True)
         return server
 
-    def define(self, definitions: Definitions) -> None:
+    def define(self, definitions: Definitions, now: float) -> None:
         """Put new model definitions in force."""
         self._definitions = definitions
         for server in self._servers.values():
             server.cards = tuple(definitions.apply(card) for card in server.report.models)
-        self._rebuild()
+        self._rebuild(now)
         for server in self._servers.values():
             self._changed(server, urgent=True)
 
@@ -274,7 +276,7 @@ class Fleet:
                 self._changed(server, urgent=True)
             elif lease.state is LeaseState.LOST and now - server.lost_at > self._policy.forget_after:
                 del self._servers[server.id]
-                self._rebuild()
+                self._rebuild(now)
                 self._changed(server, urgent=True)
         for key in list(self._troubled):
             self._refresh_pair(*key, now)
@@ -290,7 +292,7 @@ class Fleet:
         pair.breaker = pair.breaker.on_dispatch(now)
         if pair.breaker.state is not BreakerState.CLOSED:
             self._refresh_pair(server_id, (model, provider), now)
-        flight = Flight(server, model, provider, chosen.card.price)
+        flight = Flight(server, model, provider, chosen.card.price, pair.breaker.epoch)
         server.flights.add(flight)
         self.table.take(row)
         self._changed(server, urgent=False)
@@ -306,19 +308,14 @@ class Fleet:
         pair = self._pair(server, key)
         if outcome.kind is OutcomeKind.SUCCESS:
             pair.stats = pair.stats.observe_success(outcome.ttft, outcome.tpot, now)
-            pair.breaker = pair.breaker.on_success(now)
+            pair.breaker = pair.breaker.on_success(now, flight.breaker_epoch)
         elif outcome.kind is OutcomeKind.FAILURE:
             pair.stats = pair.stats.observe_failure(now)
-            pair.breaker = pair.breaker.on_failure(now)
-            self._troubled.add((server.id, key))
+            pair.breaker = pair.breaker.on_failure(now, flight.breaker_epoch)
         else:
-            pair.breaker = pair.breaker.on_cancel(now)
+            pair.breaker = pair.breaker.on_cancel(now, flight.breaker_epoch)
         if self._servers.get(server.id) is server:
-            row = self.table.find(server.id, *key)
-            if row is None:
-                self._refresh(server)
-            else:
-                self.table.give(row)
+            self._refresh(server)
             self._refresh_pair(server.id, key, now)
             self._changed(server, urgent=False)
         self.on_capacity()
@@ -331,17 +328,9 @@ class Fleet:
             server.cards = tuple(self._definitions.apply(card) for card in report.models)
             for card in server.cards:
                 self._pair(server, (card.name, card.provider))
-            self._rebuild()
+            self._rebuild(now)
         else:
             self._refresh(server)
-        for card in report.models:
-            pair = server.pairs.get((card.name, card.provider))
-            # Until this control plane has measured, the server's own word is the best there is.
-            if pair and not pair.stats.requests and (card.ttft is not None or card.tpot is not None):
-                self.table.set_stats(
-                    server.id, card.name, card.provider,
-                    success=pair.stats.success_at(now), ttft=card.ttft, tpot=card.tpot,
-                )  # fmt: skip
         self._changed(server, urgent=rebuild)
         self.on_capacity()
 
@@ -363,7 +352,7 @@ class Fleet:
             pair = server.pairs[key] = Pair(stats, Breaker.closed(self._policy.breaker))
         return pair
 
-    def _rebuild(self) -> None:
+    def _rebuild(self, now: float) -> None:
         """The set of rows changed: build the table anew and fill in what moves."""
         self.table = CandidateTable(
             [CandidateRow(server.id, card) for server in self._servers.values() for card in server.cards]
@@ -371,15 +360,7 @@ class Fleet:
         for server in self._servers.values():
             self._refresh(server)
             for card in server.cards:
-                key = (card.name, card.provider)
-                pair = self._pair(server, key)
-                measured = pair.stats.requests > 0
-                self.table.set_stats(
-                    server.id, *key, success=pair.stats.success,
-                    ttft=pair.stats.ttft if measured or card.ttft is None else card.ttft,
-                    tpot=pair.stats.tpot if measured or card.tpot is None else card.tpot,
-                )  # fmt: skip
-                self.table.set_breaker(server.id, *key, open=pair.breaker.state is not BreakerState.CLOSED)
+                self._refresh_pair(server.id, (card.name, card.provider), now)
 
     def _refresh(self, server: Server) -> None:
         load = server.report.load
@@ -393,17 +374,17 @@ class Fleet:
         )
 
     def _refresh_pair(self, server_id: ServerId, key: PairKey, now: float) -> None:
+        """Bring the pair's row up to date; pairs that time alone will change stay under watch."""
         server = self._servers.get(server_id)
-        if server is None or self.table.find(server_id, *key) is None:
+        if server is None or all((card.name, card.provider) != key for card in server.cards):
             self._troubled.discard((server_id, key))
             return
         pair = self._pair(server, key)
-        stats = pair.stats
+        stats, breaker = pair.stats, pair.breaker
         success = stats.success_at(now)
-        allowed = pair.breaker.allows(now)
         self.table.set_stats(server_id, *key, success=success, ttft=stats.ttft, tpot=stats.tpot)
-        self.table.set_breaker(server_id, *key, open=not allowed)
-        if pair.breaker.state is BreakerState.CLOSED and success > 0.99:
+        self.table.set_breaker(server_id, *key, open=not breaker.allows(now))
+        if breaker.state is BreakerState.CLOSED and abs(success - stats.prior) < _NEARLY:
             self._troubled.discard((server_id, key))
         else:
             self._troubled.add((server_id, key))

@@ -124,6 +124,8 @@ class Scheduler:
 
         def try_place(entry: Waiting[_Waiter]) -> bool:
             waiter = entry.payload
+            if waiter.future.done():  # its caller went away a moment ago
+                return True
             try:
                 grant = self._place(entry.request, entry.avoid, entry.enqueued_at, now, waiter.explain)
             except DomainError as error:
@@ -131,10 +133,7 @@ class Scheduler:
                 return True
             if grant is None:
                 return False
-            if waiter.future.done():  # cancelled in this very moment
-                self._fleet.end(grant.flight, Outcome(OutcomeKind.NEUTRAL), now)
-            else:
-                waiter.future.set_result(grant)
+            waiter.future.set_result(grant)
             return True
 
         self._queue.dispatch(try_place)
@@ -172,9 +171,7 @@ class Scheduler:
             for server in self._fleet.servers()
         )
 
-    def _refusal(
-        self, choice: Choice, request: RouteRequest, avoid: frozenset[ServerId], now: float
-    ) -> DomainError:
+    def _refusal(self, choice: Choice, request: RouteRequest, avoid: frozenset[ServerId], now: float) -> DomainError:
         left = self._fleet.warming_up(now)
         if left and not avoid:
             return fleet_warming_up(left)

@@ -1,0 +1,1 @@
+"""Which model on which server serves a request: filter, score, pick. Pure; see README.md."""

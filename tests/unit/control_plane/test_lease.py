@@ -6,9 +6,7 @@ from hypothesis import strategies as st
 from control_plane.domain.lease import Lease
 from control_plane.domain.server import LeaseState
 
-steps = st.lists(
-    st.tuples(st.sampled_from(["renew", "break", "look"]), st.floats(0, 5, allow_nan=False)), max_size=40
-)
+steps = st.lists(st.tuples(st.sampled_from(["renew", "break", "look"]), st.floats(0, 5, allow_nan=False)), max_size=40)
 
 
 def test_the_life_of_a_lease() -> None:

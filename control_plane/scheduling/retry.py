@@ -1,0 +1,64 @@
+"""When a failed attempt is made again, how often, how soon, and who is to blame."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+FINAL_REASONS = frozenset({"INVALID_REQUEST", "DEADLINE_EXCEEDED", "SLOW_READER"})
+"""The request itself is at fault, or its caller: another server would say the same."""
+
+BLAMELESS_REASONS = frozenset({"SERVER_BUSY", "DRAINING", "UNSUPPORTED", "UNKNOWN_MODEL"})
+"""The server is sound but not the right one at this moment: another may do."""
+
+
+def retryable(reason: str) -> bool:
+    """Whether another server may succeed. Reasons are those of modelyard/v1/orchestrator.proto."""
+    return reason not in FINAL_REASONS
+
+
+def blames_server(reason: str) -> bool:
+    """Whether the failure counts against the server's success rate and circuit breaker."""
+    return reason not in FINAL_REASONS and reason not in BLAMELESS_REASONS
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """Exponential backoff with full jitter.
+
+    Source: M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+
+    Raises:
+        ValueError: a value is out of its range; names the field.
+    """
+
+    max_attempts: int = 3
+    """Attempts of a request, the first one included, >= 1."""
+    base: float = 0.02
+    """Longest delay before the first retry, seconds, >= 0."""
+    factor: float = 2.0
+    """Growth of the longest delay per retry, >= 1."""
+    cap: float = 2.0
+    """Bound of the longest delay, seconds, >= 0."""
+
+    def __post_init__(self) -> None:
+        if self.max_attempts < 1:
+            raise ValueError(f"max_attempts must be >= 1, is {self.max_attempts}")
+        if not 1 <= self.factor < math.inf:
+            raise ValueError(f"factor must be finite and >= 1, is {self.factor}")
+        for name in ("base", "cap"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and >= 0, is {getattr(self, name)}")
+
+    def delay(self, attempt: int, jitter01: float) -> float:
+        """Seconds to wait after attempt number `attempt` (from 1) has failed.
+
+        `jitter01` is a random number in [0, 1]; delay = jitter01 * min(cap, base * factor ** (attempt - 1)).
+        """
+        longest = self.base
+        # Step by step: the power would overflow for a large attempt.
+        for _ in range(attempt - 1):
+            longest *= self.factor
+            if longest >= self.cap:
+                break
+        return jitter01 * min(self.cap, longest)

@@ -1,0 +1,208 @@
+"""Hard filters: what makes a pair of server and model ineligible.
+
+A filter is a function over the whole table that says which rows pass, and one that says for a single row, in words,
+why it does not. `None` instead of a mask: the request does not ask, every row passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from control_plane.domain.decision import RejectionReason
+from control_plane.domain.model import ServerId
+from control_plane.domain.request import RouteRequest
+from control_plane.domain.task import Feature
+from control_plane.selection.policy import Policy
+from control_plane.selection.table import CandidateTable, Mask
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One question to the selector."""
+
+    table: CandidateTable
+    request: RouteRequest
+    policy: Policy
+    avoid: frozenset[ServerId]
+    """Servers that failed in earlier attempts of this request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """A condition, and the words for its failure."""
+
+    reason: RejectionReason
+    passes: Callable[[Query], Mask | None]
+    detail: Callable[[Query, int], str]
+    """Of a row that does not pass."""
+
+
+# ---------------------------------------------------------------- permanent ---
+
+
+def _model(query: Query) -> Mask | None:
+    if query.request.model is None:
+        return None
+    return np.equal(query.table.model_code, query.table.model_codes.get(query.request.model, -1))
+
+
+def _model_detail(query: Query, row: int) -> str:
+    return f"model {query.table.rows[row].card.name} is not {query.request.model}"
+
+
+def _provider(query: Query) -> Mask | None:
+    if query.request.provider is None:
+        return None
+    return np.equal(query.table.provider_code, query.table.provider_codes.get(query.request.provider, -1))
+
+
+def _provider_detail(query: Query, row: int) -> str:
+    return f"provider {query.table.rows[row].card.provider} is not {query.request.provider}"
+
+
+def _server(query: Query) -> Mask | None:
+    if query.request.server_id is None:
+        return None
+    passing = np.zeros(len(query.table), dtype=np.bool_)
+    span = query.table.spans.get(query.request.server_id)
+    if span is not None:
+        passing[span] = True
+    return passing
+
+
+def _server_detail(query: Query, row: int) -> str:
+    return f"server {query.table.rows[row].server_id} is not {query.request.server_id}"
+
+
+def _task_type(query: Query) -> Mask | None:
+    return query.table.offers[query.request.task_type]
+
+
+def _task_type_detail(query: Query, row: int) -> str:
+    return f"no capability for {query.request.task_type.name.lower()}"
+
+
+def _context(query: Query) -> Mask | None:
+    return query.table.context_length >= query.request.context_needed
+
+
+def _context_detail(query: Query, row: int) -> str:
+    return f"context {query.table.rows[row].card.context_length} < {query.request.context_needed} needed"
+
+
+def _features(query: Query) -> Mask | None:
+    needed = int(query.request.features)
+    return np.equal(query.table.features & needed, needed) if needed else None
+
+
+def _features_detail(query: Query, row: int) -> str:
+    missing = query.request.features & ~query.table.rows[row].card.features
+    return f"lacks {', '.join((feature.name or '').lower() for feature in Feature if feature & missing)}"
+
+
+def _excluded(query: Query) -> Mask | None:
+    return _outside(query.table, query.request.excluded)
+
+
+def _excluded_detail(query: Query, row: int) -> str:
+    return f"server {query.table.rows[row].server_id} is excluded by the request"
+
+
+def _avoided(query: Query) -> Mask | None:
+    return _outside(query.table, query.avoid)
+
+
+def _avoided_detail(query: Query, row: int) -> str:
+    return f"server {query.table.rows[row].server_id} failed in an earlier attempt of this request"
+
+
+def _outside(table: CandidateTable, servers: frozenset[ServerId]) -> Mask | None:
+    if not servers:
+        return None
+    passing = np.ones(len(table), dtype=np.bool_)
+    for server_id in servers:
+        span = table.spans.get(server_id)
+        if span is not None:
+            passing[span] = False
+    return passing
+
+
+# ---------------------------------------------------------------- transient ---
+
+
+def _available(query: Query) -> Mask | None:
+    return query.table.success >= query.policy.availability_threshold
+
+
+def _available_detail(query: Query, row: int) -> str:
+    return f"success rate {query.table.success[row]:.2f} < {query.policy.availability_threshold:.2f}"
+
+
+def _breaker(query: Query) -> Mask | None:
+    return ~query.table.breaker_open
+
+
+def _breaker_detail(query: Query, row: int) -> str:
+    return "paused by its circuit breaker after failures"
+
+
+def _ready(query: Query) -> Mask | None:
+    return query.table.ready
+
+
+def _ready_detail(query: Query, row: int) -> str:
+    return f"server {query.table.rows[row].server_id} is not live or its engine is not ready"
+
+
+def _draining(query: Query) -> Mask | None:
+    return ~query.table.draining
+
+
+def _draining_detail(query: Query, row: int) -> str:
+    return f"server {query.table.rows[row].server_id} is draining"
+
+
+def _slot(query: Query) -> Mask | None:
+    return query.table.free > 0
+
+
+def _slot_detail(query: Query, row: int) -> str:
+    slots = int(query.table.slots[row])
+    return f"{slots - int(query.table.free[row])} of {slots} slots taken"
+
+
+PERMANENT: tuple[Filter, ...] = (
+    Filter(RejectionReason.MODEL_MISMATCH, _model, _model_detail),
+    Filter(RejectionReason.PROVIDER_MISMATCH, _provider, _provider_detail),
+    Filter(RejectionReason.SERVER_MISMATCH, _server, _server_detail),
+    Filter(RejectionReason.TASK_TYPE, _task_type, _task_type_detail),
+    Filter(RejectionReason.CONTEXT_TOO_SHORT, _context, _context_detail),
+    Filter(RejectionReason.FEATURE_MISSING, _features, _features_detail),
+    Filter(RejectionReason.EXCLUDED, _excluded, _excluded_detail),
+)
+"""A row that fails one can never serve the request."""
+
+AVOIDED: tuple[Filter, ...] = (Filter(RejectionReason.EXCLUDED, _avoided, _avoided_detail),)
+"""A row that fails this can serve such requests, but has failed this one."""
+
+TRANSIENT: tuple[Filter, ...] = (
+    Filter(RejectionReason.NOT_READY, _ready, _ready_detail),
+    Filter(RejectionReason.DRAINING, _draining, _draining_detail),
+    Filter(RejectionReason.BREAKER_OPEN, _breaker, _breaker_detail),
+    Filter(RejectionReason.AVAILABILITY, _available, _available_detail),
+    Filter(RejectionReason.NO_FREE_SLOT, _slot, _slot_detail),
+)
+"""A row that fails only these may serve the request later. The most serious first."""
+
+
+def passing(filters: tuple[Filter, ...], query: Query) -> Mask:
+    """The rows that pass all filters, shape (rows,). May be a column of the table itself: not to be written to."""
+    result: Mask | None = None
+    for condition in filters:
+        mask = condition.passes(query)
+        if mask is not None:
+            result = mask if result is None else result & mask
+    return np.ones(len(query.table), dtype=np.bool_) if result is None else result

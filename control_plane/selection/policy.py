@@ -1,0 +1,92 @@
+"""What the fleet's owner prefers: the numbers behind every choice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, field, fields
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from control_plane.domain.model import Provider
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Weight of each scorer, >= 0, not all 0. Only their proportions matter.
+
+    The field names are the scorers' names, in the order of `scorers.SCORERS`.
+
+    Raises:
+        ValueError: a weight is negative or not finite, or all are 0; names the field.
+    """
+
+    capability: float = 3.0
+    success: float = 2.0
+    latency: float = 3.0
+    cost: float = 1.0
+    load: float = 2.0
+    provider: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in zip(_WEIGHT_NAMES, astuple(self), strict=True):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"weights.{name} must be finite and >= 0, is {value}")
+        if not any(astuple(self)):
+            raise ValueError(f"weights: at least one of {', '.join(_WEIGHT_NAMES)} must be above 0")
+
+
+_WEIGHT_NAMES = tuple(f.name for f in fields(Weights))
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Weights, thresholds and references of the selector, validated.
+
+    Raises:
+        ValueError: a value is out of its range; names the field.
+    """
+
+    weights: Weights = field(default_factory=Weights)
+    availability_threshold: float = 0.2
+    """A pair of server and model whose success rate is below waits for its recovery, [0, 1]."""
+    latency_reference_s: float = 5.0
+    """Expected seconds that score 0.5, > 0."""
+    ttft_prior_s: float = 0.5
+    """Time to first token where none was measured, seconds, >= 0."""
+    tpot_prior_s: float = 0.05
+    """Time per output token where none was measured, seconds, >= 0."""
+    cost_reference_usd: float = 0.01
+    """Expected price of a request that scores 0.5, US dollars, > 0."""
+    expected_output_tokens: int = 256
+    """Length of an answer whose request sets no max_tokens, >= 1."""
+    provider_preference: Mapping[Provider, float] = field(default_factory=lambda: MappingProxyType({}))
+    """Liking per provider, >= 0; one that is missing has 1. Scores are these divided by the largest."""
+
+    shares: NDArray[np.float64] = field(init=False, repr=False, compare=False)
+    """Weights divided by their sum, shape (scorers, 1)."""
+    preference_scale: float = field(init=False, repr=False, compare=False)
+    """What preferences are divided by."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.availability_threshold <= 1:
+            raise ValueError(f"availability_threshold must be in [0, 1], is {self.availability_threshold}")
+        for name in ("latency_reference_s", "cost_reference_usd"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and > 0, is {getattr(self, name)}")
+        for name in ("ttft_prior_s", "tpot_prior_s"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and >= 0, is {getattr(self, name)}")
+        if self.expected_output_tokens < 1:
+            raise ValueError(f"expected_output_tokens must be >= 1, is {self.expected_output_tokens}")
+        for provider, liking in self.provider_preference.items():
+            if not 0 <= liking < math.inf:
+                raise ValueError(f"provider_preference.{provider} must be finite and >= 0, is {liking}")
+        weights = np.array(astuple(self.weights), dtype=np.float64)[:, np.newaxis]
+        # Dividing by the largest first keeps huge weights from overflowing in the sum.
+        weights /= weights.max()
+        # A frozen value with derived parts: they are set once, here.
+        object.__setattr__(self, "shares", weights / weights.sum())
+        object.__setattr__(self, "preference_scale", max(1.0, *self.provider_preference.values(), 0.0))

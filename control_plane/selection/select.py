@@ -1,0 +1,103 @@
+"""Filter, score, pick; and the same with reasons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from control_plane.domain.decision import DecisionRecord, Rejection, ScoredCandidate, ScorePart, Verdict
+from control_plane.domain.model import ServerId
+from control_plane.domain.request import RouteRequest
+from control_plane.selection.filters import AVOIDED, PERMANENT, TRANSIENT, Query, passing
+from control_plane.selection.policy import Policy
+from control_plane.selection.scorers import SCORERS, parts, weigh
+from control_plane.selection.summary import summarise
+from control_plane.selection.table import CandidateTable, Mask
+
+NO_SERVERS: frozenset[ServerId] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How a selection ended; `explain` tells why."""
+
+    verdict: Verdict
+    row: int = -1
+    """Of the table; -1 unless CHOSEN."""
+    all_away: bool = False
+    """With WAIT: every server that could serve the request is not ready or draining."""
+    all_failed: bool = False
+    """With IMPOSSIBLE: servers can serve such a request, but each of them failed in an earlier attempt of this one."""
+
+
+def select(
+    table: CandidateTable, request: RouteRequest, policy: Policy, avoid: frozenset[ServerId] = NO_SERVERS
+) -> Choice:
+    """The best row for a request as the table stands.
+
+    WAIT if a row could serve it but not now, IMPOSSIBLE if none can. `avoid` names servers that failed in earlier
+    attempts of the request. Of equal scores the least (server, model, provider) wins.
+    """
+    query = Query(table, request, policy, avoid)
+    capable = passing(PERMANENT, query)
+    if avoid:
+        capable = capable & passing(AVOIDED, query)
+    eligible = capable & passing(TRANSIENT, query)
+    if not eligible.any():
+        return _refusal(query, capable)
+    scores = weigh(parts(query), query)
+    # Scores are >= 0, and argmax returns the first of equals.
+    return Choice(Verdict.CHOSEN, int(np.where(eligible, scores, -1.0).argmax()))
+
+
+def explain(
+    table: CandidateTable, request: RouteRequest, policy: Policy, avoid: frozenset[ServerId] = NO_SERVERS
+) -> DecisionRecord:
+    """What `select` answers to the same arguments, with its reasons.
+
+    The choice is `select`'s own, and scores and rejections come from the same functions: the two cannot differ.
+    """
+    choice = select(table, request, policy, avoid)
+    candidates = _candidates(Query(table, request, policy, avoid))
+    # Sorting is stable and rows are sorted by id: equals stay in the order in which `select` prefers them.
+    eligible = sorted((c for c in candidates if not c.rejections), key=lambda candidate: -candidate.score)
+    rejected = [candidate for candidate in candidates if candidate.rejections]
+    return DecisionRecord(
+        verdict=choice.verdict,
+        chosen=candidates[choice.row] if choice.verdict is Verdict.CHOSEN else None,
+        candidates=(*eligible, *rejected),
+        summary=summarise(choice.verdict, eligible, rejected, all_failed=choice.all_failed),
+    )
+
+
+def _refusal(query: Query, capable: Mask) -> Choice:
+    if not capable.any():
+        all_failed = bool(query.avoid) and bool(passing(PERMANENT, query).any())
+        return Choice(Verdict.IMPOSSIBLE, all_failed=all_failed)
+    present = capable & query.table.ready & ~query.table.draining
+    return Choice(Verdict.WAIT, all_away=not present.any())
+
+
+def _candidates(query: Query) -> list[ScoredCandidate]:
+    """Every row of the table, in its order."""
+    values = parts(query)
+    scores = weigh(values, query).tolist()
+    rejections: list[list[Rejection]] = [[] for _ in query.table.rows]
+    for condition in (*PERMANENT, *AVOIDED, *TRANSIENT):
+        mask = condition.passes(query)
+        if mask is not None:
+            for row in (~mask).nonzero()[0].tolist():
+                rejections[row].append(Rejection(condition.reason, condition.detail(query, row)))
+    weights = [(name, float(getattr(query.policy.weights, name))) for name, _ in SCORERS]
+    return [
+        ScoredCandidate(
+            server_id=row.server_id,
+            model=row.card.name,
+            provider=row.card.provider,
+            score=score,
+            parts=tuple(ScorePart(name, value, weight) for (name, weight), value in zip(weights, column, strict=True)),
+            rejections=tuple(reasons),
+        )
+        for row, score, column, reasons in zip(query.table.rows, scores, values.T.tolist(), rejections, strict=True)
+    ]

@@ -1,0 +1,69 @@
+"""A decision in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from control_plane.domain.decision import Rejection, RejectionReason, ScoredCandidate, Verdict
+from control_plane.domain.model import ServerId
+
+_NAMED = 5
+"""Servers that a sentence names before it counts the rest."""
+
+_STATE = {
+    RejectionReason.NOT_READY: "is not ready",
+    RejectionReason.DRAINING: "is draining",
+    RejectionReason.BREAKER_OPEN: "is paused after failures",
+    RejectionReason.AVAILABILITY: "fails too often",
+    RejectionReason.NO_FREE_SLOT: "has no free slot",
+}
+
+
+def summarise(
+    verdict: Verdict, eligible: Sequence[ScoredCandidate], rejected: Sequence[ScoredCandidate], *, all_failed: bool
+) -> str:
+    """The sentence. `eligible` has the best first, `rejected` is sorted by id."""
+    if verdict is Verdict.CHOSEN:
+        return _chosen(eligible)
+    if not rejected:
+        return "no model server is attached"
+    if verdict is Verdict.WAIT:
+        return _wait([candidate for candidate in rejected if not _permanent(candidate)])
+    if all_failed:
+        return "every capable server has failed in this request"
+    return _impossible(rejected)
+
+
+def _chosen(eligible: Sequence[ScoredCandidate]) -> str:
+    first = eligible[0]
+    reasons = ", ".join(f"{part.scorer} {part.value:.2f}" for part in first.parts if part.weight > 0)
+    then = f"; next {_label(eligible[1])} {eligible[1].score:.2f}" if len(eligible) > 1 else ""
+    return f"{_label(first)} scores {first.score:.2f}: {reasons}{then}"
+
+
+def _wait(capable: Sequence[ScoredCandidate]) -> str:
+    # One reason for each server, that of its row which is nearest to starting.
+    nearest: dict[ServerId, ScoredCandidate] = {}
+    for candidate in capable:
+        known = nearest.get(candidate.server_id)
+        if known is None or len(candidate.rejections) < len(known.rejections):
+            nearest[candidate.server_id] = candidate
+    states = [f"{server_id} {_STATE[candidate.rejections[0].reason]}" for server_id, candidate in nearest.items()]
+    rest = f" and {len(states) - _NAMED} more" if len(states) > _NAMED else ""
+    count = "1 capable server, it cannot" if len(states) == 1 else f"{len(states)} capable servers, none can"
+    return f"{count} start now: {', '.join(states[:_NAMED])}{rest}"
+
+
+def _impossible(rejected: Sequence[ScoredCandidate]) -> str:
+    # min() keeps the first of equals, that is the least id.
+    nearest = min(rejected, key=lambda candidate: (len(_permanent(candidate)), -candidate.score))
+    misses = ", ".join(rejection.detail for rejection in _permanent(nearest))
+    return f"no server can serve this request; nearest is {_label(nearest)}: {misses}"
+
+
+def _permanent(candidate: ScoredCandidate) -> list[Rejection]:
+    return [rejection for rejection in candidate.rejections if rejection.reason.permanent]
+
+
+def _label(candidate: ScoredCandidate) -> str:
+    return f"{candidate.server_id}/{candidate.provider}/{candidate.model}"

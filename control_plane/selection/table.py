@@ -1,0 +1,216 @@
+"""Every pair of server and model as columns, so that filters and scorers run over all of them at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from control_plane.domain.model import ModelCard, ModelName, Provider, ServerId
+from control_plane.domain.task import TaskType
+
+Floats: TypeAlias = NDArray[np.float64]
+Ints: TypeAlias = NDArray[np.int64]
+Mask: TypeAlias = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateRow:
+    """One model on one server."""
+
+    server_id: ServerId
+    card: ModelCard
+
+
+class CandidateTable:
+    """Rows sorted by (server, model, provider), so that the first of equals has the least id.
+
+    Every column has shape (rows,). Static columns hold for the life of the table: the owner builds a new one when
+    a server or a model comes, goes or changes. Dynamic columns are changed in place through the methods, by the owner
+    only and never while `select` runs (nothing awaits in between). A new table starts with no server ready.
+
+    Raises:
+        ValueError: two rows have the same server, model and provider.
+    """
+
+    __slots__ = (
+        "_index",
+        "_names",
+        "_qualified",
+        "_span_of_row",
+        "breaker_open",
+        "capability",
+        "completion_price",
+        "context_length",
+        "draining",
+        "features",
+        "free",
+        "model_code",
+        "model_codes",
+        "offers",
+        "prompt_price",
+        "provider_code",
+        "provider_codes",
+        "ready",
+        "rows",
+        "slots",
+        "spans",
+        "success",
+        "tpot",
+        "ttft",
+        "waiting",
+    )
+
+    def __init__(self, rows: Iterable[CandidateRow] = ()) -> None:
+        self.rows: tuple[CandidateRow, ...] = tuple(
+            sorted(rows, key=lambda row: (row.server_id, row.card.name, row.card.provider))
+        )
+        cards = [row.card for row in self.rows]
+        size = len(cards)
+        self._index = {
+            (row.server_id, row.card.name, row.card.provider): number for number, row in enumerate(self.rows)
+        }
+        if len(self._index) != size:
+            raise ValueError("two rows have the same server, model and provider")
+        self.spans: dict[ServerId, slice] = _spans(self.rows)
+        """The rows of each server; adjacent, as rows are sorted."""
+        self._span_of_row = [self.spans[row.server_id] for row in self.rows]
+        self._names = frozenset(card.name for card in cards)
+        self._qualified = {card.id: (card.name, card.provider) for card in cards}
+
+        # Static columns.
+        self.model_codes: dict[ModelName, int] = {name: code for code, name in enumerate(sorted(self._names))}
+        self.provider_codes: dict[Provider, int] = {
+            provider: code for code, provider in enumerate(sorted({card.provider for card in cards}))
+        }
+        self.model_code: Ints = np.array([self.model_codes[card.name] for card in cards], dtype=np.int64)
+        self.provider_code: Ints = np.array([self.provider_codes[card.provider] for card in cards], dtype=np.int64)
+        self.context_length: Ints = np.array([card.context_length for card in cards], dtype=np.int64)
+        self.features: Ints = np.array([int(card.features) for card in cards], dtype=np.int64)
+        self.prompt_price: Floats = np.array([card.price.prompt for card in cards], dtype=np.float64)
+        """US dollars per million tokens."""
+        self.completion_price: Floats = np.array([card.price.completion for card in cards], dtype=np.float64)
+        """US dollars per million tokens."""
+        self.offers: dict[TaskType, Mask] = {
+            task: np.array([task in card.capabilities for card in cards], dtype=np.bool_) for task in TaskType
+        }
+        self.capability: dict[TaskType, Floats] = {
+            task: np.array([_unit(card.capabilities.get(task, 0.0)) for card in cards], dtype=np.float64)
+            for task in TaskType
+        }
+        """[0, 1]; 0 where the kind of work is not offered."""
+
+        # Dynamic columns.
+        self.ready: Mask = np.zeros(size, dtype=np.bool_)
+        """The server is LIVE and its engine is ready."""
+        self.draining: Mask = np.zeros(size, dtype=np.bool_)
+        self.breaker_open: Mask = np.zeros(size, dtype=np.bool_)
+        self.success: Floats = np.ones(size, dtype=np.float64)
+        """[0, 1]."""
+        self.ttft: Floats = np.array([_seconds(card.ttft) for card in cards], dtype=np.float64)
+        """Seconds; NaN: never measured."""
+        self.tpot: Floats = np.array([_seconds(card.tpot) for card in cards], dtype=np.float64)
+        """Seconds; NaN: never measured."""
+        self.slots: Ints = np.zeros(size, dtype=np.int64)
+        self.free: Ints = np.zeros(size, dtype=np.int64)
+        """Free slots of the row's server. Below 0 while more is running than there are slots."""
+        self.waiting: Ints = np.zeros(size, dtype=np.int64)
+        """Requests that the server has accepted and not started."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    # ------------------------------------------------------------- look-up ---
+
+    def index(self, server_id: ServerId, model: ModelName, provider: Provider) -> int:
+        """The row of a pair. Raises KeyError if the table has none."""
+        return self._index[server_id, model, provider]
+
+    def find(self, server_id: ServerId, model: ModelName, provider: Provider) -> int | None:
+        """The row of a pair; None if the table has none."""
+        return self._index.get((server_id, model, provider))
+
+    def knows_model(self, name: str) -> bool:
+        """Whether any server has a model of this name."""
+        return name in self._names
+
+    def resolve(self, model: str) -> tuple[ModelName, Provider | None] | None:
+        """What a client means by "name" or "provider/name"; None if no server has it.
+
+        A name may contain "/" itself, so an exact name goes first.
+        """
+        if model in self._names:
+            return ModelName(model), None
+        return self._qualified.get(model)
+
+    # ------------------------------------------------------------- changes ---
+
+    def set_server(
+        self, server_id: ServerId, *, ready: bool, draining: bool, slots: int, used: int, waiting: int
+    ) -> None:
+        """State and load of a server, onto all its rows. A server without rows (no models yet) is ignored."""
+        span = self.spans.get(server_id)
+        if span is None:
+            return
+        self.ready[span] = ready
+        self.draining[span] = draining
+        self.slots[span] = slots
+        self.free[span] = slots - used
+        self.waiting[span] = waiting
+
+    def set_stats(
+        self,
+        server_id: ServerId,
+        model: ModelName,
+        provider: Provider,
+        *,
+        success: float,
+        ttft: float | None,
+        tpot: float | None,
+    ) -> None:
+        """What the control plane measured of a pair: success rate, seconds to first token, seconds per token.
+
+        None, NaN: not measured here, so that the server's own measurement holds. Raises KeyError: no such row.
+        """
+        row = self._index[server_id, model, provider]
+        card = self.rows[row].card
+        self.success[row] = _unit(success)
+        self.ttft[row] = _seconds(ttft, card.ttft)
+        self.tpot[row] = _seconds(tpot, card.tpot)
+
+    def set_breaker(self, server_id: ServerId, model: ModelName, provider: Provider, *, open: bool) -> None:
+        """Whether the breaker of a pair holds requests back now. Raises KeyError: no such row."""
+        self.breaker_open[self._index[server_id, model, provider]] = open
+
+    def take(self, row: int) -> None:
+        """One slot less on the server of this row."""
+        self.free[self._span_of_row[row]] -= 1
+
+    def give(self, row: int) -> None:
+        """One slot more on the server of this row."""
+        self.free[self._span_of_row[row]] += 1
+
+
+def _spans(rows: tuple[CandidateRow, ...]) -> dict[ServerId, slice]:
+    spans: dict[ServerId, slice] = {}
+    for number, row in enumerate(rows):
+        begun = spans.get(row.server_id)
+        spans[row.server_id] = slice(begun.start if begun else number, number + 1)
+    return spans
+
+
+def _unit(value: float) -> float:
+    """Clamped to [0, 1]; NaN counts as 0, for what is not known must not be chosen for it."""
+    return min(1.0, max(0.0, value)) if value == value else 0.0
+
+
+def _seconds(*measured: float | None) -> float:
+    """The first that is a duration, else NaN."""
+    for value in measured:
+        if value is not None and 0 <= value < math.inf:
+            return value
+    return math.nan

@@ -1,0 +1,1 @@
+"""Benchmarks, run by hand: `poe bench`. Never part of the tests: machines are noisy."""

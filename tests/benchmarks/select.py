@@ -1,0 +1,86 @@
+"""Time of one `select()` and one `explain()`, microseconds.
+
+`python -m tests.benchmarks.select`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import median
+from time import perf_counter
+
+from control_plane.domain.model import ModelCard, ModelName, Price, Provider, ServerId
+from control_plane.domain.request import RouteRequest
+from control_plane.domain.task import Feature, TaskType
+from control_plane.selection.policy import Policy
+from control_plane.selection.select import explain, select
+from control_plane.selection.table import CandidateRow, CandidateTable
+
+SIZES = (3, 100, 1000)
+TASKS = tuple(TaskType)
+
+
+def fleet(size: int) -> CandidateTable:
+    """A ready fleet of `size` pairs, four models a server."""
+    table = CandidateTable(
+        CandidateRow(
+            ServerId(f"host-{number // 4:03}"),
+            ModelCard(
+                name=ModelName(f"model-{number % 20}"),
+                provider=Provider(("mlx", "vllm", "openai")[number % 3]),
+                context_length=8192 << number % 4,
+                capabilities={task: (number * 7 + task) % 10 / 10 for task in TASKS},
+                features=Feature.STREAMING | Feature.JSON,
+                price=Price(prompt=0.1 * (number % 3), completion=0.4 * (number % 3)),
+            ),
+        )
+        for number in range(size)
+    )
+    for server_id in table.spans:
+        table.set_server(server_id, ready=True, draining=False, slots=8, used=hash(server_id) % 8, waiting=0)
+    return table
+
+
+def distinct(count: int) -> list[RouteRequest]:
+    """Requests of which no two ask for the same."""
+    return [
+        RouteRequest(
+            f"r{number}",
+            task_type=TASKS[number % len(TASKS)],
+            prompt_tokens=100 + number,
+            max_tokens=None if number % 3 else 200,
+            model=ModelName(f"model-{number % 20}") if number % 4 == 0 else None,
+            excluded=frozenset({ServerId(f"host-{number % 10:03}")}) if number % 5 == 0 else frozenset(),
+            features=Feature.JSON if number % 2 else Feature.NONE,
+        )
+        for number in range(count)
+    ]
+
+
+def run() -> dict[str, float]:
+    """Medians in microseconds by name of the measurement."""
+    policy = Policy()
+    results: dict[str, float] = {}
+    for size in SIZES:
+        table = fleet(size)
+        for name, requests in (("distinct", distinct(2000)), ("repeated", [RouteRequest("r")] * 2000)):
+            results[f"select, {size} candidates, {name}"] = _median(lambda r, t=table: select(t, r, policy), requests)
+    table = fleet(100)
+    results["explain, 100 candidates, distinct"] = _median(lambda r: explain(table, r, policy), distinct(200))
+    return results
+
+
+def _median(call: Callable[[RouteRequest], object], requests: Sequence[RouteRequest]) -> float:
+    for request in requests[:50]:
+        call(request)
+    times = []
+    for request in requests:
+        begun = perf_counter()
+        call(request)
+        times.append(perf_counter() - begun)
+    return median(times) * 1e6
+
+
+if __name__ == "__main__":
+    for measurement, microseconds in run().items():
+        print(f"{measurement:45} {microseconds:9.1f} µs")
