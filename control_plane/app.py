@@ -28,7 +28,7 @@ from control_plane.scheduling.queue import FairQueue
 from control_plane.scheduling.retry import RetryPolicy
 from control_plane.scheduling.stats import StatsPolicy
 from control_plane.selection.policy import Policy, Weights
-from modelyard.program.process import announce_ready, until_told_to_stop
+from modelyard.program.process import announce_ready, settle_memory, until_told_to_stop
 from modelyard.rpc.server import bind, create_server, drain, enable_standard_services, service_handler
 from modelyard.v1 import orchestrator_pb2
 
@@ -166,6 +166,7 @@ async def serve(settings: ControlPlaneSettings) -> int:
         if settings.metrics_port >= 0:
             metrics, _ = start_http_server(settings.metrics_port, addr=settings.host, registry=plane.metrics.registry)
             facts["metrics"] = f"http://{settings.host}:{metrics.server_port}/metrics"
+        settle_memory()
         announce_ready("control-plane", **facts)
         log.info("serving on %s", address)
         why = await until_told_to_stop(watch_parent=settings.watch_parent)

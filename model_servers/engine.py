@@ -6,10 +6,13 @@ vendor's; it knows nothing of gRPC, leases or control planes.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 
 class Role(IntEnum):
@@ -58,6 +61,26 @@ class ToolChoiceMode(IntEnum):
     AUTO = 1
     NONE = 2
     REQUIRED = 3
+
+
+class TaskType(IntEnum):
+    """The kinds of work that capabilities are about. Numbers equal those of the contract."""
+
+    CHAT = 1
+    REASONING = 2
+    CODE_GENERATION = 3
+    CODE_REVIEW = 4
+    SUMMARIZATION = 5
+    TRANSLATION = 6
+    WRITING = 7
+    EXTRACTION = 8
+    CLASSIFICATION = 9
+    DATA_ANALYSIS = 10
+    RESEARCH = 11
+    PLANNING = 12
+    TOOL_USE = 13
+    VISION = 14
+    EMBEDDING = 15
 
 
 # ---------------------------------------------------------------- requests ---
@@ -294,3 +317,24 @@ class Engine(Protocol):
     async def close(self) -> None:
         """Stop everything and free all memory. Idempotent; running generations raise EngineFailed."""
         ...
+
+
+# ----------------------------------------------------------------- plug-in ---
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlugin:
+    """What an entry point of the group `modelyard.engines` must be.
+
+    The module that holds it must import without the vendor's library: that is imported
+    by `create` (or later), so that a host installs what its own engine needs and no more.
+    """
+
+    name: str
+    """As given to `--engine`; also the `EngineInfo.name` of the contract."""
+    settings: type[BaseModel]
+    """Validates `engine_settings`; every field has a default and a description."""
+    create: Callable[[Any], Engine]
+    """Called with an instance of `settings`. May raise ImportError and EngineFailed."""
+    extra: str = ""
+    """The extra of the modelyard distribution that brings the vendor's library."""

@@ -91,7 +91,8 @@ class Generation:
         if violations:
             raise invalid(violations)
         request_id = request.request_id or uuid.uuid4().hex
-        await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+        # Trailing, not initial: it travels with the status instead of as a write of its own.
+        context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
         route = convert.route_request(request, request_id, self.pinned(request.requirements))
         limit = self._time_limit(context)
         # Fields of one message may come in any order and from several pieces: the input is
@@ -118,7 +119,7 @@ class Generation:
         if violations:
             raise invalid(violations)
         request_id = request.request_id or uuid.uuid4().hex
-        await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+        context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
         route = convert.embed_route_request(request, request_id, self.pinned(request.requirements))
         limit = self._time_limit(context)
         message = ModelServerEmbedRequest(
@@ -135,7 +136,7 @@ class Generation:
             progress.call = call
             answer = ModelServerEmbedResponse.FromString(await call)
             usage = answer.usage
-            self._count_tokens(flight.model, usage)
+            self._metrics.used(flight.model, usage)
             response = EmbedResponse(
                 embeddings=answer.embeddings,
                 usage=usage,
@@ -157,12 +158,6 @@ class Generation:
         remaining = context.time_remaining()
         longest = self._limits.max_generation
         return longest if remaining is None else min(remaining, longest)
-
-    def _count_tokens(self, model: str, usage: object) -> None:
-        for kind in ("prompt", "cached_prompt", "completion"):
-            amount = getattr(usage, f"{kind}_tokens")
-            if amount:
-                self._metrics.tokens.labels(model=model, kind=kind).inc(amount)
 
 
 class _Relay:
@@ -282,12 +277,12 @@ class _Relay:
         if first:
             ttft = first - self._arrived
             timings.ttft.CopyFrom(convert.duration(ttft))
-            owner._metrics.ttft.labels(model=flight.model).observe(ttft)
+            owner._metrics.first_token(flight.model, ttft)
             if usage.completion_tokens > 1:
                 tpot = (last - first) / (usage.completion_tokens - 1)
                 timings.tpot.CopyFrom(convert.duration(tpot))
-                owner._metrics.tpot.labels(model=flight.model).observe(tpot)
-        owner._count_tokens(flight.model, usage)
+                owner._metrics.pace(flight.model, tpot)
+        owner._metrics.used(flight.model, usage)
         return GenerateResponse(
             summary=GenerationSummary(
                 request_id=self._request_id,

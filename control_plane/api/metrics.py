@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter as Tally
 from collections.abc import Iterator
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -17,6 +18,9 @@ from control_plane.domain.server import BreakerState, LeaseState
 from control_plane.domain.task import Priority
 from control_plane.fleet.registry import Fleet
 from control_plane.fleet.scheduler import Scheduler
+from modelyard.v1.generation_pb2 import Usage
+
+T = TypeVar("T", Counter, Histogram)
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1)
@@ -74,9 +78,41 @@ class Metrics:
             registry=self.registry,
         )
 
+        # Looking a child up by its labels costs more than counting: the hot path keeps them.
+        self._children: dict[tuple[object, ...], Counter | Histogram] = {}
+
+    def _child(self, metric: T, *labels: str) -> T:
+        key = (metric, *labels)
+        child = self._children.get(key)
+        if child is None:
+            child = self._children[key] = metric.labels(*labels)
+        return child  # type: ignore[return-value]
+
+    def finished(self, method: str, outcome: str) -> None:
+        """A call ended: "ok", "cancelled", or the reason of its refusal."""
+        self._child(self.requests, method, outcome).inc()
+
     def granted(self, priority: Priority, queued: float) -> None:
         """A request got a server after so many seconds."""
-        self.queue_time.labels(priority=priority.name.lower()).observe(queued)
+        self._child(self.queue_time, priority.name.lower()).observe(queued)
+
+    def first_token(self, model: str, ttft: float) -> None:
+        """A request got its first token after so many seconds."""
+        self._child(self.ttft, model).observe(ttft)
+
+    def pace(self, model: str, tpot: float) -> None:
+        """Mean seconds per output token of a finished request."""
+        self._child(self.tpot, model).observe(tpot)
+
+    def used(self, model: str, usage: Usage) -> None:
+        """Tokens of a finished request."""
+        for kind, amount in (
+            ("prompt", usage.prompt_tokens),
+            ("cached_prompt", usage.cached_prompt_tokens),
+            ("completion", usage.completion_tokens),
+        ):
+            if amount:
+                self._child(self.tokens, model, kind).inc(amount)
 
     def observe(self, fleet: Fleet, scheduler: Scheduler) -> None:
         """Show the states of these owners."""

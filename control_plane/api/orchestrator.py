@@ -48,7 +48,7 @@ def served(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
             outcome = Reason.INTERNAL
             raise
         finally:
-            self.metrics.requests.labels(method=name, outcome=outcome).inc()
+            self.metrics.finished(name, outcome)
 
     return wrapped
 

@@ -47,7 +47,7 @@ class Breaker:
     Every request that `allows` lets pass is announced with `on_dispatch` and ends with exactly one of `on_success`,
     `on_failure` and `on_cancel`. Whoever dispatches keeps `epoch` as it was right after `on_dispatch` and hands it
     back with the outcome: outcomes of an earlier epoch change nothing, so that a request from before the breaker
-    opened can neither close it nor free the place of the trial. Without an epoch the outcome counts as current.
+    opened can neither close it nor free the place of the trial.
     """
 
     policy: BreakerPolicy
@@ -83,7 +83,7 @@ class Breaker:
             return self
         return replace(self, state=BreakerState.HALF_OPEN, on_trial=True, epoch=self.epoch + 1)
 
-    def on_success(self, now: float, epoch: int | None = None) -> Breaker:
+    def on_success(self, now: float, epoch: int) -> Breaker:
         """A request has succeeded."""
         if self._stale(epoch):
             return self
@@ -91,7 +91,7 @@ class Breaker:
             return replace(self, failed=0) if self.failed else self
         return Breaker(self.policy, epoch=self.epoch + 1)
 
-    def on_failure(self, now: float, epoch: int | None = None) -> Breaker:
+    def on_failure(self, now: float, epoch: int) -> Breaker:
         """A request has failed by the server's fault."""
         if self._stale(epoch) or self.state is BreakerState.OPEN:
             return self
@@ -104,9 +104,9 @@ class Breaker:
             self.policy, BreakerState.OPEN, pause=pause, retry_at=now + pause, on_trial=False, epoch=self.epoch + 1
         )
 
-    def on_cancel(self, now: float, epoch: int | None = None) -> Breaker:
+    def on_cancel(self, now: float, epoch: int) -> Breaker:
         """A request has ended without a word about the server; a trial frees its place."""
         return self if self._stale(epoch) or not self.on_trial else replace(self, on_trial=False)
 
-    def _stale(self, epoch: int | None) -> bool:
-        return epoch is not None and epoch != self.epoch
+    def _stale(self, epoch: int) -> bool:
+        return epoch != self.epoch

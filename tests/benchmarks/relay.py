@@ -123,7 +123,7 @@ async def run(quick: bool = False) -> Figures:
         idle = rss(plane.pid)
         async with simulated_server(
             "bench", plane.address,
-            prefill_tokens_per_second=0, decode_tokens_per_second=0, slots=SLOTS,
+            instant=True, slots=SLOTS,
         ) as server:  # fmt: skip
 
             async def live() -> bool:

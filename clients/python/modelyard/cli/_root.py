@@ -1,0 +1,121 @@
+"""The command group. Commands are imported when they are called, so that --help is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import click
+
+from modelyard.cli.errors import FAILED, INTERRUPTED, USAGE, CliError, Failed, Failure
+from modelyard.cli.output import print_json, problem
+from modelyard.cli.session import Session
+
+# Name -> (module, function, one line for --help). In the order of --help.
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "up": ("up", "up", "Run a control plane and model servers on this machine."),
+    "demo": ("demo", "demo", "Show a small fleet at work: start it, ask it, explain it, stop it."),
+    "generate": ("generate", "generate", "Answer a prompt on the best server of the fleet."),
+    "chat": ("chat", "chat", "Talk with the fleet, turn by turn."),
+    "embed": ("generate", "embed", "Turn texts into vectors."),
+    "explain": ("inspect", "explain", "Show what would be chosen for a request, and why."),
+    "models": ("inspect", "models", "List the models of the fleet."),
+    "servers": ("inspect", "servers", "List the model servers of the fleet."),
+    "drain": ("inspect", "drain", "Let a model server finish what it has and take nothing new."),
+    "control-plane": ("programs", "control_plane", "Run a control plane."),
+    "model-server": ("programs", "model_server", "Run a model server beside an engine."),
+}
+
+_CLOSED_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by name and imports only the one that runs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, function, _ = COMMANDS[cmd_name]
+        command: click.Command = getattr(import_module(f"modelyard.cli.{module}"), function)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, _, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--address",
+    metavar="HOST:PORT",
+    help="The control plane. Default: MODELYARD_ADDRESS, client.address in modelyard.yaml, 127.0.0.1:7460.",
+)
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Configuration file. Default: MODELYARD_CONFIG, ./modelyard.yaml.",
+)
+@click.version_option(package_name="modelyard", message="modelyard %(version)s")
+@click.pass_obj
+def root(session: Session, address: str | None, config: Path | None) -> None:
+    """One front door for a mixed fleet of language models.
+
+    Try it: `modelyard demo`, or `modelyard up` and then `modelyard generate "What is modelyard?"`.
+    """
+    session.address = address
+    session.config = config
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line; the exit status. Expected failures end in one line, never in a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    session = Session()
+    try:
+        status = _invoke(arguments, session)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever read us has left; the interpreter must not complain about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return _CLOSED_PIPE
+
+
+def _invoke(arguments: list[str], session: Session) -> int:
+    try:
+        result = root.main(arguments, prog_name="modelyard", standalone_mode=False, obj=session)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return INTERRUPTED
+    except click.UsageError as error:
+        if session.json:
+            print_json(Failure(USAGE, "USAGE", error.format_message()).to_dict(), indent=None)
+        error.show()
+        return USAGE
+    except click.ClickException as error:
+        return tell(Failure(error.exit_code, "FAILED", error.format_message()), session)
+    except CliError as error:
+        return tell(Failure(error.status, error.reason, error.message, error.cure), session)
+    except Failed as error:
+        return tell(error.failure, session)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        return tell(Failure(FAILED, "FAILED", str(error)), session)
+
+
+def tell(failure: Failure, session: Session) -> int:
+    """Print the failure where it belongs and return the exit status."""
+    if session.json:
+        print_json(failure.to_dict(), indent=None)
+    problem(failure.line())
+    return failure.status

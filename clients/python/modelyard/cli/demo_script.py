@@ -1,0 +1,158 @@
+"""The fleet of `modelyard demo` and what it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from modelyard.cli.extras import missing
+from modelyard.cli.plan import ServerPlan, bundled_model
+
+CONTROL_PLANE = ("--port", "0", "--metrics-port", "-1", "--log-level", "warning", "--fleet.warm-up", "0")
+
+_BIG: dict[str, Any] = {
+    "models": [
+        {
+            "name": "sim-70b",
+            "context_length": 32768,
+            "capabilities": {
+                "code_generation": 0.9,
+                "code_review": 0.9,
+                "reasoning": 0.9,
+                "summarization": 0.9,
+                "translation": 0.9,
+            },
+            "features": ["streaming", "json", "prefix_cache"],
+            "price": {"prompt": 0.6, "completion": 1.8},
+        }
+    ],
+    "prefill_tokens_per_second": 8000,
+    "decode_tokens_per_second": 90,
+    "answer_tokens": 45,
+    # The second request fails before its first token: the demo shows the retry.
+    "faults": [{"kind": "error", "at_request": 2}],
+}
+_SLOW: dict[str, Any] = {
+    "models": [
+        {
+            "name": "sim-3b",
+            "context_length": 4096,
+            "capabilities": {"chat": 0.1, "extraction": 0.4, "code_generation": 0.4, "summarization": 0.4},
+            "features": ["streaming", "json"],
+        }
+    ],
+    "prefill_tokens_per_second": 300,
+    "decode_tokens_per_second": 15,
+    "answer_tokens": 30,
+}
+_SMALL: dict[str, Any] = {
+    "models": [
+        {
+            "name": "sim-yardling",
+            "context_length": 2048,
+            "capabilities": {"chat": 0.2, "extraction": 0.2, "tool_use": 0.2, "translation": 0.1},
+            "features": ["streaming", "json", "json_schema", "function_calling"],
+        }
+    ],
+    "answer_tokens": 30,
+}
+
+
+def servers() -> tuple[tuple[ServerPlan, ...], str]:
+    """The fleet, and a remark if no real model can run here."""
+    quiet = {"log_level": "warning"}
+    simulated = (
+        ServerPlan("sim-big", "simulated", {**quiet, "engine_settings": _BIG}),
+        ServerPlan("sim-slow", "simulated", {**quiet, "engine_settings": _SLOW}),
+    )
+    absent = missing("mlx")
+    if not absent and bundled_model():
+        return (ServerPlan("mlx-1", "mlx", quiet), *simulated), ""
+    why = f"{', '.join(absent)} not installed" if absent else "this installation has no bundled model"
+    remark = f"No real model answers here: {why}. All servers are simulated; pip install 'modelyard[local]' helps."
+    return (ServerPlan("sim-small", "simulated", {**quiet, "engine_settings": _SMALL}), *simulated), remark
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One request of the demo."""
+
+    title: str
+    prompt: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+    """What to look at."""
+    shown: str = ""
+    """Instead of a prompt that is too long to show."""
+    refused: bool = False
+    """The point is that nobody can do it."""
+
+    @property
+    def task_type(self) -> str:
+        return str(self.options.get("task_type", "chat"))
+
+    @property
+    def priority(self) -> str:
+        return str(self.options.get("priority", "normal"))
+
+
+_PERSON = {
+    "title": "person",
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "city": {"type": "string"}},
+    "required": ["name", "age", "city"],
+    "additionalProperties": False,
+}
+_WEATHER = {
+    "name": "get_weather",
+    "description": "Get the weather of a city.",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string"}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
+}
+_LINE = "12:00:07 INFO worker-3 request 4711 finished in 231 ms\n"
+_LOG_LINES = 4000
+
+STEPS = (
+    Step("A question", "What is modelyard?", {"max_tokens": 64, "temperature": 0}),
+    Step(
+        "Small talk, urgent",
+        "Hello! How are you?",
+        {"priority": "high", "max_tokens": 32, "temperature": 0},
+        note="Before those of lower priority in the queue. By now the latency is measured, no longer assumed.",
+    ),
+    Step(
+        "Facts as JSON",
+        "Extract name, age and city as JSON: Anna is 31 years old and lives in Rome.",
+        {"task_type": "extraction", "response_format": _PERSON, "max_tokens": 64, "temperature": 0},
+        note="The answer is held to a JSON Schema, so only servers that can do this are considered.",
+    ),
+    Step(
+        "A tool call",
+        "What is the weather in Rome?",
+        {"task_type": "tool_use", "tools": [_WEATHER], "max_tokens": 64, "temperature": 0},
+    ),
+    Step(
+        "Code",
+        "Write a Python function that adds two numbers.",
+        {"task_type": "code_generation", "max_tokens": 48, "temperature": 0},
+        note="All three offer it; the bigger model is better at it, though slower.",
+    ),
+    Step(
+        "A failure on the way",
+        "Translate 'water' into French.",
+        {"task_type": "translation", "max_tokens": 32, "temperature": 0},
+        note="The simulated server is told to fail this one; another takes over.",
+    ),
+    Step(
+        "Too much for every server",
+        "Summarize this log:\n" + _LINE * _LOG_LINES,
+        {"task_type": "summarization", "max_tokens": 100},
+        shown=f"Summarize this log: ... ({_LOG_LINES:,} lines)",
+        refused=True,
+    ),
+)

@@ -1,0 +1,112 @@
+"""Expected failures: one line with its cure on standard error, and an exit status that tells them apart.
+
+1    failed
+2    the command line or the request is wrong
+3    no control plane answers
+4    no such model or server, or none that could ever serve the request
+5    unavailable or overloaded for now, or out of time
+130  interrupted
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+FAILED, USAGE, UNREACHABLE, NOT_FOUND, UNAVAILABLE, INTERRUPTED = 1, 2, 3, 4, 5, 130
+
+_UP = "start one with `modelyard up`, or name another with --address"
+_SERVERS = "see `modelyard servers`"
+
+# Reason -> (exit status, cure). The reasons are those of the error table in orchestrator.proto.
+REASONS: Mapping[str, tuple[int, str]] = {
+    "INVALID_REQUEST": (USAGE, ""),
+    "UNKNOWN_MODEL": (NOT_FOUND, "see `modelyard models`"),
+    "UNKNOWN_SERVER": (NOT_FOUND, _SERVERS),
+    "NO_CAPABLE_SERVER": (NOT_FOUND, "`modelyard explain` with the same options shows every candidate"),
+    "QUEUE_FULL": (UNAVAILABLE, "try again later"),
+    "SLOW_READER": (UNAVAILABLE, "read faster, or ask for less"),
+    "SERVER_BUSY": (UNAVAILABLE, "try again later"),
+    "FLEET_WARMING_UP": (UNAVAILABLE, "try again in a moment"),
+    "SERVERS_AWAY": (UNAVAILABLE, _SERVERS),
+    "DRAINING": (UNAVAILABLE, "the control plane is shutting down"),
+    "ATTEMPTS_EXHAUSTED": (UNAVAILABLE, _SERVERS),
+    "STREAM_BROKEN": (UNAVAILABLE, "the answer is unfinished; send the request again"),
+    "ENGINE_FAILED": (UNAVAILABLE, _SERVERS),
+    "QUEUE_TIMEOUT": (UNAVAILABLE, "try a higher --priority, or add servers"),
+    "DEADLINE_EXCEEDED": (UNAVAILABLE, "allow more time with --timeout"),
+    "UNSUPPORTED": (FAILED, "choose another --model"),
+    "SUPERSEDED": (FAILED, ""),
+    "INTERNAL": (FAILED, ""),
+    "CONNECTION_FAILED": (UNREACHABLE, _UP),
+}
+
+
+class CliError(Exception):
+    """A failure found by the command line itself."""
+
+    def __init__(self, message: str, status: int = FAILED, reason: str = "FAILED", cure: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.reason = reason
+        self.cure = cure
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What is told about a failure."""
+
+    status: int
+    reason: str
+    message: str
+    cure: str = ""
+    retry_after: float | None = None
+    violations: tuple[tuple[str, str], ...] = ()
+    """Field and description of each malformed field."""
+
+    def line(self) -> str:
+        """For people, on one line."""
+        message = " ".join(self.message.split())
+        if self.retry_after:
+            message += f" (retry after {self.retry_after:.3g} s)"
+        return f"{message.rstrip('.')}; {self.cure}" if self.cure else message
+
+    def to_dict(self) -> dict[str, Any]:
+        """For programs; keys that say nothing are left out."""
+        error: dict[str, Any] = {"reason": self.reason, "message": self.message}
+        if self.cure:
+            error["cure"] = self.cure
+        if self.retry_after is not None:
+            error["retry_after"] = self.retry_after
+        if self.violations:
+            error["violations"] = [{"field": field, "description": text} for field, text in self.violations]
+        return {"error": error}
+
+
+class Failed(Exception):
+    """Ends the command with a failure."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+def from_sdk(error: Any, address: str) -> Failure:
+    """The failure behind an exception of the SDK (`modelyard.client.ModelyardError`)."""
+    from modelyard.client import ConnectionFailed
+
+    reason = "CONNECTION_FAILED" if isinstance(error, ConnectionFailed) else str(getattr(error, "reason", "INTERNAL"))
+    status, cure = REASONS.get(reason, (FAILED, ""))
+    message = str(error)
+    if reason == "CONNECTION_FAILED":
+        message = f"no control plane answers at {address}"
+    return Failure(
+        status,
+        reason,
+        message,
+        cure,
+        getattr(error, "retry_after", None),
+        tuple((found.field, found.description) for found in getattr(error, "violations", ())),
+    )

@@ -1,0 +1,237 @@
+"""`modelyard models`, `servers`, `explain` and `drain`: looking at a fleet, and one order to it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from modelyard.cli import output
+from modelyard.cli.connection import call
+from modelyard.cli.options import as_json, read_prompt, request, request_options
+from modelyard.cli.output import Column
+from modelyard.cli.session import Session
+
+if TYPE_CHECKING:
+    from modelyard.client import AsyncClient, Model, ServerStatus
+
+
+# -------------------------------------------------------------------- models ---
+
+
+@click.command("models")
+@click.argument("name", required=False)
+@as_json
+@click.pass_obj
+def models(session: Session, name: str | None) -> None:
+    """List the models of the fleet, or show one: where it is and what it can do."""
+
+    async def work(client: AsyncClient) -> list[Model]:
+        return [await client.model(name)] if name else list(await client.models())
+
+    found = call(session, work)
+    if session.json:
+        output.print_json(found[0].to_dict() if name else {"models": [model.to_dict() for model in found]})
+    elif name:
+        _print_model(found[0])
+    else:
+        output.print_table(
+            (
+                Column("model", style="bold"),
+                Column("provider"),
+                Column("servers", flexible=True),
+                Column("context", right=True),
+                Column("features", flexible=True),
+            ),
+            [
+                (
+                    model.name,
+                    ", ".join(model.providers),
+                    ", ".join(place.server_id for place in model.placements) or "(none)",
+                    str(model.context_length or "-"),
+                    " ".join(model.features),
+                )
+                for model in found
+            ],
+            empty="no models: no model server is attached",
+        )
+
+
+def _print_model(model: Model) -> None:
+    rows = [
+        ("providers", ", ".join(model.providers)),
+        ("context", f"{model.context_length} tokens"),
+        ("features", " ".join(model.features)),
+        ("good at", " ".join(f"{kind} {score:g}" for kind, score in _best_first(model))),
+    ]
+    output.print_table((Column("model", style="bold"), Column(model.name, flexible=True)), rows)
+    output.print_table(
+        (
+            Column("server", style="bold"),
+            Column("state"),
+            Column("provider"),
+            Column("context", right=True),
+            Column("weights"),
+            Column("TTFT", right=True),
+            Column("TPOT", right=True),
+            Column("$/M tokens in, out", right=True),
+        ),
+        [
+            (
+                place.server_id,
+                place.lease_state,
+                place.info.provider,
+                str(place.info.context_length),
+                place.info.quantization,
+                output.seconds(place.info.ttft),
+                output.seconds(place.info.tpot),
+                f"{place.info.price.prompt:g}, {place.info.price.completion:g}",
+            )
+            for place in model.placements
+        ],
+        empty="no server has it",
+    )
+
+
+def _best_first(model: Model) -> list[tuple[str, float]]:
+    return sorted(model.capabilities.items(), key=lambda item: -item[1])
+
+
+# ------------------------------------------------------------------- servers ---
+
+_SERVER_COLUMNS = (
+    Column("server", style="bold"),
+    Column("state"),
+    Column("engine"),
+    Column("device", optional=2),
+    Column("endpoint", optional=3),
+    Column("model"),
+    Column("slots", right=True),
+    Column("TTFT", right=True),
+    Column("TPOT", right=True),
+    Column("success", right=True),
+    Column("epoch", right=True, optional=1),
+)
+
+
+@click.command("servers")
+@click.option("--watch", is_flag=True, help="Go on, showing every change, until Ctrl-C.")
+@as_json
+@click.pass_obj
+def servers(session: Session, watch: bool) -> None:
+    """List the model servers of the fleet, one line for each model on each."""
+    if watch:
+        call(session, lambda client: _watch(client, json_lines=session.json))
+        return
+
+    async def work(client: AsyncClient) -> list[ServerStatus]:
+        return list(await client.servers())
+
+    found = call(session, work)
+    if session.json:
+        output.print_json({"servers": [server.to_dict() for server in found]})
+    else:
+        output.print_table(_SERVER_COLUMNS, server_rows(found), empty="no model servers")
+
+
+async def _watch(client: AsyncClient, *, json_lines: bool) -> None:
+    """One JSON object a change, a table that stays in place, or in a pipe a line for each change."""
+    fleet: dict[str, ServerStatus] = {}
+    if json_lines or not output.is_terminal(sys.stdout):
+        async for change in client.watch_fleet():
+            if json_lines:
+                print(json.dumps(change.to_dict(), ensure_ascii=False), flush=True)
+                continue
+            lines = output.aligned(_SERVER_COLUMNS, server_rows(change.servers))
+            print("\n".join(lines if change.snapshot else lines[1:]), flush=True)
+            for name in change.removed_server_ids:
+                print(f"{name}  forgotten", flush=True)
+        return
+    from rich.live import Live
+
+    screen = output.console()
+    with Live(console=screen, auto_refresh=False) as live:
+        async for change in client.watch_fleet():
+            if change.snapshot:
+                fleet.clear()
+            fleet.update({server.server_id: server for server in change.servers})
+            for name in change.removed_server_ids:
+                fleet.pop(name, None)
+            rows = server_rows([fleet[name] for name in sorted(fleet)])
+            live.update(output.fitting_table(screen, _SERVER_COLUMNS, rows), refresh=True)
+
+
+def server_rows(found: Any) -> list[list[str]]:
+    """One row per server and model; a server without models has one row."""
+    rows = []
+    for server in found:
+        for model in server.models or (None,):
+            runtime = model.runtime if model else None
+            rows.append(
+                [
+                    server.server_id,
+                    _state(server),
+                    server.engine,
+                    server.device,
+                    server.endpoint,
+                    model.name if model else "-",
+                    f"{max(server.in_flight + server.foreign, server.running)}/{server.slots}",
+                    output.seconds(runtime.ttft if runtime else None),
+                    output.seconds(runtime.tpot if runtime else None),
+                    f"{runtime.success_rate:.0%}" if runtime else "-",
+                    str(server.lease_epoch),
+                ]
+            )
+    return rows
+
+
+def _state(server: ServerStatus) -> str:
+    """The lease, and where that is fine the health."""
+    return server.lease_state if server.lease_state != "live" or server.health == "ready" else server.health
+
+
+# ------------------------------------------------------------------- explain ---
+
+
+@click.command("explain")
+@click.argument("prompt", required=False)
+@request_options
+@as_json
+@click.pass_obj
+def explain(session: Session, /, prompt: str | None, **options: Any) -> int:
+    """Show what would be chosen for a request, and why. Nothing is generated.
+
+    Exit status 0 if a server would be chosen now, 4 if none ever could, 5 if the request would have to wait.
+    """
+    from modelyard.cli.decision_view import print_decision
+    from modelyard.cli.errors import NOT_FOUND, UNAVAILABLE
+
+    asked, given = request(read_prompt(prompt), **options)
+    decision = call(session, lambda client: client.explain(asked, **given))
+    if session.json:
+        output.print_json(decision.to_dict())
+    else:
+        print_decision(decision)
+    return {"chosen": 0, "wait": UNAVAILABLE}.get(decision.verdict, NOT_FOUND)
+
+
+# --------------------------------------------------------------------- drain ---
+
+
+@click.command("drain")
+@click.argument("server_id", metavar="SERVER")
+@click.option("--undo", is_flag=True, help="Let it serve again.")
+@as_json
+@click.pass_obj
+def drain(session: Session, server_id: str, undo: bool) -> None:
+    """Let a model server finish what it has and take nothing new."""
+    status = call(session, lambda client: client.drain(server_id, undo=undo))
+    if session.json:
+        output.print_json(status.to_dict())
+    elif undo:
+        print(f"{server_id} serves again")
+    else:
+        running = f", {status.in_flight} still running" if status.in_flight else ""
+        print(f"{server_id} takes nothing new{running}; undo with `modelyard drain {server_id} --undo`")

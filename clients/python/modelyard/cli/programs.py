@@ -1,0 +1,45 @@
+"""`modelyard control-plane` and `modelyard model-server`: the programs themselves, all arguments passed on."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+from modelyard.cli.errors import CliError
+from modelyard.cli.extras import cure
+
+_PASS_ON = {"ignore_unknown_options": True, "help_option_names": []}
+
+
+def command(module: str, arguments: Sequence[str]) -> list[str]:
+    """The command line of one of modelyard's programs.
+
+    -P: what lies in the working directory must not take the place of an installed package.
+    """
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def _become(what: str, module: str, arguments: Sequence[str]) -> NoReturn:
+    problem = cure(what, "server")
+    if problem:
+        raise CliError(problem, reason="NOT_INSTALLED")
+    line = command(module, arguments)
+    os.execv(line[0], line)  # noqa: S606 - to become the program is the point
+
+
+@click.command("control-plane", context_settings=_PASS_ON, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def control_plane(arguments: tuple[str, ...]) -> None:
+    """Run a control plane; see `modelyard control-plane --help` for its settings."""
+    _become("modelyard control-plane", "control_plane", arguments)
+
+
+@click.command("model-server", context_settings=_PASS_ON, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def model_server(arguments: tuple[str, ...]) -> None:
+    """Run a model server; see `modelyard model-server --help` for its settings."""
+    _become("modelyard model-server", "model_servers", arguments)

@@ -1,0 +1,261 @@
+"""Answers of the contract -> values of the client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+from modelyard.client import _names as names
+from modelyard.client import _types as types
+from modelyard.v1 import fleet_pb2, generation_pb2, orchestrator_pb2, selection_pb2
+
+# ---------------------------------------------------------------- generation ---
+
+
+def delta(message: generation_pb2.GenerationDelta) -> types.Delta:
+    calls, logprobs = message.tool_calls, message.logprobs
+    return types.Delta(
+        message.text,
+        message.tokens,
+        message.reasoning_text,
+        tuple(types.ToolCallDelta(call.index, call.id, call.name, call.arguments_json) for call in calls)
+        if calls
+        else (),
+        tuple(_logprob(logprob) for logprob in logprobs) if logprobs else (),
+    )
+
+
+def _logprob(message: generation_pb2.TokenLogprob) -> types.TokenLogprob:
+    top = tuple(types.TopLogprob(each.token, each.logprob) for each in message.top)
+    return types.TokenLogprob(message.token, message.logprob, top)
+
+
+class Answer:
+    """Collects the events of one answer."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._reasoning: list[str] = []
+        self._logprobs: list[types.TokenLogprob] = []
+        self._calls: dict[int, list[types.ToolCallDelta]] = {}
+        self._decisions: list[types.Decision] = []
+        self.started = False
+        """Some of the answer itself has come."""
+
+    def add(self, event: types.Delta | types.Decision) -> None:
+        if isinstance(event, types.Decision):
+            self._decisions.append(event)
+            return
+        self.started = True
+        self._texts.append(event.text)
+        self._reasoning.append(event.reasoning_text)
+        self._logprobs.extend(event.logprobs)
+        for call in event.tool_calls:
+            self._calls.setdefault(call.index, []).append(call)
+
+    def partial(self, request_id: str) -> types.GenerationResult | None:
+        """What has come so far; None if nothing has."""
+        return self.result(orchestrator_pb2.GenerationSummary(request_id=request_id)) if self.started else None
+
+    def result(self, summary: orchestrator_pb2.GenerationSummary) -> types.GenerationResult:
+        return types.GenerationResult(
+            text="".join(self._texts),
+            finish_reason=names.FINISH_REASON.name(summary.finish_reason),
+            tool_calls=tuple(_tool_call(self._calls[index]) for index in sorted(self._calls)),
+            reasoning_text="".join(self._reasoning),
+            logprobs=tuple(self._logprobs),
+            usage=usage(summary.usage),
+            timings=_timings(summary.timings),
+            server_id=summary.server_id,
+            model=summary.model,
+            provider=summary.provider,
+            attempts=tuple(_attempt(attempt) for attempt in summary.attempts),
+            decisions=tuple(self._decisions),
+            cost_usd=summary.cost_nano_usd / 1e9,
+            request_id=summary.request_id,
+        )
+
+
+def _tool_call(fragments: list[types.ToolCallDelta]) -> types.ToolCall:
+    return types.ToolCall(
+        id="".join(fragment.id for fragment in fragments),
+        name="".join(fragment.name for fragment in fragments),
+        arguments_json="".join(fragment.arguments_json for fragment in fragments),
+    )
+
+
+def usage(message: generation_pb2.Usage) -> types.Usage:
+    return types.Usage(
+        message.prompt_tokens, message.cached_prompt_tokens, message.completion_tokens, message.reasoning_tokens
+    )
+
+
+def _timings(message: generation_pb2.Timings) -> types.Timings:
+    return types.Timings(
+        queued=_seconds(message, "queued") or 0.0,
+        ttft=_seconds(message, "ttft"),
+        tpot=_seconds(message, "tpot"),
+        total=_seconds(message, "total") or 0.0,
+    )
+
+
+def _attempt(message: orchestrator_pb2.Attempt) -> types.Attempt:
+    return types.Attempt(
+        message.server_id,
+        message.model,
+        message.provider,
+        _time(message, "started_at"),
+        message.failure_reason,
+        message.failure_message,
+    )
+
+
+def embed_result(message: orchestrator_pb2.EmbedResponse) -> types.EmbedResult:
+    return types.EmbedResult(
+        vectors=tuple(tuple(embedding.values) for embedding in message.embeddings),
+        usage=usage(message.usage),
+        server_id=message.server_id,
+        model=message.model,
+        provider=message.provider,
+        request_id=message.request_id,
+        cost_usd=message.cost_nano_usd / 1e9,
+    )
+
+
+# ----------------------------------------------------------------- decisions ---
+
+
+def decision(message: selection_pb2.Decision, estimated_prompt_tokens: int | None = None) -> types.Decision:
+    return types.Decision(
+        verdict=names.VERDICT.name(message.verdict),
+        server_id=message.server_id,
+        model=message.model,
+        provider=message.provider,
+        candidates=tuple(_candidate(candidate) for candidate in message.candidates),
+        summary=message.summary,
+        estimated_prompt_tokens=estimated_prompt_tokens,
+    )
+
+
+def _candidate(message: selection_pb2.Candidate) -> types.Candidate:
+    return types.Candidate(
+        server_id=message.server_id,
+        model=message.model,
+        provider=message.provider,
+        score=message.score,
+        parts=tuple(types.ScorePart(part.scorer, part.value, part.weight) for part in message.parts),
+        rejections=tuple(
+            types.Rejection(names.REJECTION_REASON.name(each.reason), each.detail, each.permanent)
+            for each in message.rejections
+        ),
+    )
+
+
+# --------------------------------------------------------------------- fleet ---
+
+
+def model(message: fleet_pb2.Model) -> types.Model:
+    return types.Model(
+        name=message.name,
+        providers=tuple(message.providers),
+        placements=tuple(
+            types.Placement(
+                placement.server_id, names.LEASE_STATE.name(placement.lease_state), _served_model(placement.info)
+            )
+            for placement in message.placements
+        ),
+        context_length=message.context_length,
+        features=names.FEATURE.each(message.features),
+        capabilities=_capabilities(message.capabilities),
+    )
+
+
+def server(message: fleet_pb2.ModelServerStatus) -> types.ServerStatus:
+    report = message.report
+    identity, hardware, load = report.identity, report.hardware, report.load
+    runtimes = {runtime.model: _runtime(runtime) for runtime in message.models}
+    return types.ServerStatus(
+        server_id=identity.server_id,
+        lease_state=names.LEASE_STATE.name(message.lease_state),
+        health=names.HEALTH.name(report.health) or "unhealthy",
+        health_detail=report.health_detail,
+        engine=report.engine.name,
+        engine_version=report.engine.version,
+        endpoint=identity.endpoint,
+        instance_id=identity.instance_id,
+        version=identity.version,
+        labels=dict(identity.labels),
+        device=hardware.device,
+        platform=hardware.platform,
+        memory_bytes=hardware.memory_bytes,
+        cpu_cores=hardware.cpu_cores,
+        slots=load.slots,
+        running=load.running,
+        waiting=load.waiting,
+        foreign=load.foreign,
+        kv_cache_utilization=load.kv_cache_utilization,
+        in_flight=message.in_flight,
+        models=tuple(_served_model(info, runtimes.get(info.name)) for info in report.models),
+        lease_epoch=message.lease_epoch,
+        attached_at=_time(message, "attached_at"),
+        reported_at=_time(message, "reported_at"),
+    )
+
+
+def fleet_change(message: orchestrator_pb2.WatchFleetResponse) -> types.FleetChange:
+    return types.FleetChange(
+        snapshot=message.snapshot,
+        servers=tuple(server(each) for each in message.servers),
+        removed_server_ids=tuple(message.removed_server_ids),
+    )
+
+
+def _served_model(message: fleet_pb2.ModelInfo, runtime: types.ModelRuntime | None = None) -> types.ServedModel:
+    price, performance = message.price, message.performance
+    return types.ServedModel(
+        name=message.name,
+        provider=message.provider,
+        context_length=message.context_length,
+        features=names.FEATURE.each(message.features),
+        capabilities=_capabilities(message.capabilities),
+        price=types.Price(
+            price.prompt_usd_per_million_tokens,
+            price.cached_prompt_usd_per_million_tokens,
+            price.completion_usd_per_million_tokens,
+        ),
+        quantization=message.quantization,
+        ttft=_seconds(performance, "ttft"),
+        tpot=_seconds(performance, "tpot"),
+        prefill_tokens_per_second=performance.prefill_tokens_per_second,
+        decode_tokens_per_second=performance.decode_tokens_per_second,
+        runtime=runtime,
+    )
+
+
+def _runtime(message: fleet_pb2.ModelRuntime) -> types.ModelRuntime:
+    return types.ModelRuntime(
+        success_rate=message.success_rate,
+        ttft=_seconds(message, "ttft"),
+        tpot=_seconds(message, "tpot"),
+        requests=message.requests,
+        failures=message.failures,
+        breaker=names.BREAKER_STATE.name(message.breaker),
+    )
+
+
+def _capabilities(capabilities: Iterable[fleet_pb2.Capability]) -> dict[str, float]:
+    return {names.TASK_TYPE.name(each.task_type): each.score for each in capabilities}
+
+
+def _seconds(message: Any, field: str) -> float | None:
+    if not message.HasField(field):
+        return None
+    duration = getattr(message, field)
+    return float(duration.seconds + duration.nanos / 1e9)
+
+
+def _time(message: Any, field: str) -> datetime | None:
+    if not message.HasField(field):
+        return None
+    return getattr(message, field).ToDatetime(UTC)  # type: ignore[no-any-return]

@@ -1,0 +1,223 @@
+"""The asyncio client."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import grpc
+import grpc.aio
+
+from modelyard.client import _answers as answers
+from modelyard.client._errors import Cancelled, from_call
+from modelyard.client._requests import GenerateOptions, Input, Requirements, embed_request, generate_request
+from modelyard.client._stream import GenerationStream
+from modelyard.client._timing import Patience
+from modelyard.client._types import Decision, EmbedResult, FleetChange, GenerationResult, Health, Model, ServerStatus
+from modelyard.rpc.channels import channel
+from modelyard.v1 import orchestrator_pb2, orchestrator_pb2_grpc
+
+ADDRESS_VARIABLE = "MODELYARD_ADDRESS"
+DEFAULT_ADDRESS = "127.0.0.1:7460"
+_SERVICE = "modelyard.v1.Orchestrator"
+_HEALTH_TIMEOUT = 5.0
+
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """A client of one control plane, for asyncio.
+
+        async with AsyncClient() as client:
+            result = await client.generate("Why is the sky blue?", max_tokens=200)
+            async for delta in client.stream("Tell me a story").deltas():
+                print(delta.text, end="")
+
+    address   "host:port"; default: environment variable MODELYARD_ADDRESS, else 127.0.0.1:7460
+    timeout   seconds that each call may take, its retries included; None: the control plane's limit
+    retries   how often a call that failed with TryAgain is made again, after the pause that the
+              control plane asks for; never after a part of the answer has come
+
+    May be made anywhere; belongs to the event loop that uses it first. One connection is used for
+    all calls. Failures raise ModelyardError (see there for the tree), wrong arguments ValueError
+    or TypeError.
+    """
+
+    def __init__(self, address: str | None = None, *, timeout: float | None = None, retries: int = 0) -> None:
+        self.address = address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS
+        self._timeout = timeout
+        self._retries = retries
+        self._channel: grpc.aio.Channel | None = None
+        self._stub: Any = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Cancel what runs and close the connection. Idempotent."""
+        self._closed = True
+        if self._channel is not None:
+            await self._channel.close(None)
+
+    # ------------------------------------------------------------- generating ---
+
+    def stream(
+        self,
+        input: Input,
+        *,
+        timeout: float | None = None,
+        retries: int | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> GenerationStream:
+        """Generate an answer and read it as it is made; see GenerateOptions for what may be said.
+
+        The call starts with the first read. Leaving the loop or the `async with` block early
+        stops the model.
+        """
+        request = generate_request(input, **options)
+        return GenerationStream(self, request, lambda: self._patience(timeout, retries))
+
+    async def generate(
+        self,
+        input: Input,
+        *,
+        timeout: float | None = None,
+        retries: int | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> GenerationResult:
+        """Generate a whole answer. Arguments as `stream`."""
+        return await self.stream(input, timeout=timeout, retries=retries, **options).collect()
+
+    async def embed(
+        self,
+        inputs: str | Sequence[str],
+        *,
+        timeout: float | None = None,
+        retries: int | None = None,
+        **requirements: Unpack[Requirements],
+    ) -> EmbedResult:
+        """Turn one text or up to 2,048 into vectors, one each, in order."""
+        request = embed_request(inputs, **requirements)
+        response = await self._call("Embed", request, timeout, retries, request.request_id)
+        return answers.embed_result(response)
+
+    async def explain(
+        self, input: Input, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Decision:
+        """Dry run: which server would be chosen for this now, and why not the others."""
+        request = orchestrator_pb2.ExplainSelectionRequest(request=generate_request(input, **options))
+        response = await self._call("ExplainSelection", request, timeout)
+        return answers.decision(response.decision, response.estimated_prompt_tokens)
+
+    # ------------------------------------------------------------------ fleet ---
+
+    async def models(self, *, timeout: float | None = None) -> tuple[Model, ...]:
+        """Every model that a server offers or a definition names, by name."""
+        response = await self._call("ListModels", orchestrator_pb2.ListModelsRequest(), timeout)
+        return tuple(answers.model(model) for model in response.models)
+
+    async def model(self, name: str, *, timeout: float | None = None) -> Model:
+        """One model by "name" or "provider/name"; raises UnknownModel."""
+        response = await self._call("GetModel", orchestrator_pb2.GetModelRequest(name=name), timeout)
+        return answers.model(response.model)
+
+    async def servers(self, *, timeout: float | None = None) -> tuple[ServerStatus, ...]:
+        """Every model server known, lost ones included, by id."""
+        response = await self._call("ListModelServers", orchestrator_pb2.ListModelServersRequest(), timeout)
+        return tuple(answers.server(server) for server in response.servers)
+
+    async def watch_fleet(self) -> AsyncGenerator[FleetChange, None]:
+        """The whole fleet first, then every change, without end."""
+        call = self._connected().WatchFleet(orchestrator_pb2.WatchFleetRequest())
+        started = False
+        try:
+            while (message := await call.read()) is not grpc.aio.EOF:
+                started = True
+                yield answers.fleet_change(message)
+        except grpc.aio.AioRpcError as error:
+            raise from_call(error, address=self.address, started=started) from error
+        except asyncio.CancelledError:
+            self._raise_if_closed()
+            raise
+        finally:
+            call.cancel()
+
+    async def drain(self, server_id: str, *, undo: bool = False, timeout: float | None = None) -> ServerStatus:
+        """Tell a model server to finish what it has and take nothing new, or to serve again."""
+        request = orchestrator_pb2.DrainModelServerRequest(server_id=server_id, undo=undo)
+        response = await self._call("DrainModelServer", request, timeout)
+        return answers.server(response.server)
+
+    async def health(self, *, timeout: float | None = None) -> Health:
+        """Standard health of the control plane. Raises ConnectionFailed if nothing answers."""
+        timeout = timeout or self._timeout or _HEALTH_TIMEOUT
+        alive, serving = await asyncio.gather(self._check("", timeout), self._check(_SERVICE, timeout))
+        return Health(alive, serving)
+
+    async def _check(self, service: str, timeout: float) -> bool:
+        # grpc.health.v1 by hand: two one-field messages are not worth another dependency.
+        self._connected()
+        assert self._channel is not None
+        check = self._channel.unary_unary("/grpc.health.v1.Health/Check")
+        name = service.encode()
+        request = b"\x0a" + bytes([len(name)]) + name if name else b""
+        try:
+            response: bytes = await self._guarded(check(request, timeout=timeout))
+        except grpc.aio.AioRpcError as error:
+            if error.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED):
+                return False
+            raise from_call(error, address=self.address) from error
+        return response == b"\x08\x01"
+
+    # ---------------------------------------------------------------- calling ---
+
+    def _connected(self) -> Any:
+        """The stub, on a channel of the running loop."""
+        if self._closed:
+            raise RuntimeError("the client is closed")
+        loop = asyncio.get_running_loop()
+        if self._channel is None:
+            # Not earlier: a grpc.aio channel binds to the loop that runs when it is made.
+            self._channel = channel(self.address)
+            self._stub = orchestrator_pb2_grpc.OrchestratorStub(self._channel)  # type: ignore[no-untyped-call]
+            self._loop = loop
+        elif self._loop is not loop:
+            raise RuntimeError("an AsyncClient belongs to the event loop that used it first: make one per loop")
+        return self._stub
+
+    def _patience(self, timeout: float | None, retries: int | None) -> Patience:
+        return Patience(self._timeout if timeout is None else timeout, self._retries if retries is None else retries)
+
+    async def _call(
+        self, method: str, request: Any, timeout: float | None, retries: int | None = None, request_id: str = ""
+    ) -> Any:
+        patience = self._patience(timeout, retries)
+        while True:
+            try:
+                return await self._guarded(getattr(self._connected(), method)(request, timeout=patience.left()))
+            except grpc.aio.AioRpcError as error:
+                failure = from_call(error, address=self.address, request_id=request_id)
+                await patience.wait_or_raise(failure, error)
+
+    async def _guarded(self, call: Awaitable[T]) -> T:
+        try:
+            return await call
+        except asyncio.CancelledError:
+            self._raise_if_closed()
+            raise
+
+    def _raise_if_closed(self) -> None:
+        """Tell the closing of the client from a cancellation of the task, which must go on."""
+        task = asyncio.current_task()
+        if self._closed and not (task and task.cancelling()):
+            raise Cancelled("the client was closed") from None

@@ -1,0 +1,286 @@
+"""What can go wrong, as exceptions.
+
+    ModelyardError                 reason, message, request_id, retry_after, partial
+    +-- InvalidRequest             mend the fields in .violations
+    +-- UnknownModel               choose one of those named
+    +-- UnknownServer              see Client.servers()
+    +-- NoCapableServer            relax what the nearest miss names
+    +-- Unsupported                choose another model
+    +-- TryAgain                   nothing was generated; waiting may help (see .retry_after)
+    |   +-- QueueFull
+    |   +-- ServerBusy
+    |   +-- FleetWarmingUp
+    |   +-- ServersAway
+    |   +-- Draining
+    |   +-- AttemptsExhausted
+    |   +-- EngineFailed
+    |   +-- ConnectionFailed       no control plane answers
+    +-- StreamBroken               the answer broke off; .partial has what came
+    +-- SlowReader                 read faster, or ask for less
+    +-- TimedOut
+    |   +-- QueueTimeout           raise the priority, add hosts
+    |   +-- DeadlineExceeded       allow more time
+    +-- Superseded                 a newer instance has this server id
+    +-- Cancelled                  cancelled from this side
+    +-- InternalError              a bug in modelyard: report it with the request id
+
+Wrong arguments (a misspelt task type, a message without a role) raise ValueError or TypeError
+before anything is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import grpc
+
+from modelyard.rpc.errors import Refusal, from_rpc_error
+from modelyard.rpc.reasons import Reason
+
+if TYPE_CHECKING:
+    from modelyard.client._types import GenerationResult
+
+REQUEST_ID_KEY = "modelyard-request-id"
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """One malformed field of a request."""
+
+    field: str
+    """Path in the request, for example "input.messages[2].role"."""
+    description: str
+
+
+class ModelyardError(Exception):
+    """Base of everything that the client raises for a call that failed."""
+
+    default_reason: ClassVar[str] = "INTERNAL"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str | None = None,
+        request_id: str = "",
+        retry_after: float | None = None,
+        violations: tuple[FieldViolation, ...] = (),
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.reason = reason or self.default_reason
+        """As in the contract's error table, or CONNECTION_FAILED or CANCELLED."""
+        self.request_id = request_id
+        """To find the request in the logs; may be empty."""
+        self.retry_after = retry_after
+        """Seconds after which a retry may help, if the control plane said so."""
+        self.violations = violations
+        """The malformed fields, of InvalidRequest only."""
+        self.metadata: Mapping[str, str] = dict(metadata or {})
+        """Details, such as what each attempt failed with."""
+        self.partial: GenerationResult | None = None
+        """What had arrived of the answer when it failed; None if nothing had."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON. Without `partial`."""
+        return {
+            "reason": self.reason,
+            "message": self.message,
+            "request_id": self.request_id,
+            "retry_after": self.retry_after,
+            "violations": [{"field": v.field, "description": v.description} for v in self.violations],
+            "metadata": dict(self.metadata),
+        }
+
+
+class InvalidRequest(ModelyardError):
+    """A field is missing or malformed: mend those in `violations`."""
+
+    default_reason = "INVALID_REQUEST"
+
+
+class UnknownModel(ModelyardError):
+    """No such model: choose one of those named."""
+
+    default_reason = "UNKNOWN_MODEL"
+
+
+class UnknownServer(ModelyardError):
+    """No such model server: see `Client.servers`."""
+
+    default_reason = "UNKNOWN_SERVER"
+
+
+class NoCapableServer(ModelyardError):
+    """No server can ever serve the request: relax what the nearest miss names."""
+
+    default_reason = "NO_CAPABLE_SERVER"
+
+
+class Unsupported(ModelyardError):
+    """The engine lacks a feature: choose another model."""
+
+    default_reason = "UNSUPPORTED"
+
+
+class TryAgain(ModelyardError):
+    """Nothing was generated, and the same request may succeed later: see `retry_after`."""
+
+
+class QueueFull(TryAgain):
+    """Too many requests are waiting: retry, lower the rate."""
+
+    default_reason = "QUEUE_FULL"
+
+
+class ServerBusy(TryAgain):
+    """The model server is full."""
+
+    default_reason = "SERVER_BUSY"
+
+
+class FleetWarmingUp(TryAgain):
+    """The control plane has just started and servers are still attaching."""
+
+    default_reason = "FLEET_WARMING_UP"
+
+
+class ServersAway(TryAgain):
+    """All servers that could answer are away."""
+
+    default_reason = "SERVERS_AWAY"
+
+
+class Draining(TryAgain):
+    """The control plane is shutting down: use another replica."""
+
+    default_reason = "DRAINING"
+
+
+class AttemptsExhausted(TryAgain):
+    """Every attempt on every server failed: see `metadata`."""
+
+    default_reason = "ATTEMPTS_EXHAUSTED"
+
+
+class EngineFailed(TryAgain):
+    """The engine failed; another server may do."""
+
+    default_reason = "ENGINE_FAILED"
+
+
+class ConnectionFailed(TryAgain):
+    """No control plane answers at the address."""
+
+    default_reason = "CONNECTION_FAILED"
+
+
+class StreamBroken(ModelyardError):
+    """The answer broke off; `partial` has what came. Send the request again for a whole one."""
+
+    default_reason = "STREAM_BROKEN"
+
+
+class SlowReader(ModelyardError):
+    """The stream was not read: read faster, or ask for less."""
+
+    default_reason = "SLOW_READER"
+
+
+class TimedOut(ModelyardError):
+    """Time ran out."""
+
+
+class QueueTimeout(TimedOut):
+    """The request waited too long in the queue: retry, raise the priority, add hosts."""
+
+    default_reason = "QUEUE_TIMEOUT"
+
+
+class DeadlineExceeded(TimedOut):
+    """The timeout of the call passed: allow more time."""
+
+    default_reason = "DEADLINE_EXCEEDED"
+
+
+class Superseded(ModelyardError):
+    """A newer instance has this server id."""
+
+    default_reason = "SUPERSEDED"
+
+
+class Cancelled(ModelyardError):
+    """The call was cancelled from this side."""
+
+    default_reason = "CANCELLED"
+
+
+class InternalError(ModelyardError):
+    """A bug in modelyard: report it with the request id."""
+
+    default_reason = "INTERNAL"
+
+
+BY_REASON: Mapping[Reason, type[ModelyardError]] = {
+    Reason.INVALID_REQUEST: InvalidRequest,
+    Reason.UNKNOWN_MODEL: UnknownModel,
+    Reason.UNKNOWN_SERVER: UnknownServer,
+    Reason.NO_CAPABLE_SERVER: NoCapableServer,
+    Reason.QUEUE_FULL: QueueFull,
+    Reason.SLOW_READER: SlowReader,
+    Reason.SERVER_BUSY: ServerBusy,
+    Reason.FLEET_WARMING_UP: FleetWarmingUp,
+    Reason.SERVERS_AWAY: ServersAway,
+    Reason.DRAINING: Draining,
+    Reason.ATTEMPTS_EXHAUSTED: AttemptsExhausted,
+    Reason.STREAM_BROKEN: StreamBroken,
+    Reason.ENGINE_FAILED: EngineFailed,
+    Reason.QUEUE_TIMEOUT: QueueTimeout,
+    Reason.DEADLINE_EXCEEDED: DeadlineExceeded,
+    Reason.UNSUPPORTED: Unsupported,
+    Reason.SUPERSEDED: Superseded,
+    Reason.INTERNAL: InternalError,
+}
+
+
+def from_call(error: grpc.RpcError, *, address: str, request_id: str = "", started: bool = False) -> ModelyardError:
+    """The exception for a failed call; `started` if some of its answer had arrived."""
+    refusal = from_rpc_error(error)
+    request_id = refusal.metadata.get("request_id") or _initial_request_id(error) or request_id
+    if refusal.transport and (unanswered := _unanswered(refusal, address, started)):
+        unanswered.request_id = request_id
+        return unanswered
+    return BY_REASON[refusal.reason](
+        refusal.message,
+        request_id=request_id,
+        retry_after=refusal.retry_after,
+        violations=tuple(FieldViolation(v.field, v.description) for v in refusal.violations),
+        metadata=refusal.metadata,
+    )
+
+
+def _unanswered(refusal: Refusal, address: str, started: bool) -> ModelyardError | None:
+    """Failures of which the transport tells less than we know; None for the others."""
+    code = refusal.code
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded("the timeout of the call passed")
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return Unsupported(f"what answers at {address} is not a modelyard control plane of this version")
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN):
+        # gRPC strings whole histories together; the last piece is the cause.
+        cause = refusal.message.rsplit(": ", 1)[-1]
+        if started:
+            return StreamBroken(f"the connection to {address} broke: {cause}")
+        return ConnectionFailed(f"no control plane answers at {address} ({cause}): start one with `modelyard up`")
+    return None
+
+
+def _initial_request_id(error: Any) -> str:
+    initial = getattr(error, "initial_metadata", None)
+    for key, value in (initial() if initial is not None else None) or ():
+        if key == REQUEST_ID_KEY:
+            return str(value)
+    return ""

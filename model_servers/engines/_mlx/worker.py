@@ -1,0 +1,258 @@
+"""The engine thread: all of MLX happens here, and nothing else does.
+
+MLX on Metal does not survive use from several threads, so one thread loads the model, generates in a continuous
+batch and embeds. Commands come in through a queue (on which the thread sleeps when it has nothing to do); what it
+makes goes out once per step, all requests together, so that the event loop is woken once and not per token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from model_servers.engine import EngineError, EngineFailed
+from model_servers.engines._mlx.embedding import embed_group
+from model_servers.engines._mlx.jobs import EmbedJob, Gauges, Job, Outbox, deliver
+from model_servers.engines._mlx.loading import Model
+from model_servers.engines._mlx.settings import MlxSettings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    job: Job | EmbedJob
+
+
+@dataclass(slots=True)
+class _State:
+    """Owned by the thread."""
+
+    model: Model
+    batch: Any
+    """batch.Batch, which cannot be imported before MLX is set up."""
+    waiting: deque[Job] = field(default_factory=deque)
+    embeds: deque[EmbedJob] = field(default_factory=deque)
+
+    @property
+    def idle(self) -> bool:
+        return not (self.waiting or self.batch.running or self.embeds)
+
+
+class Worker:
+    """Starts and feeds the thread. Every method may be called from the event loop; none blocks."""
+
+    def __init__(
+        self,
+        settings: MlxSettings,
+        loop: asyncio.AbstractEventLoop,
+        clock: Callable[[], float],
+        loader: Callable[[MlxSettings], Model],
+    ) -> None:
+        self._settings = settings
+        self._loop = loop
+        self._clock = clock
+        self._loader = loader
+        self._commands: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._closing = threading.Lock()
+        self._ended = ""
+        self._loaded: asyncio.Future[Model] | None = None
+        self.gauges = Gauges(progress_at=clock())
+        self.thread = threading.Thread(target=self._main, name="mlx-engine", daemon=True)
+
+    # ------------------------------------------------- from the event loop ---
+
+    async def start(self) -> Model:
+        """Starts the thread and waits until the model is loaded. Raises EngineFailed."""
+        loaded: asyncio.Future[Model] = self._loop.create_future()
+        self._loaded = loaded
+        self.thread.start()
+        try:
+            return await loaded
+        finally:
+            self._loaded = None  # it would keep the weights alive
+
+    def submit(self, job: Job | EmbedJob) -> None:
+        """Raises EngineFailed if the thread has ended."""
+        self._put(job)
+
+    def cancel(self, job: Job | EmbedJob) -> None:
+        """Stops the work on `job` before the next step; nothing happens if it has ended."""
+        job.cancelled = True
+        with contextlib.suppress(EngineFailed):
+            self._put(_Cancel(job))
+
+    @property
+    def waiting(self) -> int:
+        """Requests handed over and not started."""
+        return self.gauges.waiting + self._commands.qsize()
+
+    def stop(self) -> None:
+        """Ends the thread after the current step; what runs fails."""
+        with contextlib.suppress(EngineFailed):
+            self._put(_Stop())
+
+    def _put(self, command: Any) -> None:
+        # The lock pairs with _end(): nothing can slip into the queue after it has been emptied for good.
+        with self._closing:
+            if self._ended:
+                raise EngineFailed(self._ended)
+            self._commands.put(command)
+
+    # ------------------------------------------------------ on the thread ---
+
+    def _main(self) -> None:
+        state: _State | None = None
+        reason = "the MLX engine was closed"
+        try:
+            state = self._prepare()
+            self._post(partial(self._announce, state.model))
+            while self._take_commands(state):
+                self._work(state)
+        except EngineError as error:
+            reason = str(error)
+        except BaseException as error:  # whatever it is, requests must hear of it
+            log.exception("the MLX engine thread died")
+            reason = f"the MLX engine thread died: {type(error).__name__}: {error}"
+        self._end(state, reason)
+        if state is not None:
+            # What is freed on this thread has to be given back on this thread.
+            del state
+            _release()
+
+    def _announce(self, model: Model) -> None:
+        if self._loaded is not None and not self._loaded.done():  # None if start() was cancelled
+            self._loaded.set_result(model)
+
+    def _prepare(self) -> _State:
+        model = self._loader(self._settings)
+        # Only now: loading has found MLX and set it up.
+        from model_servers.engines._mlx.batch import Batch
+
+        return _State(model, Batch(model, self._settings, self._clock))
+
+    def _take_commands(self, state: _State) -> bool:
+        """Takes what has come in, sleeping if there is nothing else to do. False: stop."""
+        block = state.idle
+        if block and self.gauges.busy:
+            self.gauges.busy = False
+        while True:
+            try:
+                command = self._commands.get(block=block)
+            except queue.Empty:
+                return True
+            if block:
+                self.gauges.progress_at = self._clock()
+                self.gauges.busy = True
+            block = False
+            if isinstance(command, _Stop):
+                return False
+            if isinstance(command, _Cancel):
+                self._cancel(state, command.job)
+            elif command.cancelled:
+                pass
+            elif isinstance(command, Job):
+                state.waiting.append(command)
+            else:
+                state.embeds.append(command)
+
+    def _cancel(self, state: _State, job: Job | EmbedJob) -> None:
+        if not isinstance(job, Job):
+            if job in state.embeds:
+                state.embeds.remove(job)
+        elif job in state.waiting:
+            state.waiting.remove(job)
+        else:
+            state.batch.remove(job)
+        self._show(state)
+
+    def _work(self, state: _State) -> None:
+        """One step of everything: admit, one token for each sequence, one group of texts to embed."""
+        outbox: Outbox = []
+        while state.waiting and not state.batch.full:
+            state.batch.admit(state.waiting.popleft(), outbox)
+        if state.batch.running:
+            state.batch.step(outbox)
+        if state.embeds:
+            self._embed(state, outbox)
+        self._show(state)
+        if outbox:
+            self._post(partial(deliver, outbox))
+
+    def _embed(self, state: _State, outbox: Outbox) -> None:
+        job = state.embeds[0]
+        group = job.next_group(state.model.step_tokens)
+        try:
+            vectors = embed_group(state.model.network, [job.inputs[i] for i in group])
+        except Exception as error:
+            log.exception("embedding failed")
+            state.embeds.popleft()
+            outbox.append((job.sink, EngineFailed(f"embedding failed: {error}")))
+            return
+        job.vectors.update(zip(group, vectors, strict=True))
+        if job.done:
+            state.embeds.popleft()
+            outbox.append((job.sink, job.result()))
+
+    def _show(self, state: _State) -> None:
+        gauges = self.gauges
+        gauges.running = len(state.batch.running)
+        gauges.waiting = len(state.waiting) + len(state.embeds)
+        gauges.kv_tokens = state.batch.kv_tokens
+        gauges.progress_at = self._clock()
+        if state.idle:
+            import mlx.core as mx
+
+            gauges.active_memory_bytes = int(mx.get_active_memory())
+
+    def _end(self, state: _State | None, reason: str) -> None:
+        """Everyone who still waits is told; then the model goes."""
+        with self._closing:
+            self._ended = reason
+        outbox: Outbox = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                command = self._commands.get_nowait()
+                if not isinstance(command, _Stop | _Cancel):
+                    outbox.append((command.sink, EngineFailed(reason)))
+        if state is not None:
+            left: tuple[Job | EmbedJob, ...] = (*state.batch.running.values(), *state.waiting, *state.embeds)
+            outbox += [(job.sink, EngineFailed(reason)) for job in left]
+            with contextlib.suppress(Exception):
+                state.batch.close()
+        self.gauges.running = self.gauges.waiting = self.gauges.kv_tokens = 0
+        self.gauges.busy = False
+        self.gauges.failure = reason
+
+        def tell() -> None:
+            if self._loaded is not None and not self._loaded.done():
+                self._loaded.set_exception(EngineFailed(reason))
+            deliver(outbox)
+
+        self._post(tell)
+
+    def _post(self, call: Callable[[], Any]) -> None:
+        # The loop may be gone already (interpreter shutdown): then nobody waits either.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(call)
+
+
+def _release() -> None:
+    import mlx.core as mx
+
+    gc.collect()
+    mx.clear_cache()

@@ -1,0 +1,250 @@
+"""The simulated engine: slots, prefill, decoding and a prefix cache, without a model.
+
+Time is modelled, not spent: requests share one prefill lane, decode at
+min(single stream, aggregate / running), and sleep to the moment their next token is due.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from model_servers.engine import (
+    ContextTooLong,
+    Delta,
+    Embeddings,
+    EngineFailed,
+    EngineLoad,
+    EngineModel,
+    EngineStatus,
+    Feature,
+    Finished,
+    GenerationRequest,
+    Health,
+    UnknownModel,
+    Unsupported,
+    Usage,
+)
+from model_servers.engines.simulated.answer import Answer, compose
+from model_servers.engines.simulated.cache import PrefixCache, block_keys
+from model_servers.engines.simulated.faults import FaultScript
+from model_servers.engines.simulated.settings import Fault, SimulatedSettings
+from model_servers.engines.simulated.slots import Pauses, Slots
+from model_servers.engines.simulated.text import count_tokens, embed, fingerprint, render_prompt
+
+VERSION = "1"
+CRASH_STATUS = 70
+
+
+class SimulatedEngine:
+    """See SimulatedSettings for what can be simulated."""
+
+    def __init__(self, settings: SimulatedSettings) -> None:
+        self._settings = settings
+        self._scale = 0.0 if settings.instant else settings.time_scale
+        self._models = {model.name: model.describe(settings.context_length) for model in settings.models}
+        self._faults = FaultScript(settings.faults, settings.seed)
+        self._slots = Slots(settings.slots)
+        self._pauses = Pauses()
+        self._cache = PrefixCache(settings.cache_blocks)
+        self._prefill_free_at = 0.0
+        self._decoding = 0
+        self._context_tokens = 0
+        self._generation = 0
+        """Counts breakdowns: whoever started before the latest one has failed."""
+        self._health = Health.STARTING
+        self._detail = ""
+        self._closed = False
+        self._largest_context = max(model.context_length for model in self._models.values())
+
+    async def start(self) -> None:
+        if self._faults.refuses_start:
+            self._health, self._detail = Health.UNHEALTHY, "the script says so"
+            raise EngineFailed("the simulated engine was told not to start; remove the fault 'refuse_start'")
+        if self._settings.start_seconds:
+            await asyncio.sleep(self._settings.start_seconds * self._scale)
+        self._health = Health.READY
+
+    def status(self) -> EngineStatus:
+        slots = self._slots
+        return EngineStatus(
+            engine="simulated",
+            version=VERSION,
+            device="simulated",
+            memory_bytes=0,
+            models=tuple(self._models.values()),
+            load=EngineLoad(
+                slots=slots.size,
+                running=slots.running,
+                waiting=slots.waiting,
+                kv_cache_utilization=min(1.0, self._context_tokens / (slots.size * self._largest_context)),
+            ),
+            health=self._health,
+            health_detail=self._detail,
+        )
+
+    async def count_tokens(self, request: GenerationRequest) -> int:
+        self._model(request.model)
+        return count_tokens(render_prompt(request))
+
+    async def embed(self, model: str, inputs: Sequence[str]) -> Embeddings:
+        known = self._model(model)
+        if Feature.EMBEDDING not in known.features:
+            raise Unsupported(f"model {model!r} does not embed")
+        tokens = [count_tokens(text) for text in inputs]
+        if max(tokens, default=0) > known.context_length:
+            raise ContextTooLong(f"an input has {max(tokens)} tokens, {known.context_length} fit")
+        fault = self._faults.next(model)
+        generation = self._generation
+        async with self._slots.hold():
+            await self._strike(fault, generation)
+            await self._prefill(sum(tokens), fault.factor if fault and fault.kind == "slow" else 1.0)
+            vectors = []
+            for n, text in enumerate(inputs):
+                if n % 64 == 63:
+                    await asyncio.sleep(0)  # hashing 2,048 inputs must not hold up the others
+                vectors.append(embed(text, self._settings.embedding_dimension, f"{self._settings.seed}/{model}"))
+        return Embeddings(tuple(vectors), sum(tokens))
+
+    async def close(self) -> None:
+        self._closed = True
+        self._health, self._detail = Health.UNHEALTHY, "closed"
+        self._break("the engine was closed")
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta | Finished, None]:
+        model = self._model(request.model)
+        prompt = render_prompt(request)
+        prompt_tokens = count_tokens(prompt)
+        room = model.context_length - prompt_tokens
+        wanted = request.sampling.max_tokens
+        if room < (wanted or 1):
+            asked = f" and up to {wanted} of the answer" if wanted else ""
+            raise ContextTooLong(f"{prompt_tokens} tokens of the prompt{asked} do not fit into {model.context_length}")
+        answer = compose(
+            request,
+            fingerprint(prompt, self._settings.seed, request.sampling.seed),
+            self._settings.seed,
+            self._settings.answer_tokens,
+            wanted or room,
+        )
+        caching = Feature.PREFIX_CACHE in model.features and self._settings.cache_blocks > 0
+        block = self._settings.block_tokens
+        keys = block_keys(model.name, prompt, block) if caching else ()
+        fault = self._faults.next(model.name)
+        generation = self._generation
+        loop = asyncio.get_running_loop()
+        arrived = loop.time()
+        async with self._slots.hold():
+            queued = loop.time() - arrived
+            # At least one token of the prompt is always computed: it yields the first of the answer.
+            cached = min(self._cache.match(keys) * block, (prompt_tokens - 1) // block * block)
+            self._context_tokens += prompt_tokens + answer.tokens
+            try:
+                await self._prefill(prompt_tokens - cached, fault.factor if fault and fault.kind == "slow" else 1.0)
+                self._cache.insert(keys)
+                self._decoding += 1
+                try:
+                    async with aclosing(self._decode(answer, fault, generation)) as pieces:
+                        async for piece in pieces:
+                            yield piece
+                finally:
+                    self._decoding -= 1
+            finally:
+                self._context_tokens -= prompt_tokens + answer.tokens
+            if caching and not answer.tool:
+                self._cache.insert(block_keys(model.name, prompt + answer.text, block))
+            yield Finished(
+                answer.finish_reason,
+                Usage(
+                    prompt_tokens=prompt_tokens,
+                    cached_prompt_tokens=cached,
+                    completion_tokens=answer.tokens,
+                ),
+                queued=queued,
+            )
+
+    async def _prefill(self, tokens: int, factor: float) -> None:
+        """Prompts are computed one after the other, as a busy accelerator would."""
+        speed = self._settings.prefill_tokens_per_second
+        if not speed or not self._scale:
+            return
+        now = asyncio.get_running_loop().time()
+        self._prefill_free_at = max(now, self._prefill_free_at) + tokens / speed * self._scale * factor
+        await self._pauses.sleep(self._prefill_free_at - now)
+
+    def _seconds_per_token(self) -> float:
+        speed = self._settings.decode_tokens_per_second
+        together = self._settings.aggregate_tokens_per_second
+        slowest = 1 / speed if speed else 0.0
+        if together:
+            slowest = max(slowest, self._decoding / together)
+        return slowest * self._scale
+
+    async def _decode(self, answer: Answer, fault: Fault | None, generation: int) -> AsyncGenerator[Delta, None]:
+        chunk = self._settings.tokens_per_chunk
+        strike_at = -1 if fault is None or fault.kind == "slow" else min(fault.tokens, answer.tokens)
+        factor = fault.factor if fault and fault.kind == "slow" else 1.0
+        time = asyncio.get_running_loop().time
+        timed = self._seconds_per_token() > 0
+        due = time()
+        sent = 0
+        while True:
+            if sent == strike_at:
+                await self._strike(fault, generation)
+            if generation != self._generation:
+                raise EngineFailed("the engine lost its running requests")
+            if sent >= answer.tokens:
+                return
+            count = min(chunk, answer.tokens - sent)
+            if timed and sent:
+                pace = self._seconds_per_token() * factor
+                due += count * pace
+                late = time() - due
+                if late < 0:
+                    await self._pauses.sleep(-late)
+                elif pace > 0 and late > pace:
+                    # The reader was slower than the model: what has become due since goes out at once.
+                    more = min(int(late / pace), answer.tokens - sent - count)
+                    count += more
+                    due += more * pace
+            if sent < strike_at < sent + count:
+                count = strike_at - sent
+            yield answer.piece(sent, count)
+            sent += count
+
+    async def _strike(self, fault: Fault | None, generation: int) -> None:
+        if generation != self._generation:
+            raise EngineFailed("the engine lost its running requests")
+        if fault is None or fault.kind == "slow":
+            return
+        if fault.kind == "hang":
+            await self._pauses.sleep(None)
+        elif fault.kind == "crash":
+            os._exit(CRASH_STATUS)
+        elif fault.kind == "disconnect":
+            self._health, self._detail = Health.UNHEALTHY, "simulated loss of the connection to the engine"
+            asyncio.get_running_loop().call_later(fault.seconds, self._recover)
+            self._break("the connection to the engine was lost (simulated)")
+            raise EngineFailed("the connection to the engine was lost (simulated)")
+        else:
+            raise EngineFailed("a simulated fault")
+
+    def _break(self, why: str) -> None:
+        """Fail everything that runs or waits."""
+        self._generation += 1
+        self._pauses.fail_all(lambda: EngineFailed(why))
+        self._slots.fail_waiting(lambda: EngineFailed(why))
+
+    def _recover(self) -> None:
+        if not self._closed:
+            self._health, self._detail = Health.READY, ""
+
+    def _model(self, name: str) -> EngineModel:
+        if self._closed:
+            raise EngineFailed("the engine was closed")
+        model = self._models.get(name)
+        if model is None:
+            raise UnknownModel(f"no model is called {name!r}; there are: {', '.join(self._models)}")
+        return model

@@ -1,0 +1,62 @@
+"""Why a request was refused: the error table of modelyard/v1/orchestrator.proto as code.
+
+A test holds this module and that table equal, both ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from types import MappingProxyType
+
+import grpc
+
+DOMAIN = "modelyard"
+"""`google.rpc.ErrorInfo.domain` of every status made by modelyard."""
+
+
+class Reason(StrEnum):
+    """`google.rpc.ErrorInfo.reason`. Causes and cures stand in the contract's table."""
+
+    INVALID_REQUEST = "INVALID_REQUEST"
+    UNKNOWN_MODEL = "UNKNOWN_MODEL"
+    UNKNOWN_SERVER = "UNKNOWN_SERVER"
+    NO_CAPABLE_SERVER = "NO_CAPABLE_SERVER"
+    QUEUE_FULL = "QUEUE_FULL"
+    SLOW_READER = "SLOW_READER"
+    SERVER_BUSY = "SERVER_BUSY"
+    FLEET_WARMING_UP = "FLEET_WARMING_UP"
+    SERVERS_AWAY = "SERVERS_AWAY"
+    DRAINING = "DRAINING"
+    ATTEMPTS_EXHAUSTED = "ATTEMPTS_EXHAUSTED"
+    STREAM_BROKEN = "STREAM_BROKEN"
+    ENGINE_FAILED = "ENGINE_FAILED"
+    QUEUE_TIMEOUT = "QUEUE_TIMEOUT"
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    UNSUPPORTED = "UNSUPPORTED"
+    SUPERSEDED = "SUPERSEDED"
+    INTERNAL = "INTERNAL"
+
+
+CODES: Mapping[Reason, grpc.StatusCode] = MappingProxyType(
+    {
+        Reason.INVALID_REQUEST: grpc.StatusCode.INVALID_ARGUMENT,
+        Reason.UNKNOWN_MODEL: grpc.StatusCode.NOT_FOUND,
+        Reason.UNKNOWN_SERVER: grpc.StatusCode.NOT_FOUND,
+        Reason.NO_CAPABLE_SERVER: grpc.StatusCode.FAILED_PRECONDITION,
+        Reason.QUEUE_FULL: grpc.StatusCode.RESOURCE_EXHAUSTED,
+        Reason.SLOW_READER: grpc.StatusCode.RESOURCE_EXHAUSTED,
+        Reason.SERVER_BUSY: grpc.StatusCode.RESOURCE_EXHAUSTED,
+        Reason.FLEET_WARMING_UP: grpc.StatusCode.UNAVAILABLE,
+        Reason.SERVERS_AWAY: grpc.StatusCode.UNAVAILABLE,
+        Reason.DRAINING: grpc.StatusCode.UNAVAILABLE,
+        Reason.ATTEMPTS_EXHAUSTED: grpc.StatusCode.UNAVAILABLE,
+        Reason.STREAM_BROKEN: grpc.StatusCode.UNAVAILABLE,
+        Reason.ENGINE_FAILED: grpc.StatusCode.UNAVAILABLE,
+        Reason.QUEUE_TIMEOUT: grpc.StatusCode.DEADLINE_EXCEEDED,
+        Reason.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
+        Reason.UNSUPPORTED: grpc.StatusCode.UNIMPLEMENTED,
+        Reason.SUPERSEDED: grpc.StatusCode.ABORTED,
+        Reason.INTERNAL: grpc.StatusCode.INTERNAL,
+    }
+)

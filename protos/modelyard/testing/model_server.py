@@ -1,0 +1,173 @@
+"""A model server without an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import TracebackType
+
+from grpc.aio import ServicerContext
+
+from modelyard.rpc.channels import channel
+from modelyard.testing.server import FakeServer, ScriptItem, play
+from modelyard.v1 import fleet_pb2, generation_pb2, model_server_pb2, orchestrator_pb2_grpc, task_pb2
+
+
+def model_info(name: str = "fake", provider: str = "fake", **overrides: object) -> fleet_pb2.ModelInfo:
+    """A free model that is fairly good at everything and can do everything."""
+    values: dict[str, object] = {
+        "name": name,
+        "provider": provider,
+        "context_length": 8192,
+        "capabilities": [
+            fleet_pb2.Capability(task_type=name, score=0.5) for name, number in task_pb2.TaskType.items() if number
+        ],
+        "features": [number for number in fleet_pb2.ModelFeature.values() if number],
+    }
+    return fleet_pb2.ModelInfo(**{**values, **overrides})  # type: ignore[arg-type]
+
+
+class FakeModelServer(FakeServer):
+    """Answers Generate by script, embeds a text as (length, 1), counts a token per four bytes.
+
+    `attach` reports to a control plane as a real one does. `models`, `load`, `status` and `state`
+    may be changed at any time; `report_now` tells.
+    """
+
+    service = model_server_pb2.DESCRIPTOR.services_by_name["ModelServer"]
+
+    def __init__(
+        self, server_id: str = "fake-1", models: Sequence[fleet_pb2.ModelInfo] | None = None, slots: int = 4
+    ) -> None:
+        super().__init__()
+        self.server_id = server_id
+        self.instance_id = uuid.uuid4().hex
+        self.models = list(models if models is not None else [model_info()])
+        self.load = fleet_pb2.ServerLoad(slots=slots)
+        self.status: fleet_pb2.ServerHealth = fleet_pb2.SERVER_HEALTH_READY
+        self.state: fleet_pb2.DesiredState = fleet_pb2.DESIRED_STATE_SERVE
+        self.on_generate: Callable[[model_server_pb2.ModelServerGenerateRequest], tuple[ScriptItem, ...]] | None = None
+        """Makes the script of a request; takes precedence over `answer`."""
+        self.finish_reason: generation_pb2.FinishReason = generation_pb2.FINISH_REASON_STOP
+        self.directives: list[fleet_pb2.ServerDirective] = []
+        """Every directive received, in order."""
+        self._script: tuple[ScriptItem, ...] = ("Hello", ", ", "world")
+        self._result = True
+        self._due = asyncio.Event()
+        self._attaching: asyncio.Task[None] | None = None
+
+    def answer(self, *items: ScriptItem, result: bool = True) -> None:
+        """Script of all Generate calls from now on; without `result` the stream just ends."""
+        self._script, self._result = items, result
+
+    def report(self) -> fleet_pb2.ServerReport:
+        """The whole state now."""
+        epoch = self.directives[-1].lease_epoch if self.directives else 0
+        return fleet_pb2.ServerReport(
+            identity=fleet_pb2.ServerIdentity(
+                server_id=self.server_id, instance_id=self.instance_id, endpoint=self.address
+            ),
+            engine=fleet_pb2.EngineInfo(name="fake"),
+            models=self.models,
+            load=self.load,
+            health=self.status,
+            lease_epoch=epoch,
+            state=self.state,
+        )
+
+    async def attach(self, address: str) -> None:
+        """Open a report stream to a control plane and keep it until `detach`; waits for the first directive."""
+        seen = len(self.directives)
+        self._attaching = asyncio.create_task(self._attach(address))
+        waiting = asyncio.create_task(self.until(lambda: len(self.directives) > seen))
+        await asyncio.wait((waiting, self._attaching), return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            waiting.cancel()
+            self._attaching.result()  # raises why the stream ended
+        waiting.result()
+
+    async def detach(self) -> None:
+        """Break the report stream."""
+        if self._attaching is not None:
+            attaching, self._attaching = self._attaching, None
+            attaching.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await attaching
+
+    def report_now(self) -> None:
+        """Send a report at once."""
+        self._due.set()
+
+    async def _attach(self, address: str) -> None:
+        async with channel(address, own_connection=True) as link:
+            call = orchestrator_pb2_grpc.OrchestratorStub(link).Attach()  # type: ignore[no-untyped-call]
+
+            async def send() -> None:
+                interval = 1.0
+                while True:
+                    self._due.clear()
+                    await call.write(self.report())
+                    if self.directives:
+                        interval = self.directives[-1].next_report_in.ToNanoseconds() / 1e9 or interval
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._due.wait(), interval)
+
+            sending = asyncio.create_task(send())
+            try:
+                async for directive in call:
+                    self.directives.append(directive)
+                    self._tell()
+            finally:
+                sending.cancel()
+                call.cancel()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.detach()
+        await self.stop()
+
+    # -------------------------------------------------------------- service ---
+
+    async def Describe(
+        self, request: model_server_pb2.DescribeRequest, context: ServicerContext
+    ) -> model_server_pb2.DescribeResponse:
+        async with self._received("Describe", context, request):
+            report = self.report()
+            report.lease_epoch = 0
+            return model_server_pb2.DescribeResponse(report=report)
+
+    async def Generate(
+        self, request: model_server_pb2.ModelServerGenerateRequest, context: ServicerContext
+    ) -> AsyncIterator[model_server_pb2.ModelServerGenerateResponse]:
+        async with self._received("Generate", context, request):
+            tokens = 0
+            async for delta in play(self._script if self.on_generate is None else self.on_generate(request)):
+                tokens += delta.tokens
+                yield model_server_pb2.ModelServerGenerateResponse(delta=delta)
+            if self._result:
+                usage = generation_pb2.Usage(prompt_tokens=_tokens(request.input), completion_tokens=tokens)
+                result = generation_pb2.GenerationResult(finish_reason=self.finish_reason, usage=usage)
+                yield model_server_pb2.ModelServerGenerateResponse(result=result)
+
+    async def Embed(
+        self, request: model_server_pb2.ModelServerEmbedRequest, context: ServicerContext
+    ) -> model_server_pb2.ModelServerEmbedResponse:
+        async with self._received("Embed", context, request):
+            return model_server_pb2.ModelServerEmbedResponse(
+                embeddings=[generation_pb2.Embedding(values=[len(text), 1]) for text in request.inputs],
+                usage=generation_pb2.Usage(prompt_tokens=len(request.inputs)),
+            )
+
+    async def CountTokens(
+        self, request: model_server_pb2.CountTokensRequest, context: ServicerContext
+    ) -> model_server_pb2.CountTokensResponse:
+        async with self._received("CountTokens", context, request):
+            return model_server_pb2.CountTokensResponse(prompt_tokens=_tokens(request.input))
+
+
+def _tokens(given: generation_pb2.GenerationInput) -> int:
+    texts = [given.prompt, *(part.text for message in given.messages for part in message.content)]
+    return max(1, sum(len(text.encode()) for text in texts) // 4)

@@ -1,0 +1,92 @@
+"""Every enum that mirrors one of the contract has its names and numbers, all of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from control_plane.domain import decision, server, task
+from model_servers import engine
+from modelyard.client import FEATURES, PRIORITIES, TASK_TYPES, _names
+from modelyard.v1 import fleet_pb2, generation_pb2, selection_pb2, task_pb2
+
+
+def numbers(enum, prefix: str) -> dict[str, int]:
+    return {name.removeprefix(prefix): number for name, number in enum.items() if number}
+
+
+TASK_TYPE = numbers(task_pb2.TaskType, "TASK_TYPE_")
+PRIORITY = numbers(task_pb2.TaskPriority, "TASK_PRIORITY_")
+FEATURE = numbers(fleet_pb2.ModelFeature, "MODEL_FEATURE_")
+HEALTH = numbers(fleet_pb2.ServerHealth, "SERVER_HEALTH_")
+
+MIRRORS = [
+    (task.TaskType, TASK_TYPE),
+    (task.Priority, PRIORITY),
+    (server.LeaseState, numbers(fleet_pb2.LeaseState, "LEASE_STATE_")),
+    (server.Health, HEALTH),
+    (server.BreakerState, numbers(fleet_pb2.BreakerState, "BREAKER_STATE_")),
+    (decision.Verdict, numbers(selection_pb2.Verdict, "VERDICT_")),
+    (decision.RejectionReason, numbers(selection_pb2.RejectionReason, "REJECTION_REASON_")),
+    (engine.Role, numbers(generation_pb2.Role, "ROLE_")),
+    (engine.FinishReason, numbers(generation_pb2.FinishReason, "FINISH_REASON_")),
+    (engine.Health, HEALTH),
+    (engine.ToolChoiceMode, numbers(generation_pb2.ToolChoiceMode, "TOOL_CHOICE_MODE_")),
+]
+
+
+@pytest.mark.parametrize(("mirror", "contract"), MIRRORS, ids=lambda value: getattr(value, "__qualname__", ""))
+def test_mirror(mirror, contract: dict[str, int]) -> None:
+    assert {member.name: member.value for member in mirror} == contract
+
+
+@pytest.mark.parametrize("mirror", [task.Feature, engine.Feature])
+def test_feature_bit_is_its_number(mirror) -> None:
+    assert {member.name: member.value for member in mirror} == {name: 1 << bit for name, bit in FEATURE.items()}
+
+
+def test_permanent_rejections_are_those_the_contract_calls_so() -> None:
+    comments = (
+        (Path(__file__).parents[2] / "protos/modelyard/v1/selection.proto")
+        .read_text()
+        .split("enum RejectionReason")[1]
+        .split("}")[0]
+    )
+    for reason in decision.RejectionReason:
+        comment = comments.split(f"REJECTION_REASON_{reason.name} =")[0].rsplit("=", 1)[-1]
+        if "Transient" in comment:
+            assert not reason.permanent
+        else:  # EXCLUDED holds for the whole request, so it counts as permanent
+            assert reason.permanent
+
+
+def test_zero_is_always_unspecified() -> None:
+    for file in (fleet_pb2, generation_pb2, selection_pb2, task_pb2):
+        for enum in file.DESCRIPTOR.enum_types_by_name.values():
+            assert enum.values_by_number[0].name.endswith("_UNSPECIFIED")
+
+
+def test_names_of_the_client() -> None:
+    tables = {
+        _names.ROLE: (generation_pb2.Role, "ROLE_"),
+        _names.TASK_TYPE: (task_pb2.TaskType, "TASK_TYPE_"),
+        _names.PRIORITY: (task_pb2.TaskPriority, "TASK_PRIORITY_"),
+        _names.FEATURE: (fleet_pb2.ModelFeature, "MODEL_FEATURE_"),
+        _names.TOOL_CHOICE_MODE: (generation_pb2.ToolChoiceMode, "TOOL_CHOICE_MODE_"),
+        _names.FINISH_REASON: (generation_pb2.FinishReason, "FINISH_REASON_"),
+        _names.VERDICT: (selection_pb2.Verdict, "VERDICT_"),
+        _names.REJECTION_REASON: (selection_pb2.RejectionReason, "REJECTION_REASON_"),
+        _names.LEASE_STATE: (fleet_pb2.LeaseState, "LEASE_STATE_"),
+        _names.HEALTH: (fleet_pb2.ServerHealth, "SERVER_HEALTH_"),
+        _names.BREAKER_STATE: (fleet_pb2.BreakerState, "BREAKER_STATE_"),
+    }
+    for table, (enum, prefix) in tables.items():
+        expected = {name.lower(): number for name, number in numbers(enum, prefix).items()}
+        assert dict(table.numbers) == expected
+        assert all(table.name(number) == name and table.number(name) == number for name, number in expected.items())
+        assert table.name(0) == ""
+        assert table.name(999) == "unknown_999"
+    assert set(TASK_TYPES) == {name.lower() for name in TASK_TYPE}
+    assert PRIORITIES == ("low", "normal", "high", "critical")
+    assert set(FEATURES) == {name.lower() for name in FEATURE}

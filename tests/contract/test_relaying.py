@@ -1,0 +1,41 @@
+"""What lets the control plane pass deltas on unread, and the shape of the contract that code relies on."""
+
+from __future__ import annotations
+
+import pytest
+
+from modelyard.v1 import (
+    fleet_pb2,
+    generation_pb2,
+    model_server_pb2,
+    orchestrator_pb2,
+    selection_pb2,
+    task_pb2,
+)
+
+FILES = [fleet_pb2, generation_pb2, model_server_pb2, orchestrator_pb2, selection_pb2, task_pb2]
+
+
+def test_a_delta_has_the_same_bytes_from_both() -> None:
+    theirs = model_server_pb2.ModelServerGenerateResponse.DESCRIPTOR.fields_by_name["delta"]
+    ours = orchestrator_pb2.GenerateResponse.DESCRIPTOR.fields_by_name["delta"]
+    assert (theirs.number, theirs.message_type.full_name) == (ours.number, ours.message_type.full_name)
+    delta = generation_pb2.GenerationDelta(text="hé", tokens=2)
+    sent = model_server_pb2.ModelServerGenerateResponse(delta=delta).SerializeToString()
+    assert orchestrator_pb2.GenerateResponse.FromString(sent).delta == delta
+
+
+def test_no_other_event_shares_a_number() -> None:
+    theirs = {f.number: f.name for f in model_server_pb2.ModelServerGenerateResponse.DESCRIPTOR.fields}
+    ours = {f.number: f.name for f in orchestrator_pb2.GenerateResponse.DESCRIPTOR.fields}
+    assert {ours[number] for number in theirs.keys() & ours.keys()} == {"delta"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.DESCRIPTOR.name)
+def test_package(file) -> None:
+    assert file.DESCRIPTOR.package == "modelyard.v1"
+
+
+def test_services_are_those_that_programs_serve() -> None:
+    assert set(orchestrator_pb2.DESCRIPTOR.services_by_name) == {"Orchestrator"}
+    assert set(model_server_pb2.DESCRIPTOR.services_by_name) == {"ModelServer"}

@@ -1,0 +1,435 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from datetime import UTC, datetime
+
+import pytest
+
+from modelyard.client import (
+    AsyncClient,
+    Cancelled,
+    ConnectionFailed,
+    DeadlineExceeded,
+    Decision,
+    Delta,
+    FieldViolation,
+    FleetWarmingUp,
+    InternalError,
+    InvalidRequest,
+    ModelyardError,
+    QueueFull,
+    StreamBroken,
+    ToolCall,
+    UnknownModel,
+    UnknownServer,
+    Unsupported,
+)
+from modelyard.client._errors import BY_REASON
+from modelyard.rpc.errors import Refusal, Violation
+from modelyard.rpc.reasons import Reason
+from modelyard.testing import FakeModelServer, FakeOrchestrator, model_info
+from modelyard.v1 import fleet_pb2, generation_pb2, orchestrator_pb2, selection_pb2
+
+
+@pytest.fixture
+async def fake():
+    async with FakeOrchestrator() as orchestrator:
+        yield orchestrator
+
+
+@pytest.fixture
+async def client(fake: FakeOrchestrator):
+    async with AsyncClient(fake.address) as made:
+        yield made
+
+
+# --------------------------------------------------------------- generating ---
+
+
+async def test_generate(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    fake.summary.timings.ttft.FromMilliseconds(250)
+    fake.summary.cost_nano_usd = 1_500_000
+    fake.summary.attempts[0].started_at.FromDatetime(datetime(2025, 1, 2, tzinfo=UTC))
+    result = await client.generate("hi", request_id="me", max_tokens=5)
+    assert (result.text, result.finish_reason, result.request_id) == ("Hello, world", "stop", "me")
+    assert (result.server_id, result.model, result.provider) == ("fake-1", "fake", "fake")
+    assert (result.usage.prompt_tokens, result.usage.completion_tokens) == (3, 3)
+    assert (result.timings.ttft, result.timings.tpot, result.cost_usd) == (0.25, None, 0.0015)
+    assert result.attempts[0].started_at == datetime(2025, 1, 2, tzinfo=UTC)
+    assert result.message.content == "Hello, world"
+    assert json.loads(json.dumps(result.to_dict()))["attempts"][0]["started_at"] == "2025-01-02T00:00:00+00:00"
+    assert fake.calls[0].request.input.sampling.max_tokens == 5
+
+
+async def test_stream_events_and_result(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    async with client.stream("hi", explain=True) as stream:
+        with pytest.raises(RuntimeError, match="not been read"):
+            _ = stream.result
+        events = [event async for event in stream]
+    assert isinstance(events[0], Decision)
+    assert [event.text for event in events[1:] if isinstance(event, Delta)] == ["Hello", ", ", "world"]
+    assert stream.result.text == "Hello, world"
+    assert stream.result.decisions == (events[0],)
+    assert [event async for event in stream] == []
+    await fake.until(lambda: fake.calls[0].outcome == "ok")
+
+
+async def test_deltas_leaves_decisions_out(client: AsyncClient) -> None:
+    assert [delta.text async for delta in client.stream("hi", explain=True).deltas()] == ["Hello", ", ", "world"]
+
+
+async def test_tool_calls_logprobs_and_reasoning_are_put_together(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    fake.answer(
+        generation_pb2.GenerationDelta(reasoning_text="hm "),
+        generation_pb2.GenerationDelta(
+            reasoning_text="ok",
+            tool_calls=[{"index": 1, "id": "b", "name": "g"}, {"index": 0, "id": "a", "name": "f"}],
+            logprobs=[{"token": "x", "logprob": -0.5, "top": [{"token": "y", "logprob": -1}]}],
+        ),
+        generation_pb2.GenerationDelta(tool_calls=[{"index": 0, "arguments_json": '{"n"'}]),
+        generation_pb2.GenerationDelta(tool_calls=[{"index": 0, "arguments_json": ": 1}"}]),
+    )
+    fake.summary.finish_reason = generation_pb2.FINISH_REASON_TOOL_CALLS
+    result = await client.generate("hi")
+    assert result.tool_calls == (ToolCall("a", "f", '{"n": 1}'), ToolCall("b", "g", ""))
+    assert (result.tool_calls[0].arguments, result.tool_calls[1].arguments) == ({"n": 1}, {})
+    assert (result.reasoning_text, result.finish_reason) == ("hm ok", "tool_calls")
+    assert result.logprobs[0].top[0].token == "y"
+
+
+async def test_embed(client: AsyncClient) -> None:
+    result = await client.embed(["a", "bcd"])
+    assert result.vectors == ((1.0, 1.0), (3.0, 1.0))
+    assert result.usage.prompt_tokens == 2
+
+
+async def test_explain(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    fake.decision = selection_pb2.Decision(
+        verdict=selection_pb2.VERDICT_IMPOSSIBLE,
+        candidates=[
+            {
+                "server_id": "s",
+                "score": 0.5,
+                "parts": [{"scorer": "cost", "value": 1, "weight": 2}],
+                "rejections": [{"reason": 5, "detail": "too long", "permanent": True}],
+            }
+        ],
+        summary="no",
+    )
+    decision = await client.explain("hi", model="m")
+    assert (decision.verdict, decision.summary, decision.estimated_prompt_tokens) == ("impossible", "no", 3)
+    assert decision.candidates[0].rejections[0].reason == "context_too_short"
+    assert decision.candidates[0].parts[0].weight == 2
+    assert fake.calls[0].request.request.requirements.model == "m"
+
+
+# ------------------------------------------------------------------ leaving ---
+
+
+async def ended(fake: FakeOrchestrator) -> None:
+    await fake.until(lambda: all(call.outcome != "running" for call in fake.calls))
+    assert fake.calls[-1].outcome == "cancelled"
+
+
+async def test_breaking_out_of_the_loop_stops_the_model(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    fake.answer("a", asyncio.Event())
+    async for _ in client.stream("hi"):
+        break
+    await ended(fake)
+
+
+async def test_leaving_deltas_stops_the_model(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    fake.answer("a", asyncio.Event())
+    deltas = client.stream("hi").deltas()
+    await anext(deltas)
+    await deltas.aclose()
+    await ended(fake)
+
+
+async def test_leaving_the_with_block_stops_the_model(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    fake.answer("a", asyncio.Event())
+    async with client.stream("hi") as stream:
+        assert await anext(stream)
+    await ended(fake)
+    assert stream.partial and stream.partial.text == "a"
+
+
+async def test_cancel_tells_the_reader(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    fake.answer("a", asyncio.Event())
+    stream = client.stream("hi")
+    reading = asyncio.create_task(stream.collect())
+    await fake.until(lambda: bool(fake.calls))
+    while stream.partial is None:
+        await asyncio.sleep(0)
+    stream.cancel()
+    with pytest.raises(Cancelled) as caught:
+        await reading
+    assert caught.value.partial and caught.value.partial.text == "a"
+    await ended(fake)
+
+
+async def test_cancelling_the_task_is_no_modelyard_error(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    fake.answer("a", asyncio.Event())
+    reading = asyncio.create_task(client.generate("hi"))
+    await fake.until(lambda: bool(fake.calls))
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    await ended(fake)
+
+
+async def test_cancel_before_the_start(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    stream = client.stream("hi")
+    stream.cancel()
+    with pytest.raises(Cancelled):
+        await anext(stream)
+    assert not fake.calls
+
+
+async def test_closing_the_client_tells_its_readers(fake: FakeOrchestrator) -> None:
+    fake.answer("a", asyncio.Event())
+    gate = fake.gate("ListModels")
+    async with AsyncClient(fake.address) as client:
+        stream = client.stream("hi")
+        await anext(stream)
+        tasks = [asyncio.create_task(anext(stream)), asyncio.create_task(client.models())]
+        watching = asyncio.create_task(anext(aiter(client.watch_fleet())))
+        assert (await watching).snapshot
+        await gate.arrived.wait()
+    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+        assert isinstance(outcome, Cancelled)
+    with pytest.raises(RuntimeError, match="closed"):
+        await client.models()
+    await client.close()
+
+
+# ------------------------------------------------------------------ failing ---
+
+
+@pytest.mark.parametrize("reason", Reason)
+async def test_every_reason_is_its_exception(fake: FakeOrchestrator, client: AsyncClient, reason: Reason) -> None:
+    refusal = Refusal(reason, "why", [Violation("f", "d")], retry_after=2, metadata={"k": "v"})
+    fake.inject_error("Generate", refusal)
+    fake.inject_error("ListModels", refusal)
+    for call in (client.generate("hi", request_id="me"), client.models()):
+        with pytest.raises(ModelyardError) as caught:
+            await call
+        error = caught.value
+        assert type(error) is BY_REASON[reason]
+        assert (error.reason, error.message, str(error)) == (reason.value, "why", "why")
+        assert (error.retry_after, error.metadata["k"]) == (2, "v")
+        assert error.violations == (FieldViolation("f", "d"),)
+        assert error.partial is None
+        assert json.dumps(error.to_dict())
+
+
+async def test_request_id_of_a_failure_is_the_control_planes(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    fake.inject_error("Generate", Refusal(Reason.INTERNAL, "bug"))
+    with pytest.raises(InternalError) as caught:
+        await client.generate("hi")
+    assert caught.value.request_id == "fake-0"
+
+
+async def test_answer_that_breaks_off_keeps_what_came(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    fake.answer("a", "b", Refusal(Reason.STREAM_BROKEN, "died"))
+    with pytest.raises(StreamBroken) as caught:
+        await client.generate("hi", request_id="me", retries=5)
+    assert caught.value.partial and caught.value.partial.text == "ab"
+    assert caught.value.partial.finish_reason == ""
+    assert len(fake.calls) == 1
+
+
+async def test_stream_without_a_summary_has_failed(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    fake.answer("a", summary=False)
+    with pytest.raises(StreamBroken, match="without a summary") as caught:
+        await client.generate("hi")
+    assert caught.value.partial and caught.value.partial.text == "a"
+
+
+async def test_control_plane_that_dies_mid_answer(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    fake.answer("a", asyncio.Event())
+    stream = client.stream("hi")
+    await anext(stream)
+    await fake.stop()
+    with pytest.raises(StreamBroken) as caught:
+        await anext(stream)
+    assert caught.value.partial and caught.value.partial.text == "a"
+
+
+async def test_nobody_answers() -> None:
+    async with FakeOrchestrator() as fake:
+        address = fake.address
+    async with AsyncClient(address) as client:
+        for call in (client.generate("hi"), client.models(), client.health(), anext(client.watch_fleet())):
+            with pytest.raises(ConnectionFailed, match=rf"no control plane answers at {address} .*modelyard up"):
+                await call
+
+
+async def test_reconnects_when_it_is_back() -> None:
+    async with FakeOrchestrator() as fake, AsyncClient(fake.address, retries=20) as client:
+        await client.models()
+        await fake.stop()
+        with pytest.raises(ConnectionFailed):
+            await client.generate("hi", retries=0)
+        await fake.start(fake.port)
+        assert (await client.generate("hi")).text == "Hello, world"
+
+
+async def test_something_else_answers() -> None:
+    async with FakeModelServer() as server, AsyncClient(server.address) as client:
+        with pytest.raises(Unsupported, match="not a modelyard control plane"):
+            await client.models()
+        assert await client.health() == type(await client.health())(alive=True, serving=False)
+
+
+async def test_timeout_reaches_the_server_and_ends_the_call(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    fake.answer("a", asyncio.Event())
+    with pytest.raises(DeadlineExceeded) as caught:
+        await client.generate("hi", timeout=0.2)
+    assert caught.value.partial and caught.value.partial.text == "a"
+    assert 0 < (fake.calls[0].time_remaining or 0) < 0.5
+    fake.answer("a")
+    await client.generate("hi", timeout=float("inf"))
+    assert fake.calls[1].time_remaining is None
+
+
+async def test_timeout_of_the_client_is_the_default(fake: FakeOrchestrator) -> None:
+    async with AsyncClient(fake.address, timeout=30) as client:
+        await client.models()
+        await client.models(timeout=10)
+    assert 11 < (fake.calls[0].time_remaining or 0) < 32
+    assert 0 < (fake.calls[1].time_remaining or 0) < 11  # gRPC rounds
+
+
+# ----------------------------------------------------------------- retrying ---
+
+
+async def test_retries_what_was_never_started(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    for method in ("Generate", "Embed"):
+        fake.inject_error(method, Refusal(Reason.FLEET_WARMING_UP, "wait", retry_after=0.01), 2)
+    assert (await client.generate("hi", retries=2)).text == "Hello, world"
+    assert (await client.embed("hi", retries=2)).vectors
+    assert [call.outcome for call in fake.calls] == ["FLEET_WARMING_UP", "FLEET_WARMING_UP", "ok"] * 2
+
+
+async def test_gives_up_after_its_retries(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    fake.inject_error("Generate", Refusal(Reason.QUEUE_FULL, "full", retry_after=0.01), 5)
+    with pytest.raises(QueueFull):
+        await client.generate("hi", retries=2)
+    assert len(fake.calls) == 3
+    with pytest.raises(QueueFull):
+        await client.generate("hi")
+    assert len(fake.calls) == 4
+
+
+async def test_never_waits_beyond_the_timeout(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    fake.inject_error("Generate", Refusal(Reason.FLEET_WARMING_UP, "wait", retry_after=60))
+    with pytest.raises(FleetWarmingUp):
+        await client.generate("hi", retries=1, timeout=5)
+
+
+async def test_never_retries_a_wrong_request(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    fake.inject_error("Generate", Refusal(Reason.INVALID_REQUEST, "no"))
+    with pytest.raises(InvalidRequest):
+        await client.generate("hi", retries=5)
+    assert len(fake.calls) == 1
+
+
+# -------------------------------------------------------------------- fleet ---
+
+
+def status(server_id: str = "s1") -> fleet_pb2.ModelServerStatus:
+    server = FakeModelServer(server_id)
+    made = fleet_pb2.ModelServerStatus(report=server.report(), lease_state=fleet_pb2.LEASE_STATE_LIVE, in_flight=2)
+    made.models.add(model="fake", success_rate=0.5, requests=4, failures=2, breaker=fleet_pb2.BREAKER_STATE_OPEN)
+    made.attached_at.FromSeconds(1_700_000_000)
+    return made
+
+
+async def test_servers_models_and_drain(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    fake.servers = [status()]
+    fake.models = [
+        fleet_pb2.Model(
+            name="m",
+            providers=["p"],
+            placements=[{"server_id": "s1", "lease_state": 1, "info": model_info("m", "p")}],
+            features=[3],
+            capabilities=[{"task_type": 1, "score": 0.5}],
+        )
+    ]
+    (server,) = await client.servers()
+    assert (server.server_id, server.lease_state, server.health, server.in_flight) == ("s1", "live", "ready", 2)
+    assert server.attached_at and server.attached_at.tzinfo is UTC
+    assert server.reported_at is None
+    (served,) = server.models
+    assert served.runtime and (served.runtime.breaker, served.runtime.ttft) == ("open", None)
+    assert served.capabilities["chat"] == 0.5
+    assert json.dumps(server.to_dict())
+    (model,) = await client.models()
+    assert await client.model("m") == model
+    assert (model.features, model.placements[0].info.name) == (("vision",), "m")
+    with pytest.raises(UnknownModel):
+        await client.model("x")
+    assert (await client.drain("s1")).lease_state == "draining"
+    assert (await client.drain("s1", undo=True)).lease_state == "live"
+    with pytest.raises(UnknownServer):
+        await client.drain("x")
+
+
+async def test_watch_fleet(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    fake.servers = [status()]
+    changes = client.watch_fleet()
+    first = await anext(changes)
+    assert first.snapshot and first.servers[0].server_id == "s1"
+    fake.publish(orchestrator_pb2.WatchFleetResponse(removed_server_ids=["s1"]))
+    second = await anext(changes)
+    assert (second.snapshot, second.removed_server_ids) == (False, ("s1",))
+    await changes.aclose()
+    await ended(fake)
+
+
+async def test_health(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    health = await client.health()
+    assert (health.alive, health.serving) == (True, True)
+    await fake.health.set_serving(fake.service.full_name, False)
+    health = await client.health()
+    assert (health.alive, health.serving) == (True, False)
+
+
+# ------------------------------------------------------------------- client ---
+
+
+async def test_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MODELYARD_ADDRESS", raising=False)
+    assert AsyncClient().address == "127.0.0.1:7460"
+    monkeypatch.setenv("MODELYARD_ADDRESS", "host:1")
+    assert AsyncClient().address == "host:1"
+    assert AsyncClient("other:2").address == "other:2"
+
+
+def test_made_outside_a_loop_and_bound_to_one() -> None:
+    client = AsyncClient("127.0.0.1:1")
+
+    async def use() -> None:
+        with pytest.raises(ConnectionFailed):
+            await client.models(timeout=5)
+
+    async def use_elsewhere() -> None:
+        with pytest.raises(RuntimeError, match="one per loop"):
+            await client.models()
+
+    async def both() -> None:
+        await use()
+        await asyncio.to_thread(asyncio.run, use_elsewhere())
+        await client.close()
+
+    asyncio.run(both())
+
+
+async def test_wrong_arguments_fail_before_anything_is_sent(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    with pytest.raises(ValueError, match="unknown task type"):
+        client.stream("hi", task_type="x")
+    with pytest.raises(TypeError):
+        await client.generate("hi", temprature=1)  # type: ignore[call-arg]
+    assert not fake.calls

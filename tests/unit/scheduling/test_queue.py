@@ -1,0 +1,285 @@
+"""FairQueue: fair, bounded, cheap; nothing lost, nothing twice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from control_plane.domain.errors import DomainError
+from control_plane.domain.model import ModelName, ServerId
+from control_plane.domain.request import RouteRequest
+from control_plane.domain.task import Priority
+from control_plane.scheduling.queue import FairQueue, Waiting, lane_of
+
+TIMEOUTS = {Priority.LOW: 40.0, Priority.NORMAL: 30.0, Priority.HIGH: 20.0, Priority.CRITICAL: 10.0}
+REQUEST = RouteRequest("r")
+
+
+def queue(bound: int = 1000, total: int | None = None) -> FairQueue[str]:
+    return FairQueue(dict.fromkeys(Priority, bound), TIMEOUTS, total)
+
+
+def push(
+    waiting: FairQueue[str], name: str, model: str = "m", priority: Priority = Priority.NORMAL, now: float = 0.0
+) -> Waiting[str]:
+    return waiting.push(replace(REQUEST, model=ModelName(model), priority=priority), name, now=now, rate=1.0)
+
+
+def take(waiting: FairQueue[str], room: dict[str, int]) -> tuple[list[str], int]:
+    """Dispatch onto places per model; the names placed and the number of tries."""
+    placed: list[str] = []
+    tries = 0
+
+    def try_place(entry: Waiting[str]) -> bool:
+        nonlocal tries
+        tries += 1
+        model = str(entry.request.model)
+        if room.get(model, 0) < 1:
+            return False
+        room[model] -= 1
+        placed.append(entry.payload)
+        return True
+
+    assert waiting.dispatch(try_place) == len(placed)
+    return placed, tries
+
+
+def test_higher_classes_first_then_order_of_arrival() -> None:
+    waiting = queue()
+    push(waiting, "n1")
+    push(waiting, "l1", priority=Priority.LOW)
+    push(waiting, "c1", priority=Priority.CRITICAL)
+    push(waiting, "n2", model="other")
+    push(waiting, "n3")
+    assert waiting.depth() == {Priority.CRITICAL: 1, Priority.HIGH: 0, Priority.NORMAL: 3, Priority.LOW: 1}
+    assert take(waiting, {"m": 9, "other": 9})[0] == ["c1", "n1", "n2", "n3", "l1"]
+    assert len(waiting) == 0 and not any(waiting.depth().values())
+
+
+def test_a_busy_model_holds_nobody_up_and_costs_one_try() -> None:
+    waiting = queue(10_000)
+    for number in range(5000):
+        push(waiting, f"busy{number}", model="busy")
+    push(waiting, "free", model="free")
+    assert take(waiting, {"free": 1}) == (["free"], 2)
+    assert take(waiting, {"busy": 2}) == (["busy0", "busy1"], 3)
+
+
+def test_refused_ones_make_way() -> None:
+    waiting = queue()
+    push(waiting, "hopeless")
+    push(waiting, "next")
+    seen: list[str] = []
+    assert waiting.dispatch(lambda entry: not seen.append(entry.payload)) == 2
+    assert seen == ["hopeless", "next"]
+
+
+def test_an_error_in_placing_loses_nothing() -> None:
+    waiting = queue()
+    push(waiting, "a")
+
+    def fail(entry: Waiting[str]) -> bool:
+        raise RuntimeError(entry.payload)
+
+    with pytest.raises(RuntimeError):
+        waiting.dispatch(fail)
+    assert take(waiting, {"m": 1})[0] == ["a"]
+
+
+def test_a_nested_dispatch_goes_round_once_more() -> None:
+    waiting = queue()
+    push(waiting, "blocked", model="full")
+    push(waiting, "gives a place back")
+    room = {"m": 1}
+    placed: list[str] = []
+
+    def try_place(entry: Waiting[str]) -> bool:
+        if entry.request.model == "m":
+            room["full"] = 1
+            assert waiting.dispatch(try_place) == 0
+        if not room.pop(str(entry.request.model), 0):
+            return False
+        placed.append(entry.payload)
+        return True
+
+    assert waiting.dispatch(try_place) == 2
+    assert placed == ["gives a place back", "blocked"]
+
+
+def test_full_class_refuses_with_an_estimate() -> None:
+    waiting = queue(2)
+    push(waiting, "a")
+    push(waiting, "b")
+    with pytest.raises(DomainError) as refusal:
+        waiting.push(REQUEST, "c", now=0.0, rate=0.25)
+    assert (refusal.value.reason, refusal.value.retry_after) == ("QUEUE_FULL", 8.0)
+    push(waiting, "other class", priority=Priority.LOW)
+
+
+@pytest.mark.parametrize(("rate", "seconds"), [(0.0, 30.0), (1e-9, 30.0), (1e9, 0.5)])
+def test_the_estimate_is_bounded(rate: float, seconds: float) -> None:
+    waiting = queue(1)
+    push(waiting, "a")
+    with pytest.raises(DomainError) as refusal:
+        waiting.push(REQUEST, "b", now=0.0, rate=rate)
+    assert refusal.value.retry_after == seconds
+
+
+def test_total_bound() -> None:
+    waiting = queue(5, total=2)
+    push(waiting, "a", priority=Priority.LOW)
+    push(waiting, "b", priority=Priority.HIGH)
+    with pytest.raises(DomainError, match="2 may"):
+        push(waiting, "c")
+
+
+def test_expiry_by_class_and_deadline() -> None:
+    waiting = queue()
+    push(waiting, "normal")
+    push(waiting, "critical", priority=Priority.CRITICAL)
+    waiting.push(REQUEST, "hurried", now=0.0, rate=1.0, deadline=5.0)
+    assert waiting.next_expiry() == 5.0
+    assert waiting.expire(4.9) == []
+    assert [entry.payload for entry in waiting.expire(29.0)] == ["hurried", "critical"]
+    assert take(waiting, {"m": 5})[0] == ["normal"]
+    assert waiting.expire(1e9) == [] and waiting.next_expiry() is None
+
+
+def test_remove_once() -> None:
+    waiting = queue()
+    first, second = push(waiting, "a"), push(waiting, "b")
+    assert waiting.remove(first) and not waiting.remove(first)
+    assert take(waiting, {"m": 5})[0] == ["b"]
+    assert not waiting.remove(second)
+
+
+def test_the_removed_leave_nothing_behind() -> None:
+    waiting = queue()
+    push(waiting, "stuck")
+    for number in range(5000):
+        waiting.remove(push(waiting, str(number), model=str(number % 7)))
+    assert len(waiting._expiry) < 200
+    assert sum(len(lanes) for lanes in waiting._lanes.values()) == 1
+
+
+def test_drain_in_order_of_arrival() -> None:
+    waiting = queue()
+    push(waiting, "a", priority=Priority.LOW)
+    push(waiting, "b", priority=Priority.HIGH)
+    assert [entry.payload for entry in waiting.drain()] == ["a", "b"]
+    assert len(waiting) == 0
+
+
+@pytest.mark.parametrize("missing", ["bounds", "timeouts"])
+def test_every_class_must_be_configured(missing: str) -> None:
+    maps: dict[str, dict[Priority, float]] = {"bounds": dict.fromkeys(Priority, 1), "timeouts": dict(TIMEOUTS)}
+    del maps[missing][Priority.HIGH]
+    with pytest.raises(ValueError, match=rf"{missing}\.high"):
+        FairQueue(**maps)  # type: ignore[arg-type]
+
+
+def test_lanes() -> None:
+    a, b = ServerId("a"), ServerId("b")
+    assert lane_of(replace(REQUEST, request_id="x", prompt_tokens=5000)) == lane_of(
+        replace(REQUEST, prompt_tokens=8191)
+    )
+    assert lane_of(replace(REQUEST, prompt_tokens=8191)) != lane_of(replace(REQUEST, prompt_tokens=8192))
+    assert lane_of(REQUEST, {a, b}) == lane_of(replace(REQUEST, excluded=frozenset({a})), {b})
+    assert lane_of(REQUEST, {a}) != lane_of(REQUEST)
+
+
+priorities = st.sampled_from(list(Priority))
+names = st.sampled_from(["m1", "m2", "m3"])
+
+
+@given(
+    st.lists(st.tuples(names, priorities), max_size=60), st.lists(st.dictionaries(names, st.integers(0, 5)), max_size=4)
+)
+def test_places_as_a_scan_of_everything_would(
+    arrivals: list[tuple[str, Priority]], events: list[dict[str, int]]
+) -> None:
+    waiting = queue()
+    naive: list[tuple[int, int, str]] = []
+    for number, (model, priority) in enumerate(arrivals):
+        push(waiting, str(number), model, priority)
+        naive.append((-priority, number, model))
+    naive.sort()
+    for room in events:
+        left, expected = dict(room), []
+        for item in list(naive):
+            if left.get(item[2], 0) > 0:
+                left[item[2]] -= 1
+                naive.remove(item)
+                expected.append(str(item[1]))
+        placed, tries = take(waiting, dict(room))
+        assert placed == expected
+        assert tries <= len(placed) + 3 * len(Priority)
+    assert len(waiting) == len(naive)
+
+
+class Life(RuleBasedStateMachine):
+    """Every request that got in comes out exactly once."""
+
+    BOUND = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue = queue(self.BOUND, total=8)
+        self.now = 0.0
+        self.inside: dict[str, Waiting[str]] = {}
+        self.out: Counter[str] = Counter()
+        self.count = 0
+
+    def _leave(self, name: str) -> None:
+        del self.inside[name]
+        self.out[name] += 1
+
+    @rule(model=names, priority=priorities)
+    def arrive(self, model: str, priority: Priority) -> None:
+        same = sum(entry.request.priority is priority for entry in self.inside.values())
+        fits = same < self.BOUND and len(self.inside) < 8
+        self.count += 1
+        try:
+            entry = push(self.queue, str(self.count), model, priority, self.now)
+        except DomainError:
+            assert not fits
+        else:
+            assert fits
+            self.inside[entry.payload] = entry
+
+    @rule(room=st.dictionaries(names, st.integers(0, 3)))
+    def dispatch(self, room: dict[str, int]) -> None:
+        for name in take(self.queue, room)[0]:
+            self._leave(name)
+
+    @precondition(lambda self: self.inside)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.inside)))
+        assert self.queue.remove(self.inside[name])
+        self._leave(name)
+
+    @rule(seconds=st.floats(0, 25))
+    def expire(self, seconds: float) -> None:
+        self.now += seconds
+        due = {name for name, entry in self.inside.items() if entry.expires_at <= self.now}
+        expired = self.queue.expire(self.now)
+        assert {entry.payload for entry in expired} == due and len(expired) == len(due)
+        for name in due:
+            self._leave(name)
+
+    @invariant()
+    def nothing_lost_nothing_twice(self) -> None:
+        assert len(self.queue) == len(self.inside)
+        assert sum(self.queue.depth().values()) == len(self.inside)
+        assert all(times == 1 for times in self.out.values())
+        dues = [entry.expires_at for entry in self.inside.values()]
+        assert self.queue.next_expiry() == (min(dues) if dues else None)
+
+
+TestLife = Life.TestCase
