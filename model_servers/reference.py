@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from pathlib import Path
 
 from pydantic import BaseModel
 
 from model_servers.config import SECTION, ModelServerSettings
 from model_servers.engines.simulated.settings import Fault, SimulatedModel, SimulatedSettings
+from modelyard.program.documents import renew
 from modelyard.program.settings import keys, table
 
 _HERE = Path(__file__).parent
@@ -45,21 +44,5 @@ def tables() -> dict[Path, dict[str, str]]:
     }
 
 
-def renew(document: str, parts: dict[str, str]) -> str:
-    """The document with its tables replaced. Raises ValueError if a marker is missing."""
-    for name, text in parts.items():
-        pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
-        document, count = pattern.subn(lambda match, text=text: f"{match[1]}{text}\n{match[2]}", document)  # type: ignore[misc]
-        if count != 1:
-            raise ValueError(f"{count} places are marked {name!r}, there must be one")
-    return document
-
-
-def main() -> int:
-    for path, parts in tables().items():
-        path.write_text(renew(path.read_text(encoding="utf-8"), parts), encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    renew(tables())

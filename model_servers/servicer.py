@@ -140,7 +140,7 @@ class ModelServerServicer:
                 raise
             if reader is not None and reader.too_slow:
                 # Told to the log as well: the caller will not read it soon.
-                _log.warning("request %s: cut off, its reader is too slow", request.request_id or "without id")
+                _log.warning("request %r: cut off, its reader is too slow", request.request_id)
                 raise Refusal(
                     Reason.SLOW_READER, f"a piece of the answer was not read for {self._slow_reader_seconds:g} s"
                 ) from None

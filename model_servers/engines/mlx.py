@@ -13,7 +13,7 @@ What holds, and what does not:
 - Absent sampling parameters come from the model's generation_config.json; without one, decoding is greedy.
 - A consumer that does not read is not waited for: one sequence of a batch cannot be paused. What is queued for it is
   bounded by the answer's length; closing the generator ends it.
-- A forced tool call is exactly one call. JSON output excludes optional tools.
+- A forced tool call is exactly one call. JSON output beside optional tools: the JSON, or calls.
 - An answer that was cut off (FinishReason.LENGTH) is not valid JSON just because a schema was asked for.
 """
 
@@ -96,8 +96,11 @@ class MlxEngine:
         if unknown:
             raise EngineFailed(f"unknown capabilities {sorted(unknown)}; known are {', '.join(_TASK_TYPES)}")
         self._worker = Worker(self._settings, asyncio.get_running_loop(), self._clock, self._loader)
-        self._model = await self._worker.start()
-        self._described = (_describe(self._settings, self._model),)
+        model = await self._worker.start()
+        if self._closed:
+            raise EngineFailed("the MLX engine was closed while it started")
+        self._model = model
+        self._described = (_describe(self._settings, model),)
 
     async def close(self) -> None:
         """Ends the thread after its current step and frees the model. Idempotent."""

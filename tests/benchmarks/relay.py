@@ -23,7 +23,7 @@ from tests.harness.programs import Program, control_plane, simulated_server, unt
 
 ORCHESTRATOR = "/modelyard.v1.Orchestrator/Generate"
 MODEL_SERVER = "/modelyard.v1.ModelServer/Generate"
-SHORT, LONG = 4, 2000
+SHORT, LONG = 1, 2000  # chunks of an answer
 SLOTS = 256
 
 
@@ -123,7 +123,7 @@ async def run(quick: bool = False) -> Figures:
         idle = rss(plane.pid)
         async with simulated_server(
             "bench", plane.address,
-            instant=True, slots=SLOTS,
+            instant=True, answer_tokens=LONG, slots=SLOTS,
         ) as server:  # fmt: skip
 
             async def live() -> bool:

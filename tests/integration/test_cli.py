@@ -291,7 +291,7 @@ def test_drain_and_undo(fleet: Up) -> None:
         (("generate", "Hello", "--temperature", "3"), 2, "USAGE", "--temperature"),
         (("generate", "Hello", "--schema", "nowhere.json"), 2, "USAGE", "no such file"),
         (("generate", "--schema", "{}", "--json-object", "Hello"), 2, "USAGE", "exclude each other"),
-        (("generate", ""), 2, "INVALID_REQUEST", "content"),
+        (("generate", "Hello", "--raw", "--system", "Be brief"), 2, "INVALID_REQUEST", "raw prompt"),
     ],
 )
 def test_failures_are_one_line_and_an_exit_status(

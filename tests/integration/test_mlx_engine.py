@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -377,6 +378,29 @@ async def test_a_required_call_is_made_and_valid(engine: MlxEngine) -> None:
         await run(engine, replace(request, tool_name="get_lost"))
 
 
+async def test_json_output_beside_optional_tools_is_json_or_calls(engine: MlxEngine) -> None:
+    from llguidance import LLMatcher
+
+    from model_servers.engines._mlx.grammar import answer_or_calls_grammar
+
+    schema = '{"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"]}'
+    hot = Sampling(max_tokens=120, temperature=1.0, seed=1)
+    result = await run(engine, ask("The weather?", json_schema=schema, tools=(WEATHER, CLOCK), sampling=hot))
+    if result.end.finish_reason is FinishReason.STOP:
+        assert json.loads(result.text)["x"] in (1, 2)
+
+    # Which of the two a small model chooses is its own affair: that both are open is checked on the grammar.
+    model = engine._model
+    assert model is not None
+    text = answer_or_calls_grammar(model.grammar_tokenizer, schema, (CLOCK,), "<tool_call>", "</tool_call>")
+    call = '<tool_call>{"name": "get_time", "arguments": {}}</tool_call>'
+    for said, whole in (('{"x": 1}', True), (call, True), (f"{call}\n{call}", True), (call[:-3], False), ("Hi", False)):
+        matcher = LLMatcher(model.grammar_tokenizer, text, log_level=0)
+        tokens = model.tokenizer.encode(said, add_special_tokens=False)
+        accepted = matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+        assert accepted is whole, said
+
+
 async def test_tools_reach_the_prompt_unless_none_is_chosen(engine: MlxEngine) -> None:
     plain = await engine.count_tokens(ask())
     assert await engine.count_tokens(ask(tools=(WEATHER,))) > plain
@@ -485,13 +509,16 @@ async def test_close_fails_what_runs_and_may_be_repeated(settings: MlxSettings) 
 
 
 class Breaking:
-    """A model that computes or raises, as told."""
+    """A model that computes, raises or blocks, as told."""
 
     def __init__(self, network: Any) -> None:
         self._network = network
         self.failures = 0
+        self.gate = threading.Event()
+        self.gate.set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.gate.wait(30)
         if self.failures:
             self.failures -= 1
             raise MemoryError("no memory left")
@@ -537,6 +564,43 @@ async def test_failing_steps_fail_requests_and_then_the_engine(settings: MlxSett
         await engine.start()  # a dead engine can be started anew
         assert (await run(engine, ask())).text
     finally:
+        await engine.close()
+
+
+async def test_an_engine_that_hangs_says_so(settings: MlxSettings) -> None:
+    now = 1000.0
+    networks: list[Breaking] = []
+
+    def blocking(settings: MlxSettings) -> Model:
+        model = load(settings)
+        networks.append(Breaking(model.network))
+        return replace(model, network=networks[-1])
+
+    engine = MlxEngine(settings, clock=lambda: now, loader=blocking)
+    await engine.start()
+    try:
+        now += 10_000.0
+        assert engine.status().health is Health.READY  # idling is no hang
+        stream = engine.generate(endless())
+        await anext(stream)
+        networks[0].gate.clear()
+        worker = engine._worker
+        assert worker is not None
+        now += 10_000.0
+
+        def stuck() -> bool:
+            return engine.status().health is Health.UNHEALTHY
+
+        # The step in flight may still end once, at the new time: then the clock goes on.
+        await until(lambda: stuck() or worker.gauges.progress_at == now)
+        now += 10_000.0
+        await until(stuck)
+        assert "no progress" in engine.status().health_detail
+        networks[0].gate.set()
+        await until(lambda: engine.status().health is Health.READY)
+        await stream.aclose()
+    finally:
+        networks[0].gate.set()
         await engine.close()
 
 

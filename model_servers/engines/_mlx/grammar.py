@@ -36,6 +36,34 @@ def schema_grammar(schema: str) -> str:
         raise Unsupported(f"the JSON schema cannot be used: {error}") from error
 
 
+def answer_or_calls_grammar(tokenizer: LLTokenizer, schema: str, tools: Sequence[Tool], start: str, end: str) -> str:
+    """Either JSON that satisfies `schema`, or one or more tool calls between the tags `start` and `end`."""
+    begin, finish = _terminal(tokenizer, start), _terminal(tokenizer, end)
+    return f"""
+start: answer | call+
+answer: %json {_styled(schema)}
+call: {begin} GAP arguments GAP {finish} GAP
+arguments: %json {_styled(call_schema(tools))}
+GAP: /\\n?/
+"""
+
+
+def _terminal(tokenizer: LLTokenizer, tag: str) -> str:
+    """How a grammar names a tag: special tokens (llguidance has its own idea of which are) without quotes."""
+    tokens = tokenizer.tokenize_str(tag, parse_special=True)
+    if len(tokens) == 1 and tokenizer.is_special_token(tokens[0]):
+        return f"<[{tokens[0]}]>"
+    return json.dumps(tag)
+
+
+def _styled(schema: str) -> str:
+    try:
+        parsed = json.loads(schema)
+    except ValueError as error:
+        raise Unsupported(f"the JSON schema cannot be used: {error}") from error
+    return json.dumps({"x-guidance": _STYLE, **parsed} if isinstance(parsed, dict) else parsed)
+
+
 def call_schema(tools: Sequence[Tool]) -> str:
     """Schema of a Hermes tool call, {"name": ..., "arguments": {...}}, to one of `tools`."""
     defs = {f"tool{i}": _rebased(arguments_schema(tool), f"#/$defs/tool{i}") for i, tool in enumerate(tools)}

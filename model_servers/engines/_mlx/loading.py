@@ -83,6 +83,7 @@ def load(settings: MlxSettings) -> Model:
     if not all(hasattr(layer, "merge") for layer in make_prompt_cache(network)):
         raise EngineFailed(f"the architecture {config.get('model_type')!r} of {name} cannot generate in batches")
     probe = network(mx.array([[0]]))
+    mx.eval(probe)  # what cannot compute one token must not report itself ready
     vocabulary = int(probe.shape[-1])
     eos = frozenset(int(token) for token in tokenizer.eos_token_ids)
     grammar_tokenizer = _grammar_tokenizer(tokenizer, vocabulary, eos)

@@ -138,16 +138,21 @@ def _constraint(model: Model, request: GenerationRequest, prompt: Prompt) -> Any
         raise Unsupported(f"model {model.name} cannot hold its output to a grammar here: is llguidance installed?")
     from model_servers.engines._mlx import grammar
 
+    if not _offers_tools(request):
+        return grammar.Constraint(model.grammar_tokenizer, grammar.schema_grammar(str(schema)))
+    if model.marks.parse_call is not None:
+        raise Unsupported(f"the tool call format of {model.name} cannot be forced, nor mixed with JSON output")
+    tools = [tool for tool in request.tools if not prompt.in_call or request.tool_name in ("", tool.name)]
+    if not tools:
+        raise Unsupported(f"the tool {request.tool_name!r} that must be called is not among the tools")
     if prompt.in_call:  # the call is the answer: a response format has nothing left to shape
-        if model.marks.parse_call is not None:
-            raise Unsupported(f"the tool call format of {model.name} cannot be forced; use tool choice AUTO")
-        tools = [tool for tool in request.tools if request.tool_name in ("", tool.name)]
-        if not tools:
-            raise Unsupported(f"the tool {request.tool_name!r} that must be called is not among the tools")
-        schema = grammar.call_schema(tools)
-    elif _offers_tools(request):
-        raise Unsupported("JSON output together with optional tools: force a call, or leave one of them out")
-    return grammar.Constraint(model.grammar_tokenizer, grammar.schema_grammar(str(schema)))
+        text = grammar.schema_grammar(grammar.call_schema(tools))
+    else:
+        marks = model.marks
+        text = grammar.answer_or_calls_grammar(
+            model.grammar_tokenizer, str(schema), tools, marks.call_start, marks.call_end
+        )
+    return grammar.Constraint(model.grammar_tokenizer, text)
 
 
 def _with_defaults(asked: Sampling, defaults: Sampling) -> Sampling:

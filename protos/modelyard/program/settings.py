@@ -91,7 +91,7 @@ def table(model: type[Settings], section: str) -> str:
     """The documentation of all settings as a Markdown table."""
     rows = ["| key | default | environment | meaning |", "|---|---|---|---|"]
     for key in keys(model):
-        default = "" if key.default is None else f"`{_plain(key.default)}`"
+        default = "" if key.default in (None, "") else f"`{_plain(key.default)}`"
         rows.append(f"| `{key.dotted}` | {default} | `{key.variable(section)}` | {key.description} |")
     return "\n".join(rows)
 
@@ -165,7 +165,7 @@ def parser(model: type[Settings], program: str, section: str, description: str) 
     result = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
     result.add_argument("--config", metavar="FILE", help=f"configuration file (default: ./{DEFAULT_FILE} if it exists)")
     for key in keys(model):
-        default = "" if key.default is None else f" (default: {_plain(key.default)})"
+        default = "" if key.default in (None, "") else f" (default: {_plain(key.default)})"
         text = (key.description + default).replace("%", "%%")
         boolean = key.annotation is bool
         result.add_argument(

@@ -11,6 +11,7 @@ import pytest
 from model_servers import reference, registry
 from model_servers.engine import EnginePlugin
 from model_servers.engines.simulated import SimulatedSettings
+from modelyard.program.documents import renewed
 from modelyard.v1 import model_server_pb2
 from tests.harness.model_servers import model_server, request
 
@@ -20,7 +21,7 @@ ENGINES = Path(reference.__file__).parent / "engines" / "README.md"
 @pytest.mark.parametrize("path", reference.tables(), ids=lambda path: path.parent.name)
 def test_tables_of_settings_are_up_to_date(path: Path):
     text = path.read_text(encoding="utf-8")
-    assert reference.renew(text, reference.tables()[path]) == text, "run: python -m model_servers.reference"
+    assert renewed(text, reference.tables()[path]) == text, "run: python -m model_servers.reference"
 
 
 @pytest.fixture

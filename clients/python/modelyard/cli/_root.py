@@ -6,6 +6,7 @@ import os
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -31,6 +32,10 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 _CLOSED_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
 
+class ReaderLeft(Exception):
+    """Whoever read our output has closed the pipe."""
+
+
 class LazyGroup(click.Group):
     """A group that knows its commands by name and imports only the one that runs."""
 
@@ -43,6 +48,12 @@ class LazyGroup(click.Group):
         module, function, _ = COMMANDS[cmd_name]
         command: click.Command = getattr(import_module(f"modelyard.cli.{module}"), function)
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise ReaderLeft from error  # click would make it a failure
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -82,8 +93,8 @@ def run(arguments: list[str]) -> int:
         status = _invoke(arguments, session)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:
-        # Whoever read us has left; the interpreter must not complain about it at exit.
+    except (ReaderLeft, BrokenPipeError):
+        # The interpreter must not complain about the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return _CLOSED_PIPE
 

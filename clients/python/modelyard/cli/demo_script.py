@@ -134,7 +134,7 @@ STEPS = (
     Step(
         "A tool call",
         "What is the weather in Rome?",
-        {"task_type": "tool_use", "tools": [_WEATHER], "max_tokens": 64, "temperature": 0},
+        {"task_type": "tool_use", "tools": [_WEATHER], "tool_choice": "required", "max_tokens": 64, "temperature": 0},
     ),
     Step(
         "Code",

@@ -1,0 +1,108 @@
+"""Tables, durations and decisions as text."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from modelyard.cli import output
+from modelyard.cli.decision_view import candidates, decision_lines, refusals, weights_of
+from modelyard.cli.demo_view import Writer
+from modelyard.cli.errors import Failure
+from modelyard.cli.output import Column
+from modelyard.client import Candidate, Decision, Rejection, ScorePart
+
+
+def test_aligned_text_has_as_many_words_as_columns() -> None:
+    columns = (Column(""), Column("name"), Column("count", right=True))
+    rows = [("*", "a", "1"), ("", "longer", ""), ("", "two\nlines", "300")]
+    assert output.aligned(columns, rows) == [
+        "   name       count",
+        "*  a              1",
+        "   longer         -",
+        "   two lines    300",
+    ]
+
+
+def test_terminals_are_not_steered() -> None:
+    assert output.printable("a\x1b[31mb\x07\u009bc\td\r\ne") == "a\ufffd[31mb\ufffd\ufffdc\td\ne"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"),
+        (0.0, "0 ms"),
+        (0.0031, "3.1 ms"),
+        (0.0995, "0.10 s"),
+        (0.5, "0.50 s"),
+        (9.999, "10 s"),
+        (61, "61 s"),
+    ],
+)
+def test_durations(value: float | None, text: str) -> None:
+    assert output.seconds(value) == text
+
+
+def test_narrow_terminals_lose_optional_columns_first() -> None:
+    columns = (Column("name"), Column("device", optional=1), Column("endpoint", optional=2))
+    row = ["a" * 10, "b" * 10, "c" * 10]
+    titles = []
+    for width in (40, 30, 20):
+        table = output.fitting_table(Console(width=width), columns, [row])
+        titles.append([column.header for column in table.columns])
+    assert titles == [["name", "device", "endpoint"], ["name", "device"], ["name"]]
+
+
+def test_a_failure_is_one_line() -> None:
+    failure = Failure(5, "QUEUE_FULL", "too many\nwaiting.", "try again later", retry_after=2.0)
+    assert failure.line() == "too many waiting. (retry after 2 s); try again later"
+    assert failure.to_dict() == {
+        "error": {
+            "reason": "QUEUE_FULL",
+            "message": "too many\nwaiting.",
+            "cure": "try again later",
+            "retry_after": 2.0,
+        }
+    }
+
+
+PARTS = (ScorePart("capability", 0.5, 3), ScorePart("novelty", 1.0, 1))
+DECISION = Decision(
+    "chosen",
+    "a",
+    "m",
+    "p",
+    (
+        Candidate("a", "m", "p", 0.625, PARTS),
+        Candidate("b", "m", "p", 0.5, PARTS),
+        Candidate("c", "n", "p", 0.4, PARTS, (Rejection("draining", "c is draining", False),)),
+    ),
+    "a/p/m scores 0.63",
+)
+
+
+def test_decisions() -> None:
+    columns, rows = candidates(DECISION)
+    assert [column.title for column in columns] == ["", "server", "model", "score", "capability", "novelty"]
+    assert [row[0] for row in rows] == ["→", " ", "✕"]
+    assert rows[0][1:] == ["a", "m", "0.625", "0.50", "1.00"]
+    assert [column.title for column in candidates(DECISION, short=True)[0]][-2:] == ["able", "novelty"]
+    assert refusals(DECISION) == ["✕ c/n: c is draining"]
+    assert weights_of(DECISION) == "score: able = capability x3, novelty = novelty x1"
+
+
+def test_a_decision_without_candidates_has_no_table() -> None:
+    stream = io.StringIO()
+    decision_lines(Console(file=stream), Decision("impossible", "", "", "", (), "the fleet is empty"))
+    assert stream.getvalue() == "impossible: the fleet is empty\n"
+
+
+def test_streamed_text_is_wrapped_at_words(capsys: pytest.CaptureFixture[str]) -> None:
+    writer = Writer(16)
+    for piece in ("On", "e two th", "ree\nfour ", "incomprehensibilities", " six"):
+        writer.write(piece)
+    writer.end()
+    assert capsys.readouterr().out == "  One two three\n  four \n  incomprehensibilities\n  six\n"
