@@ -107,7 +107,7 @@ class OrchestratorServicer:
         if not request.HasField("request"):
             raise invalid([Violation("request", "is required")])
         inner = request.request
-        violations = check_generate_request(inner, path="request")
+        violations = check_generate_request(inner, path="request.")
         if violations:
             raise invalid(violations)
         route = convert.route_request(inner, "explain", self._generation.pinned(inner.requirements))

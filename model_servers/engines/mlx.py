@@ -89,12 +89,13 @@ class MlxEngine:
     # ----------------------------------------------------------- lifecycle ---
 
     async def start(self) -> None:
-        """Loads the model. Raises EngineFailed with a cure; may be called again after that, or after a failure."""
+        """Loads the model. Raises EngineFailed with a cure. May be called again once the engine has failed."""
         if self._closed or (self._worker is not None and not self._worker.gauges.failure):
             raise EngineFailed("the MLX engine was started or closed before")
         unknown = set(self._settings.capabilities or ()) - set(_TASK_TYPES)
         if unknown:
             raise EngineFailed(f"unknown capabilities {sorted(unknown)}; known are {', '.join(_TASK_TYPES)}")
+        self._model = None  # of a thread that died
         self._worker = Worker(self._settings, asyncio.get_running_loop(), self._clock, self._loader)
         model = await self._worker.start()
         if self._closed:

@@ -337,9 +337,11 @@ async def test_text_before_a_failure_stays_and_the_failure_is_told() -> None:
     async with FakeOrchestrator() as control_plane:
         control_plane.answer("Hello", Refusal(Reason.STREAM_BROKEN, "fake-1 went away"))
         done = await asyncio.to_thread(modelyard, "generate", "x", MODELYARD_ADDRESS=control_plane.address)
+        told = await asyncio.to_thread(modelyard, "generate", "x", "--json", MODELYARD_ADDRESS=control_plane.address)
     assert done.stdout == "Hello\n"
     assert done.returncode == 5
     assert "fake-1 went away" in done.stderr
+    assert json.loads(told.stdout)["error"]["partial_text"] == "Hello"
 
 
 def test_no_control_plane_is_told_with_its_cure(tmp_path: Path) -> None:
@@ -396,6 +398,17 @@ def test_a_running_answer_is_finished_before_the_end(tmp_path: Path) -> None:
         assert running.process.wait(30) == 0
         watching.communicate(timeout=30)
         assert watching.returncode in (3, 5)  # the control plane said that it drains, or was gone
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_the_fleet_outlives_its_reader_and_drains_all_the_same(number: signal.Signals, tmp_path: Path) -> None:
+    with up("--server", FAST, cwd=tmp_path) as running:
+        assert running.process.stdout
+        running.process.stdout.close()
+        assert running("generate", "Hello").returncode == 0
+        running.process.send_signal(number)
+        assert running.process.wait(30) == 0
+        assert_gone(running.children)
 
 
 def test_a_second_signal_kills(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ class Batch:
         self._generator.close()
 
     def admit(self, job: Job, outbox: Outbox) -> None:
+        """Gives a waiting job a slot. There must be a free one."""
         plan = job.plan
         job.started = self._clock()
         processors: list[Any] = []
@@ -97,6 +98,10 @@ class Batch:
         self.running[uid] = job
 
     def step(self, outbox: Outbox) -> None:
+        """Computes the next token of every sequence and the next piece of every prompt.
+
+        Raises what MLX raised when that has happened too often in a row.
+        """
         try:
             _, responses = self._generator.next()
         except Exception as error:

@@ -61,8 +61,6 @@ class Gauges:
     running: int = 0
     waiting: int = 0
     kv_tokens: int = 0
-    active_memory_bytes: int = 0
-    """MLX allocations, measured whenever the thread runs out of work."""
     progress_at: float = 0.0
     """When the last step ended, or work arrived after idling."""
     busy: bool = False

@@ -214,10 +214,6 @@ class Worker:
         gauges.waiting = len(state.waiting) + len(state.embeds)
         gauges.kv_tokens = state.batch.kv_tokens
         gauges.progress_at = self._clock()
-        if state.idle:
-            import mlx.core as mx
-
-            gauges.active_memory_bytes = int(mx.get_active_memory())
 
     def _end(self, state: _State | None, reason: str) -> None:
         """Everyone who still waits is told; then the model goes."""

@@ -11,8 +11,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modelyard.client import ModelyardError
 
 FAILED, USAGE, UNREACHABLE, NOT_FOUND, UNAVAILABLE, INTERRUPTED = 1, 2, 3, 4, 5, 130
 
@@ -65,12 +68,19 @@ class Failure:
     retry_after: float | None = None
     violations: tuple[tuple[str, str], ...] = ()
     """Field and description of each malformed field."""
+    request_id: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """Details, such as what each attempt failed with."""
+    partial_text: str = ""
+    """What had come of the answer."""
 
     def line(self) -> str:
         """For people, on one line."""
         message = " ".join(self.message.split())
         if self.retry_after:
             message += f" (retry after {self.retry_after:.3g} s)"
+        if self.request_id and self.reason == "INTERNAL":
+            message += f" (request {self.request_id})"
         return f"{message.rstrip('.')}; {self.cure}" if self.cure else message
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,6 +92,13 @@ class Failure:
             error["retry_after"] = self.retry_after
         if self.violations:
             error["violations"] = [{"field": field, "description": text} for field, text in self.violations]
+        for name, value in (
+            ("request_id", self.request_id),
+            ("metadata", dict(self.metadata)),
+            ("partial_text", self.partial_text),
+        ):
+            if value:
+                error[name] = value
         return {"error": error}
 
 
@@ -93,11 +110,11 @@ class Failed(Exception):
         self.failure = failure
 
 
-def from_sdk(error: Any, address: str) -> Failure:
+def from_sdk(error: ModelyardError, address: str) -> Failure:
     """The failure behind an exception of the SDK (`modelyard.client.ModelyardError`)."""
     from modelyard.client import ConnectionFailed
 
-    reason = "CONNECTION_FAILED" if isinstance(error, ConnectionFailed) else str(getattr(error, "reason", "INTERNAL"))
+    reason = "CONNECTION_FAILED" if isinstance(error, ConnectionFailed) else error.reason
     status, cure = REASONS.get(reason, (FAILED, ""))
     message = str(error)
     if reason == "CONNECTION_FAILED":
@@ -107,6 +124,9 @@ def from_sdk(error: Any, address: str) -> Failure:
         reason,
         message,
         cure,
-        getattr(error, "retry_after", None),
-        tuple((found.field, found.description) for found in getattr(error, "violations", ())),
+        error.retry_after,
+        tuple((found.field, found.description) for found in error.violations),
+        error.request_id,
+        error.metadata,
+        error.partial.text if error.partial else "",
     )

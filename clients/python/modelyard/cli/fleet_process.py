@@ -59,6 +59,18 @@ class Event:
 Listener = Callable[[Event], None]
 
 
+def _tolerant(listener: Listener) -> Listener:
+    """Whoever watched may have left (a closed pipe, a terminal that hung up): the fleet runs on."""
+
+    def tell(event: Event) -> None:
+        try:
+            listener(event)
+        except OSError:
+            pass
+
+    return tell
+
+
 class Child:
     """One running program."""
 
@@ -193,7 +205,7 @@ class FleetProcess:
     """A control plane and its model servers. Leaving the context ends whatever still runs."""
 
     def __init__(self, listener: Listener, environment: Mapping[str, str] | None = None) -> None:
-        self._listener = listener
+        self._listener = _tolerant(listener)
         self._environment = dict(os.environ if environment is None else environment)
         self._control_plane: Child | None = None
         self._servers: dict[str, Child] = {}

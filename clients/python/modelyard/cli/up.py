@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -98,15 +99,18 @@ async def _up(plan: Plan, view: UpView) -> int:
             if work.done():
                 failure = await _reason(work)
             work.cancel()
-            view.draining(stop.signal.name if stop.signal else "")
+            with suppress(OSError):  # the terminal may have hung up, which is how we were told
+                view.draining(stop.signal.name if stop.signal else "")
             await fleet.drain()
             await asyncio.gather(work, return_exceptions=True)
         finally:
             told.cancel()
-            view.close()
+            with suppress(OSError):
+                view.close()
         if failure and not stop.killed:
             raise failure
-        view.stopped()
+        with suppress(OSError):
+            view.stopped()
         return INTERRUPTED if stop.killed else 0
 
 

@@ -39,7 +39,12 @@ class UpView:
             print(f"metrics at {facts['metrics']}")
         if servers:
             print_table(
-                (Column("server"), Column("engine"), Column("models", flexible=True), Column("slots", right=True)),
+                (
+                    Column("server"),
+                    Column("engine", flexible=True),
+                    Column("models", flexible=True),
+                    Column("slots", right=True),
+                ),
                 [(s.server_id, _engine(s), ", ".join(model.name for model in s.models), str(s.slots)) for s in servers],
             )
         else:
@@ -58,7 +63,7 @@ class UpView:
 
 
 def _engine(server: ServerStatus) -> str:
-    return " ".join(filter(None, (server.engine, server.engine_version)))
+    return f"{server.engine} ({server.engine_version})" if server.engine_version else server.engine
 
 
 def _try(address: str) -> str:
