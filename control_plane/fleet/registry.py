@@ -161,8 +161,15 @@ class Fleet:
         return self._definitions
 
     def warming_up(self, now: float) -> float:
-        """Seconds of warm-up left, 0 once over."""
-        return max(0.0, self._warm_at - now)
+        """Seconds until it may be known what the fleet can do, 0 if it is known: servers still
+        attach after the start, and one whose engine comes up may not know its models yet."""
+        if now < self._warm_at:
+            return self._warm_at - now
+        unknown = any(
+            server.lease.state is LeaseState.LIVE and server.report.health is Health.STARTING and not server.cards
+            for server in self._servers.values()
+        )
+        return self._policy.warm_up if unknown else 0.0
 
     def model_names(self) -> tuple[str, ...]:
         """Every model offered or defined, by name."""

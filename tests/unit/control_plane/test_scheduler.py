@@ -147,6 +147,17 @@ async def test_the_first_moments_are_unavailable_not_final() -> None:
     assert (await refused(house.acquire())).reason == "NO_CAPABLE_SERVER"
 
 
+async def test_a_server_that_does_not_know_its_models_yet_keeps_the_fleet_warming_up() -> None:
+    house = House()
+    house.attach(health=Health.STARTING, models=())
+    house.later(2.5)
+    error = await refused(house.acquire())
+    assert error.reason == "FLEET_WARMING_UP"
+    assert error.retry_after and error.retry_after > 0
+    house.attach()
+    assert (await house.acquire()).flight.server_id == "a"
+
+
 async def test_requests_wait_for_a_suspect_server_and_fail_when_it_is_lost() -> None:
     house = House()
     attachment = house.attach()
