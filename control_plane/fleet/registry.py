@@ -169,7 +169,7 @@ class Fleet:
             server.lease.state is LeaseState.LIVE and server.report.health is Health.STARTING and not server.cards
             for server in self._servers.values()
         )
-        return self._policy.warm_up if unknown else 0.0
+        return max(self._policy.warm_up, 1.0) if unknown else 0.0
 
     def model_names(self) -> tuple[str, ...]:
         """Every model offered or defined, by name."""

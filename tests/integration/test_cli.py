@@ -476,6 +476,14 @@ def test_wrong_settings_of_a_server_are_told(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_an_engine_that_does_not_start_is_told(tmp_path: Path) -> None:
+    server = "simulated:faults=[{kind: refuse_start}]"
+    done = modelyard("up", "--port", "0", "--metrics-port", "-1", "--server", server, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("remove the fault 'refuse_start'")
+    assert "modelyard: simulated-1 ended with status 1" in done.stderr
+
+
 def test_the_fleet_of_the_configuration_file(tmp_path: Path) -> None:
     (tmp_path / "modelyard.yaml").write_text(
         """

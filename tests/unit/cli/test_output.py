@@ -57,12 +57,12 @@ def test_narrow_terminals_lose_optional_columns_first() -> None:
 
 
 def test_a_failure_is_one_line() -> None:
-    failure = Failure(5, "QUEUE_FULL", "too many\nwaiting.", "try again later", retry_after=2.0)
+    failure = Failure(5, "QUEUE_FULL", "too many waiting.", "try again later", retry_after=2.0)
     assert failure.line() == "too many waiting. (retry after 2 s); try again later"
     assert failure.to_dict() == {
         "error": {
             "reason": "QUEUE_FULL",
-            "message": "too many\nwaiting.",
+            "message": "too many waiting.",
             "cure": "try again later",
             "retry_after": 2.0,
         }

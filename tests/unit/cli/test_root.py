@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from modelyard.cli import main
 from modelyard.cli._root import COMMANDS, root
+from modelyard.cli.errors import FAILED, INTERRUPTED, REASONS, USAGE
 from modelyard.cli.session import Session
 
 PACKAGE = Path(str(importlib.util.find_spec("modelyard.cli").origin)).parents[2]  # type: ignore[union-attr]
@@ -38,6 +39,15 @@ def test_help_lists_every_command_and_imports_little() -> None:
     assert imported == "[]"
     for name in COMMANDS:
         assert any(line.strip().startswith(f"{name} ") for line in lines), name
+
+
+def test_the_readme_has_every_command_and_exit_status() -> None:
+    text = (PACKAGE / "modelyard" / "cli" / "README.md").read_text(encoding="utf-8")
+    for name in COMMANDS:
+        assert f"`modelyard {name}" in text, name
+    statuses = {USAGE, FAILED, INTERRUPTED, *(status for status, _ in REASONS.values())}
+    for status in statuses:
+        assert f"| {status} |" in text, status
 
 
 def test_version_and_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

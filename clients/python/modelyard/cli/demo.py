@@ -108,6 +108,9 @@ async def _demo(view: Quiet) -> dict[str, Any]:
             }
             async with asyncio.timeout(_START_SECONDS):
                 attached = await until_attached(address, supervisors)
+            if len(attached) < len(plans):
+                lost = {plan.server_id for plan in plans} - {server.server_id for server in attached}
+                raise CliError(f"{', '.join(sorted(lost))} did not start", reason="START_FAILED")
             started = loop.time() - begun
             view.fleet(attached, started)
             outcomes = await _requests(address, attached, view)

@@ -121,7 +121,7 @@ STEPS = (
     Step("A question", "What is modelyard?", {"max_tokens": 64, "temperature": 0}),
     Step(
         "Small talk, urgent",
-        "Hello! How are you?",
+        "Hello, how are you?",
         {"priority": "high", "max_tokens": 32, "temperature": 0},
         note="Before those of lower priority in the queue. By now the latency is measured, no longer assumed.",
     ),

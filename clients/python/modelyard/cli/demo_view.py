@@ -94,6 +94,8 @@ class DemoView(Quiet):
                 for model in server.models
             ],
         )
+        if any(model.name == "yardling" for server in servers for model in server.models):
+            self._screen.print("yardling is a tiny demonstration model: quick, not clever.", style="dim")
         if any(server.engine == "simulated" for server in servers):
             self._screen.print("Simulated servers compute nothing: their speeds and answers are made up.", style="dim")
 

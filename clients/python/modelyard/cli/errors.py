@@ -75,8 +75,8 @@ class Failure:
     """What had come of the answer."""
 
     def line(self) -> str:
-        """For people, on one line."""
-        message = " ".join(self.message.split())
+        """For people: one line, but for the last words of a program."""
+        message = self.message
         if self.retry_after:
             message += f" (retry after {self.retry_after:.3g} s)"
         if self.request_id and self.reason == "INTERNAL":
@@ -116,7 +116,7 @@ def from_sdk(error: ModelyardError, address: str) -> Failure:
 
     reason = "CONNECTION_FAILED" if isinstance(error, ConnectionFailed) else error.reason
     status, cure = REASONS.get(reason, (FAILED, ""))
-    message = str(error)
+    message = " ".join(str(error).split())
     if reason == "CONNECTION_FAILED":
         message = f"no control plane answers at {address}"
     return Failure(

@@ -26,6 +26,8 @@ _LINE_BYTES = 1 << 16
 _SETTLED = 60.0
 """Seconds after which a model server that ends is not counted as failing at its start."""
 _MOST_FAILURES = 6
+_MOST_FALSE_STARTS = 2
+"""For a server that never came up: its settings or its host are at fault, not chance."""
 _USAGE = 2
 """Exit status of a program whose settings are wrong: another start would end the same."""
 
@@ -256,7 +258,7 @@ class FleetProcess:
     async def _supervise(self, program: Program) -> Child:
         loop = asyncio.get_running_loop()
         program = Program(program.name, program.module, ("--watch-parent", "true", *program.arguments))
-        failures = 0
+        failures, came_up = 0, False
         while True:
             child = Child(program, self._listener, self._environment)
             begun = loop.time()
@@ -266,8 +268,9 @@ class FleetProcess:
             if self._stopping:
                 return child
             failures = 1 if loop.time() - begun > _SETTLED else failures + 1
+            came_up = came_up or child.facts is not None
             hopeless = status == _USAGE and child.facts is None
-            if hopeless or failures >= _MOST_FAILURES:
+            if hopeless or failures >= (_MOST_FAILURES if came_up else _MOST_FALSE_STARTS):
                 self._listener(Event("given_up", program.name, text=child.obituary(status), status=status))
                 return child
             pause = min(30.0, 0.5 * 2 ** (failures - 1))
