@@ -24,8 +24,15 @@ TOKENS_PER_IMAGE = 768
 
 
 def duration(seconds: float) -> Duration:
-    whole = math.floor(seconds)
-    return Duration(seconds=whole, nanos=int((seconds - whole) * 1e9))
+    message = Duration()
+    set_duration(message, seconds)
+    return message
+
+
+def set_duration(field: Duration, seconds: float) -> None:
+    """Write seconds (>= 0) into a field, in place: the hot path makes no message just to copy it."""
+    field.seconds = whole = int(seconds)
+    field.nanos = int((seconds - whole) * 1e9)
 
 
 def seconds(message: Duration) -> float:

@@ -21,7 +21,7 @@ from control_plane.fleet.scheduler import Grant
 from modelyard.rpc.errors import Refusal, invalid
 from modelyard.rpc.reasons import Reason
 from modelyard.rpc.validation import check_embed_request, check_generate_request
-from modelyard.v1.generation_pb2 import GenerationResult, Timings
+from modelyard.v1.generation_pb2 import GenerationResult
 from modelyard.v1.model_server_pb2 import (
     ModelServerEmbedRequest,
     ModelServerEmbedResponse,
@@ -34,7 +34,6 @@ from modelyard.v1.orchestrator_pb2 import (
     EmbedResponse,
     GenerateRequest,
     GenerateResponse,
-    GenerationSummary,
 )
 from modelyard.v1.selection_pb2 import Requirements
 
@@ -270,34 +269,29 @@ class _Relay:
 
     def _summary(self, result: GenerationResult, grant: Grant, first: float, last: float) -> bytes:
         owner, flight, usage = self._owner, grant.flight, result.usage
-        timings = Timings(
-            queued=convert.duration(self._queued),
-            total=convert.duration(owner._clock.monotonic() - self._arrived),
+        response = GenerateResponse()
+        summary = response.summary
+        summary.request_id = self._request_id
+        summary.finish_reason = result.finish_reason
+        summary.usage.CopyFrom(usage)
+        summary.server_id, summary.model, summary.provider = flight.server_id, flight.model, flight.provider
+        summary.attempts.extend(self._history)
+        summary.cost_nano_usd = flight.price.nano_usd(
+            usage.prompt_tokens, usage.cached_prompt_tokens, usage.completion_tokens
         )
+        timings = summary.timings
+        convert.set_duration(timings.queued, self._queued)
+        convert.set_duration(timings.total, owner._clock.monotonic() - self._arrived)
         if first:
             ttft = first - self._arrived
-            timings.ttft.CopyFrom(convert.duration(ttft))
+            convert.set_duration(timings.ttft, ttft)
             owner._metrics.first_token(flight.model, ttft)
             if usage.completion_tokens > 1:
                 tpot = (last - first) / (usage.completion_tokens - 1)
-                timings.tpot.CopyFrom(convert.duration(tpot))
+                convert.set_duration(timings.tpot, tpot)
                 owner._metrics.pace(flight.model, tpot)
         owner._metrics.used(flight.model, usage)
-        return GenerateResponse(
-            summary=GenerationSummary(
-                request_id=self._request_id,
-                finish_reason=result.finish_reason,
-                usage=usage,
-                timings=timings,
-                server_id=flight.server_id,
-                model=flight.model,
-                provider=flight.provider,
-                attempts=self._history,
-                cost_nano_usd=flight.price.nano_usd(
-                    usage.prompt_tokens, usage.cached_prompt_tokens, usage.completion_tokens
-                ),
-            )
-        ).SerializeToString()
+        return response.SerializeToString()
 
 
 def _out_of_time(limit: float) -> Refusal:

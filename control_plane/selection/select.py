@@ -44,8 +44,12 @@ def select(
     if avoid:
         capable = capable & passing(AVOIDED, query)
     eligible = capable & passing(TRANSIENT, query)
-    if not eligible.any():
+    rows = eligible.nonzero()[0]
+    if len(rows) == 0:
         return _refusal(query, capable)
+    if len(rows) == 1:
+        # Nothing to compare: a pinned model on one server is the commonest request there is.
+        return Choice(Verdict.CHOSEN, int(rows[0]))
     scores = weigh(parts(query), query)
     # Scores are >= 0, and argmax returns the first of equals.
     return Choice(Verdict.CHOSEN, int(np.where(eligible, scores, -1.0).argmax()))

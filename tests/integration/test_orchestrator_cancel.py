@@ -9,7 +9,7 @@ import time
 from modelyard.rpc.reasons import Reason
 from modelyard.testing import FakeModelServer
 from modelyard.v1 import generation_pb2, orchestrator_pb2
-from tests.harness.front_door import ask, attached, front_door
+from tests.harness.front_door import ask, attached, client, front_door
 from tests.harness.model_servers import model_server
 from tests.harness.programs import until
 
@@ -93,7 +93,7 @@ async def test_cancelling_an_embedding_reaches_the_server():
     async with front_door() as door, attached(door, FakeModelServer("one")) as (fake,):
         gate = fake.gate("Embed")
         call = door.stub.Embed(orchestrator_pb2.EmbedRequest(inputs=["x"]))
-        await asyncio.gather(gate.arrived.wait(), call.wait_for_connection())
+        await gate.arrived.wait()
         call.cancel()
         await fake.until(lambda: fake.calls[-1].outcome == "cancelled")
         await door.until_idle()
@@ -157,8 +157,6 @@ async def test_others_are_not_held_up_by_one_that_does_not_read():
     ):
         big = tuple([generation_pb2.GenerationDelta(text="x" * 100_000, tokens=1)] * 400)
         fake.on_generate = lambda request: big if request.request_id == "lazy" else ("quick",)
-        from tests.harness.front_door import client
-
         async with client(door.address) as other:
             lazy = await other.stream(ask(request_id="lazy")).first_delta()
             for _ in range(20):

@@ -7,11 +7,12 @@ import asyncio
 import grpc
 import pytest
 
+from control_plane.app import ControlPlane, SystemClock
 from modelyard.rpc.errors import Refusal, from_rpc_error
 from modelyard.rpc.reasons import CODES, Reason
 from modelyard.testing import FakeModelServer, model_info
-from modelyard.v1 import fleet_pb2, generation_pb2, model_server_pb2_grpc, orchestrator_pb2, task_pb2
-from tests.harness.front_door import DRAINING, ask, attached, front_door, settings
+from modelyard.v1 import fleet_pb2, generation_pb2, model_server_pb2, orchestrator_pb2, task_pb2
+from tests.harness.front_door import DRAINING, ask, attached, client, front_door, settings
 from tests.harness.model_servers import model_server
 from tests.harness.programs import until
 
@@ -270,12 +271,9 @@ async def test_a_feature_that_the_engine_lacks_is_unsupported():
     # Straight at the model server: the control plane would not have chosen it.
     models = [{"name": "plain", "features": ["streaming"]}]
     async with model_server(engine_settings={"models": models}) as server:
-        stub = model_server_pb2_grpc.ModelServerStub(server.channel)
-        from modelyard.v1 import model_server_pb2
-
         request = model_server_pb2.ModelServerGenerateRequest(model="plain", input=ask(logprobs=True).input)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stub.Generate(request).read()
+            await server.stub.Generate(request).read()
         check(from_rpc_error(caught.value), Reason.UNSUPPORTED)
 
 
@@ -288,9 +286,6 @@ async def test_only_draining_servers_are_waited_for():
 
 
 async def test_a_draining_control_plane_finishes_what_runs_and_refuses_the_rest():
-    from control_plane.app import ControlPlane, SystemClock
-    from tests.harness.front_door import client
-
     plane = ControlPlane(settings(drain_grace=20.0), SystemClock())
     address = await plane.start()
     async with client(address, plane) as door, attached(door, FakeModelServer("one")) as (fake,):

@@ -212,7 +212,7 @@ async def test_a_drained_server_finishes_and_takes_nothing_new():
         assert (await running.rest()).text == "onetwo"
         assert (await door.drain("a-first", undo=True)).lease_state == LIVE
         await first.until(lambda: first.directives[-1].desired_state == fleet_pb2.DESIRED_STATE_SERVE)
-        assert (await door.generate()).done.server_id == "a-first"
+        assert (await door.generate(ask(server_id="a-first"))).text == "onetwo"
         assert len(second.calls_of("Generate")) == 4
 
 

@@ -122,7 +122,7 @@ STEPS = (
     Step(
         "Small talk, urgent",
         "Hello, how are you?",
-        {"priority": "high", "max_tokens": 32, "temperature": 0},
+        {"priority": "high", "max_tokens": 64, "temperature": 0},
         note="Before those of lower priority in the queue. By now the latency is measured, no longer assumed.",
     ),
     Step(

@@ -57,6 +57,7 @@ class DemoView(Quiet):
         self._status: Any = None
         self._writer = Writer(self._screen.width)
         self._attempt = 0
+        self._legend = True  # with the first decision only
 
     def starting(self, what: str) -> None:
         if not output.is_terminal(sys.stdout):
@@ -123,7 +124,8 @@ class DemoView(Quiet):
         if self._attempt > 1:
             self._writer.end()
             self._screen.print(f"That failed. Attempt {self._attempt}:", style="yellow")
-        decision_lines(self._screen, decision, legend=False, summary=decision.verdict != "chosen")
+        decision_lines(self._screen, decision, legend=self._legend, summary=decision.verdict != "chosen")
+        self._legend = False
 
     def delta(self, delta: Delta) -> None:
         self._writer.write(delta.text)
