@@ -145,6 +145,9 @@ class Reporter:
         if refusal.reason in (Reason.INVALID_REQUEST, Reason.UNSUPPORTED):
             _log.error("%s refuses the reports, trying again slowly: %s", self.target, refusal.message)
             return refusal.reason
+        if refusal.reason is Reason.DRAINING and self._attached:
+            _log.info("control plane %s shuts down; attaching again when it is back", self.target)
+            return Reason.SERVERS_AWAY
         # Once when it is lost, not again with every try.
         level = logging.WARNING if self._attached or not self._failures else logging.DEBUG
         _log.log(level, "no control plane at %s, trying on: %s", self.target, refusal.message)

@@ -199,7 +199,7 @@ class OrchestratorServicer:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
             if stream.attachment:
-                self._fleet.detach(stream.attachment)
+                self._fleet.detach(stream.attachment, expected=self._stopping.is_set())
         raise draining()
 
     def _directive(self, attachment: Attachment) -> fleet_pb2.ServerDirective:

@@ -238,14 +238,15 @@ class Fleet:
         self._accept(server, report, rebuild=static, now=now)
         self._changed(server, urgent=static or health or server.state is not before)
 
-    def detach(self, attachment: Attachment) -> None:
-        """The stream ended, for whatever reason."""
+    def detach(self, attachment: Attachment, *, expected: bool = False) -> None:
+        """The stream ended, for whatever reason; `expected` if this side ended it."""
         server = attachment.server
         if attachment.superseded or server.attachment is not attachment:
             return
         server.attachment = None
         server.lease = server.lease.broken()
-        log.warning("%s: report stream broke, %s", server.id, server.state.name)
+        level = logging.INFO if expected or server.draining else logging.WARNING
+        log.log(level, "%s: report stream ended, %s", server.id, server.lease.state.name)
         self._refresh(server)
         self._changed(server, urgent=True)
 

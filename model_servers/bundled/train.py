@@ -20,7 +20,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import fast_blas, path
+from model_servers.bundled import path
+from model_servers.engines._mlx import fast_blas
+
 from .chat_format import END, END_OF_TEXT, START, TEMPLATE, TOOL_MARKS, segments
 from .corpus import Conversation, conversations
 from .questions import QUESTIONS

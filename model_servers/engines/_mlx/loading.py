@@ -150,7 +150,7 @@ def _load_fast_blas() -> None:
     than they bring.
     """
     try:
-        from model_servers.bundled import fast_blas
+        from model_servers.engines._mlx import fast_blas
     except ImportError:
         return
     reason = fast_blas.load(threads=max(1, (os.cpu_count() or 1) // 2))

@@ -34,6 +34,7 @@ _FEATURES = frozenset(fleet_pb2.ModelFeature.values())
 _HEALTHS = frozenset(fleet_pb2.ServerHealth.values())
 _STATES = frozenset(fleet_pb2.DesiredState.values())
 _SYSTEM, _ASSISTANT, _TOOL = generation_pb2.ROLE_SYSTEM, generation_pb2.ROLE_ASSISTANT, generation_pb2.ROLE_TOOL
+_ASKING = frozenset({_SYSTEM, generation_pb2.ROLE_USER})
 
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SERVER_ID = re.compile(r"[a-z0-9._-]{1,63}")
@@ -163,6 +164,8 @@ def _check_messages(messages: Sequence[generation_pb2.Message], path: str, found
                 _check_image(part.image, f"{path}.messages[{i}].content[{j}].image", found)
             elif kind is None:
                 found.append(Violation(f"{path}.messages[{i}].content[{j}]", "text or image is required"))
+            elif not part.text and role in _ASKING:
+                found.append(Violation(f"{path}.messages[{i}].content[{j}].text", "must not be empty"))
         if calls:
             if role != _ASSISTANT:
                 found.append(Violation(f"{path}.messages[{i}].tool_calls", "only an assistant message may carry calls"))

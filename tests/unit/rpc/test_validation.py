@@ -42,7 +42,7 @@ GOOD = {
     "prompt": {"prompt": "once"},
     "system first": {"messages": [said(role=SYSTEM), said()]},
     "prefilled answer": {"messages": [said(), said(role=ASSISTANT)]},
-    "empty text": {"messages": [said("")]},
+    "empty answer": {"messages": [said(), said("", role=ASSISTANT)]},
     "image": {"messages": [{"role": USER, "content": [{"text": "what?"}, {"image": IMAGE}]}]},
     "tool conversation": {
         "messages": [said(), {"role": ASSISTANT, "tool_calls": [CALL]}, said(role=TOOL, tool_call_id="1")]
@@ -354,7 +354,7 @@ def test_any_embed_request_is_judged(requirements: Any, request_: orchestrator_p
     assert isinstance(validation.check_embed_request(request_), list)
 
 
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 names = st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True)
 
 
@@ -374,3 +374,10 @@ def test_valid_requests_have_no_violations(texts, temperature, top_p, max_tokens
         tools=[{"name": name} for name in tools],
     )
     assert validation.check_generation_input(made) == []
+
+
+def test_a_question_must_not_be_empty():
+    asked = generation_pb2.GenerationInput(messages=[generation_pb2.Message(**said(""))])
+    assert [violation.field for violation in validation.check_generation_input(asked)] == [
+        "input.messages[0].content[0].text"
+    ]
