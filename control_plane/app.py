@@ -28,7 +28,7 @@ from control_plane.scheduling.queue import FairQueue
 from control_plane.scheduling.retry import RetryPolicy
 from control_plane.scheduling.stats import StatsPolicy
 from control_plane.selection.policy import Policy, Weights
-from modelyard.program.process import announce_ready, settle_memory, until_told_to_stop
+from modelyard.program.process import announce_ready, settle_memory, told_to_stop
 from modelyard.rpc.server import bind, create_server, drain, enable_standard_services, service_handler
 from modelyard.v1 import orchestrator_pb2
 
@@ -164,12 +164,21 @@ async def serve(settings: ControlPlaneSettings) -> int:
     async with running(settings) as (plane, address):
         facts: dict[str, str | int] = {"address": address}
         if settings.metrics_port >= 0:
-            metrics, _ = start_http_server(settings.metrics_port, addr=settings.host, registry=plane.metrics.registry)
+            where = f"{settings.host}:{settings.metrics_port}"
+            try:
+                metrics, _ = start_http_server(
+                    settings.metrics_port, addr=settings.host, registry=plane.metrics.registry
+                )
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise OSError(f"{where}: {reason}: choose another with --metrics-port, or -1 for none") from error
             facts["metrics"] = f"http://{settings.host}:{metrics.server_port}/metrics"
         settle_memory()
+        # Its signal handlers stand before anybody can know that there is someone to stop.
+        told = told_to_stop(watch_parent=settings.watch_parent)
         announce_ready("control-plane", **facts)
         log.info("serving on %s", address)
-        why = await until_told_to_stop(watch_parent=settings.watch_parent)
+        why = await told
         log.info("%s: draining, at most %g s", why, settings.drain_grace)
     return 0
 

@@ -12,7 +12,7 @@ from model_servers.app import ModelServer
 from model_servers.config import PROGRAM, SECTION, ModelServerSettings
 from model_servers.engine import Engine
 from modelyard.program import settings as layers
-from modelyard.program.process import announce_ready, configure_logging, run, until_told_to_stop
+from modelyard.program.process import announce_ready, configure_logging, run, settle_memory, told_to_stop
 
 _USAGE = 2
 
@@ -43,9 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _serve(settings: ModelServerSettings, engine: Engine) -> int:
-    return await ModelServer(settings, engine).run(
-        until_told_to_stop(watch_parent=settings.watch_parent), announce_ready
-    )
+    def announce(program: str, **facts: str | int) -> None:
+        settle_memory()
+        announce_ready(program, **facts)
+
+    return await ModelServer(settings, engine).run(told_to_stop(watch_parent=settings.watch_parent), announce)
 
 
 if __name__ == "__main__":

@@ -143,8 +143,12 @@ def _pins(requirements: selection_pb2.Requirements, model: tuple[ModelName, Prov
 # ----------------------------------------------------------------- reports ---
 
 
-def report(message: fleet_pb2.ServerReport) -> Report:
-    """A checked report as a value."""
+def report(message: fleet_pb2.ServerReport, before: tuple[fleet_pb2.ServerReport, Report] | None = None) -> Report:
+    """A checked report as a value.
+
+    `before` is the previous report of the stream, as message and value: its models are taken over
+    where they are the same, for converting them is most of the work (0.4 s for 10,000).
+    """
     identity, load = message.identity, message.load
     return Report(
         identity=Identity(
@@ -162,7 +166,9 @@ def report(message: fleet_pb2.ServerReport) -> Report:
             cpu_cores=message.hardware.cpu_cores,
             platform=message.hardware.platform,
         ),
-        models=tuple(model_card(model) for model in message.models),
+        models=before[1].models
+        if before and before[0].models == message.models
+        else tuple(model_card(model) for model in message.models),
         load=Load(
             slots=load.slots,
             running=load.running,

@@ -15,6 +15,7 @@ from control_plane.api.metrics import Metrics
 from control_plane.config import FleetSettings
 from control_plane.domain.errors import DomainError, draining, unknown_model
 from control_plane.domain.ports import Clock
+from control_plane.domain.server import Report
 from control_plane.fleet.registry import Attachment, Fleet, superseded
 from control_plane.fleet.scheduler import Scheduler
 from modelyard.rpc.errors import Refusal, Violation, invalid
@@ -168,13 +169,20 @@ class OrchestratorServicer:
 
     async def _unless_stopping(self, event: Awaitable[object]) -> bool:
         """Wait for the event; False if the process stops first."""
-        waiting = {asyncio.ensure_future(event), asyncio.ensure_future(self._stopping.wait())}
+        over = asyncio.ensure_future(self._over())
+        waiting = {asyncio.ensure_future(event), over}
         try:
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            return not over.done()
         finally:
             for task in waiting:
                 task.cancel()
-        return not self._stopping.is_set()
+
+    async def _over(self) -> None:
+        """Return when the process stops and nothing runs any more. Until then servers report:
+        without a lease what they still generate would be given up, and the queue would stand still."""
+        await self._stopping.wait()
+        await self.in_flight.idle()
 
     # ----------------------------------------------------- model servers ---
 
@@ -224,11 +232,13 @@ class _ReportStream:
         self._requests = requests
 
     async def read(self) -> None:
+        before: tuple[fleet_pb2.ServerReport, Report] | None = None
         async for message in self._requests:
             violations = check_report(message)
             if violations:
                 raise invalid(violations)
-            report = convert.report(message)
+            report = convert.report(message, before)
+            before = message, report
             now, wall = self._clock.monotonic(), self._clock.wall()
             if self.attachment is None:
                 self.attachment = self._fleet.attach(report, now, wall, self.wake.set)

@@ -9,6 +9,9 @@ from typing import NewType
 
 from control_plane.domain.task import Feature, TaskType
 
+# Prices come from servers and may be absurd; the contract has 64 bits for what they amount to.
+_MOST_NANO_USD = 2**63 - 1
+
 ServerId = NewType("ServerId", str)
 ModelName = NewType("ModelName", str)
 Provider = NewType("Provider", str)
@@ -23,16 +26,12 @@ class Price:
     completion: float = 0.0
 
     def nano_usd(self, prompt_tokens: int, cached_prompt_tokens: int, completion_tokens: int) -> int:
-        """Price of a request in 1e-9 US dollars, rounded to the nearest whole."""
+        """Price of a request in 1e-9 US dollars, rounded to the nearest whole, at most 2**63 - 1."""
         cached = min(cached_prompt_tokens, prompt_tokens)
-        return round(
-            1e3
-            * (
-                (prompt_tokens - cached) * self.prompt
-                + cached * self.cached_prompt
-                + completion_tokens * self.completion
-            )
+        nano_usd = 1e3 * (
+            (prompt_tokens - cached) * self.prompt + cached * self.cached_prompt + completion_tokens * self.completion
         )
+        return round(nano_usd) if nano_usd < _MOST_NANO_USD else _MOST_NANO_USD
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 # A success rate this close to where it began needs no more watching.
 _NEARLY = 0.005
 
+# What was learned of models that a server holds no more is kept for as many of them as it holds,
+# and at least for so many: a restart or a reload must not forget, ever new names must not pile up.
+_GONE_KEPT = 64
+
 PairKey = tuple[ModelName, Provider]
 
 
@@ -84,6 +88,8 @@ class Server:
     reported_wall: float
     cards: tuple[ModelCard, ...] = ()
     """Models with definitions applied."""
+    held: frozenset[PairKey] = frozenset()
+    """Keys of the cards."""
     drain_ordered: bool = False
     attachment: Attachment | None = None
     pairs: dict[PairKey, Pair] = field(default_factory=dict)
@@ -334,8 +340,12 @@ class Fleet:
         server.report = report
         if rebuild:
             server.cards = tuple(self._definitions.apply(card) for card in report.models)
-            for card in server.cards:
-                self._pair(server, (card.name, card.provider))
+            server.held = frozenset((card.name, card.provider) for card in server.cards)
+            for key in server.held:
+                self._pair(server, key)
+            gone = [key for key in server.pairs if key not in server.held]
+            for key in gone[: max(0, len(gone) - max(_GONE_KEPT, len(server.held)))]:
+                del server.pairs[key]
             self._rebuild(now)
         else:
             self._refresh(server)
@@ -384,7 +394,7 @@ class Fleet:
     def _refresh_pair(self, server_id: ServerId, key: PairKey, now: float) -> None:
         """Bring the pair's row up to date; pairs that time alone will change stay under watch."""
         server = self._servers.get(server_id)
-        if server is None or all((card.name, card.provider) != key for card in server.cards):
+        if server is None or key not in server.held:
             self._troubled.discard((server_id, key))
             return
         pair = self._pair(server, key)

@@ -40,7 +40,7 @@ class Recipe:
     """Everything that decides the result of a training run."""
 
     seed: int = 20
-    conversations: int = 25_000
+    conversations: int = 45_000
     vocabulary: int = 2048
     hidden: int = 256
     layers: int = 3

@@ -20,55 +20,64 @@ TERMINAL_WITHIN = 1.0
 
 async def test_a_killed_server_is_suspect_at_once_and_lost_when_its_lease_ends():
     # A lease so long that only the broken stream can tell.
-    async with front_door(fleet={**FLEET, "lease_duration": 3.0}) as door, watching(door) as watch:
-        async with simulated_server("one", door.address, **SLOW) as server:
-            await door.until_ready("one")
-            streaming = await door.stream(ask()).first_delta()
-            killed = time.monotonic()
-            server.kill()
-            reply = await streaming.rest()
-            assert time.monotonic() - killed < TERMINAL_WITHIN
-            assert reply.reason == "STREAM_BROKEN" and reply.text
-            await watch.until(lambda: watch.states("one") == [LIVE, SUSPECT])
-            assert time.monotonic() - killed < TERMINAL_WITHIN
-            await watch.until(lambda: watch.states("one") == [LIVE, SUSPECT, LOST])
-            # Counted from the last report, not from the break.
-            assert 3.0 - FLEET["report_interval"] - 0.5 < time.monotonic() - killed < 3.0 + 1.0
-            assert (await door.server("one")).in_flight == 0
+    async with (
+        front_door(fleet={**FLEET, "lease_duration": 3.0}) as door,
+        watching(door) as watch,
+        simulated_server("one", door.address, **SLOW) as server,
+    ):
+        await door.until_ready("one")
+        streaming = await door.stream(ask()).first_delta()
+        killed = time.monotonic()
+        server.kill()
+        reply = await streaming.rest()
+        assert time.monotonic() - killed < TERMINAL_WITHIN
+        assert reply.reason == "STREAM_BROKEN" and reply.text
+        await watch.until(lambda: watch.states("one") == [LIVE, SUSPECT])
+        assert time.monotonic() - killed < TERMINAL_WITHIN
+        await watch.until(lambda: watch.states("one") == [LIVE, SUSPECT, LOST])
+        # Counted from the last report, not from the break.
+        assert 3.0 - FLEET["report_interval"] - 0.5 < time.monotonic() - killed < 3.0 + 1.0
+        assert (await door.server("one")).in_flight == 0
 
 
 async def test_a_frozen_server_is_lost_and_live_again_under_a_new_epoch():
-    async with front_door(fleet=FLEET) as door, watching(door) as watch:
-        async with simulated_server("one", door.address, **SLOW) as server:
-            await door.until_ready("one")
-            streaming = await door.stream(ask()).first_delta()
-            epoch = (await door.server("one")).lease_epoch
-            server.signal(signal.SIGSTOP)
-            stopped = time.monotonic()
-            # Nothing resets the connection: only the lease says that no more tokens will come.
-            assert (await streaming.rest()).reason == "STREAM_BROKEN"
-            assert time.monotonic() - stopped < LEASE + 1.0
-            await watch.until(lambda: watch.states("one")[-1] == LOST)
-            assert (await door.server("one")).in_flight == 0
-            assert (await door.generate()).reason == "SERVERS_AWAY"
-            server.signal(signal.SIGCONT)
-            await watch.until(lambda: watch.states("one")[-1] == LIVE)
-            assert (await door.server("one")).lease_epoch > epoch
-            assert (await door.generate(ask(max_tokens=2))).done.server_id == "one"
+    async with (
+        front_door(fleet=FLEET) as door,
+        watching(door) as watch,
+        simulated_server("one", door.address, **SLOW) as server,
+    ):
+        await door.until_ready("one")
+        streaming = await door.stream(ask()).first_delta()
+        epoch = (await door.server("one")).lease_epoch
+        server.signal(signal.SIGSTOP)
+        stopped = time.monotonic()
+        # Nothing resets the connection: only the lease says that no more tokens will come.
+        assert (await streaming.rest()).reason == "STREAM_BROKEN"
+        assert time.monotonic() - stopped < LEASE + 1.0
+        await watch.until(lambda: watch.states("one")[-1] == LOST)
+        assert (await door.server("one")).in_flight == 0
+        assert (await door.generate()).reason == "SERVERS_AWAY"
+        server.signal(signal.SIGCONT)
+        await watch.until(lambda: watch.states("one")[-1] == LIVE)
+        assert (await door.server("one")).lease_epoch > epoch
+        assert (await door.generate(ask(max_tokens=2))).done.server_id == "one"
 
 
 async def test_a_frozen_server_is_replaced_by_another():
-    async with front_door(fleet=FLEET) as door:
-        async with simulated_server("a-first", door.address) as first, simulated_server("b-second", door.address):
-            await door.until_ready("a-first", "b-second")
-            first.signal(signal.SIGSTOP)
-            reply = await door.generate(ask(max_tokens=2))
-            # Before the lease ends it may be sent to the frozen one; no token came, so the other answers.
-            assert reply.done.server_id == "b-second"
-            assert attempts_of(reply.done) in (
-                [("b-second", "")],
-                [("a-first", "SERVERS_AWAY"), ("b-second", "")],
-            )
+    async with (
+        front_door(fleet=FLEET) as door,
+        simulated_server("a-first", door.address) as first,
+        simulated_server("b-second", door.address),
+    ):
+        await door.until_ready("a-first", "b-second")
+        first.signal(signal.SIGSTOP)
+        reply = await door.generate(ask(max_tokens=2))
+        # Before the lease ends it may be sent to the frozen one; no token came, so the other answers.
+        assert reply.done.server_id == "b-second"
+        assert attempts_of(reply.done) in (
+            [("b-second", "")],
+            [("a-first", "SERVERS_AWAY"), ("b-second", "")],
+        )
 
 
 async def test_a_restarted_control_plane_has_its_fleet_back_within_a_report_interval():

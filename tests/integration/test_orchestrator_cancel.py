@@ -14,7 +14,13 @@ from tests.harness.model_servers import model_server
 from tests.harness.programs import until
 
 # Slow enough that no answer ends by itself during a test.
-SLOW = {"instant": False, "decode_tokens_per_second": 20, "answer_tokens": 100_000, "slots": 4, "context_length": 200_000}
+SLOW = {
+    "instant": False,
+    "decode_tokens_per_second": 20,
+    "answer_tokens": 100_000,
+    "slots": 4,
+    "context_length": 200_000,
+}
 SOON = 2.0
 """Seconds that cancelling may take on a busy machine; by itself it takes milliseconds."""
 

@@ -133,8 +133,10 @@ async def test_the_watch_begins_with_everything_and_tells_every_change():
                 fake.status = fleet_pb2.SERVER_HEALTH_UNHEALTHY
                 fake.report_now()
                 await watch.until(
-                    lambda: watch.messages[-1].servers
-                    and watch.messages[-1].servers[-1].report.health == fleet_pb2.SERVER_HEALTH_UNHEALTHY
+                    lambda: (
+                        watch.messages[-1].servers
+                        and watch.messages[-1].servers[-1].report.health == fleet_pb2.SERVER_HEALTH_UNHEALTHY
+                    )
                 )
                 fake.models = [model_info("other")]
                 fake.report_now()
@@ -153,18 +155,21 @@ async def test_the_watch_begins_with_everything_and_tells_every_change():
 
 
 async def test_changes_of_load_are_told_at_most_once_a_second():
-    async with front_door(fleet={"report_interval": 0.02}) as door, attached(door, FakeModelServer("a")) as (fake,):
-        async with watching(door) as watch:
-            loads = 0
-            began = time.monotonic()
-            while time.monotonic() - began < 1.5:
-                fake.load.kv_cache_utilization = (loads % 100) / 100
-                fake.report_now()
-                loads += 1
-                await asyncio.sleep(0.02)  # many reports are what is tested
-            elapsed = time.monotonic() - began
-            assert loads > 10
-            assert 1 <= len(watch.messages) - 1 <= elapsed + 1
+    async with (
+        front_door(fleet={"report_interval": 0.02}) as door,
+        attached(door, FakeModelServer("a")) as (fake,),
+        watching(door) as watch,
+    ):
+        loads = 0
+        began = time.monotonic()
+        while time.monotonic() - began < 1.5:
+            fake.load.kv_cache_utilization = (loads % 100) / 100
+            fake.report_now()
+            loads += 1
+            await asyncio.sleep(0.02)  # many reports are what is tested
+        elapsed = time.monotonic() - began
+        assert loads > 10
+        assert 1 <= len(watch.messages) - 1 <= elapsed + 1
 
 
 async def test_a_watcher_that_does_not_read_finds_the_latest():

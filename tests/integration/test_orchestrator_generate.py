@@ -153,8 +153,9 @@ async def test_the_deadline_is_passed_on():
         await door.generate(timeout=500.0)
         await door.generate()
         remaining = [call.time_remaining for call in fake.calls_of("Generate")]
-        assert 10 < remaining[0] <= 20
-        assert 40 < remaining[1] <= 50 and 40 < remaining[2] <= 50
+        # gRPC rounds deadlines up on their way.
+        assert 10 < remaining[0] < 21
+        assert 40 < remaining[1] < 51 and 40 < remaining[2] < 51
 
 
 @pytest.mark.parametrize(
@@ -240,7 +241,9 @@ async def test_explain_selection_says_what_generate_then_does():
                 reply = await door.generate(request)
                 assert foretold.verdict == selection_pb2.VERDICT_CHOSEN
                 assert (foretold.server_id, foretold.model) == (reply.done.server_id, reply.done.model)
-                assert [c.server_id for c in foretold.candidates] == [c.server_id for c in reply.decisions[0].candidates]
+                assert [c.server_id for c in foretold.candidates] == [
+                    c.server_id for c in reply.decisions[0].candidates
+                ]
 
 
 async def test_explain_selection_reserves_nothing_and_tells_of_the_impossible():

@@ -65,10 +65,9 @@ def settle_memory() -> None:
     gc.freeze()
 
 
-async def until_told_to_stop(*, watch_parent: bool = False) -> str:
-    """Wait for SIGINT or SIGTERM, or with `watch_parent` for the end of standard input.
-
-    Returns what happened, for the log. A second signal kills at once.
+def told_to_stop(*, watch_parent: bool = False) -> asyncio.Future[str]:
+    """What happened, for the log, once SIGINT or SIGTERM arrived or, with `watch_parent`,
+    standard input ended. Listens from the moment of the call. A second signal kills at once.
     """
     loop = asyncio.get_running_loop()
     told: asyncio.Future[str] = loop.create_future()
@@ -93,7 +92,7 @@ async def until_told_to_stop(*, watch_parent: bool = False) -> str:
                 pass  # the loop has closed: we are on the way out already
 
         threading.Thread(target=watch, name="parent-watch", daemon=True).start()
-    return await told
+    return told
 
 
 async def first_of(*awaitables: Awaitable[Any]) -> None:
