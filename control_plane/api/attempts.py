@@ -10,6 +10,7 @@ from random import random
 from typing import TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from control_plane.api.convert import timestamp
 from control_plane.api.metrics import Metrics
@@ -77,10 +78,14 @@ class Attempts:
         Raises Refusal or DomainError when no attempt can be made or none succeeded.
         """
         avoid: frozenset[ServerId] = frozenset()
+        busy: frozenset[ServerId] = frozenset()
         while True:
             try:
-                grant = await self._scheduler.acquire(request, avoid, explain=on_grant is not None)
+                grant = await self._scheduler.acquire(request, avoid | busy, explain=on_grant is not None)
             except DomainError as error:
+                if busy and error.reason in ("NO_CAPABLE_SERVER", "SERVERS_AWAY"):
+                    busy = frozenset()  # nobody else is there: a full server may have a place by now
+                    continue
                 if avoid and error.reason in ("NO_CAPABLE_SERVER", "SERVERS_AWAY"):
                     raise exhausted(history) from error
                 raise
@@ -103,17 +108,21 @@ class Attempts:
                 self._scheduler.release(flight, outcome)
                 return result
             reason = refusal.reason
-            self._scheduler.release(flight, FAILURE if blames_server(reason) else NEUTRAL)
+            # Without details nobody of ours spoke: what answers there is no model server.
+            foreign = refusal.transport and reason in (Reason.UNSUPPORTED, Reason.UNKNOWN_MODEL)
+            self._scheduler.release(flight, FAILURE if foreign or blames_server(reason) else NEUTRAL)
             entry.failure_reason = reason
             entry.failure_message = refusal.message
             log.info("%s: attempt on %s failed: %s %s", request.request_id, flight.server_id, reason, refusal.message)
-            if progress.tokens_sent:
-                raise broken(flight, refusal)
             if not retryable(reason):
                 raise refusal
+            if progress.tokens_sent:
+                raise broken(flight, refusal)
             if len(history) >= self._policy.max_attempts:
                 raise exhausted(history)
-            if reason is not Reason.SERVER_BUSY:
+            if reason is Reason.SERVER_BUSY:
+                busy |= {flight.server_id}
+            else:
                 avoid |= {flight.server_id}
             self._metrics.retries.labels(reason=reason).inc()
             await asyncio.sleep(self._policy.delay(len(history), random()))
@@ -125,6 +134,8 @@ async def _judged(attempt: Awaitable[T], progress: Progress) -> T:
         return await attempt
     except grpc.aio.AioRpcError as error:
         raise AttemptFailed(from_rpc_error(error)) from error
+    except DecodeError as error:
+        raise AttemptFailed(Refusal(Reason.ENGINE_FAILED, "the server sent what is no answer")) from error
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if not progress.lost or (task is not None and task.cancelling()):

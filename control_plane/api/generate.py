@@ -41,6 +41,9 @@ from modelyard.v1.selection_pb2 import Requirements
 # Such a message is a GenerateResponse too (the contract promises it) and passes unread.
 _DELTA_TAG = 0x12
 
+# Seconds that a server may take from its result to its status.
+_STATUS_WITHIN = 1.0
+
 REQUEST_ID_KEY = "modelyard-request-id"
 
 
@@ -86,12 +89,10 @@ class Generation:
     async def generate(self, request: GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         """Serve one Generate call, writing to `context`."""
         arrived = self._clock.monotonic()
+        request_id = _identify(request.request_id, context)
         violations = check_generate_request(request)
         if violations:
             raise invalid(violations)
-        request_id = request.request_id or uuid.uuid4().hex
-        # Trailing, not initial: it travels with the status instead of as a write of its own.
-        context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
         route = convert.route_request(request, request_id, self.pinned(request.requirements))
         limit = self._time_limit(context)
         # Fields of one message may come in any order and from several pieces: the input is
@@ -114,11 +115,10 @@ class Generation:
     async def embed(self, request: EmbedRequest, context: grpc.aio.ServicerContext) -> EmbedResponse:
         """Serve one Embed call."""
         arrived = self._clock.monotonic()
+        request_id = _identify(request.request_id, context)
         violations = check_embed_request(request)
         if violations:
             raise invalid(violations)
-        request_id = request.request_id or uuid.uuid4().hex
-        context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
         route = convert.embed_route_request(request, request_id, self.pinned(request.requirements))
         limit = self._time_limit(context)
         message = ModelServerEmbedRequest(
@@ -134,6 +134,9 @@ class Generation:
             )
             progress.call = call
             answer = ModelServerEmbedResponse.FromString(await call)
+            if len(answer.embeddings) != len(message.inputs):
+                told = f"{len(answer.embeddings)} vectors for {len(message.inputs)} texts"
+                raise AttemptFailed(Refusal(Reason.ENGINE_FAILED, told))
             usage = answer.usage
             self._metrics.used(flight.model, usage)
             response = EmbedResponse(
@@ -237,7 +240,7 @@ class _Relay:
                 if chunk is grpc.aio.EOF:
                     # A status that is not OK is raised by read itself.
                     raise AttemptFailed(Refusal(Reason.ENGINE_FAILED, "the stream ended without a result"))
-                if chunk and chunk[0] == _DELTA_TAG:
+                if chunk and chunk[0] == _DELTA_TAG and _is_one_field(chunk):
                     last = clock()
                     if not progress.tokens_sent:
                         first = last
@@ -247,6 +250,8 @@ class _Relay:
                 message = ModelServerGenerateResponse.FromString(chunk)
                 if message.HasField("result"):
                     break
+                if chunk and chunk[0] == _DELTA_TAG:
+                    raise AttemptFailed(Refusal(Reason.ENGINE_FAILED, "the server sent more than a delta at once"))
         except BaseException:
             call.cancel()
             raise
@@ -256,6 +261,7 @@ class _Relay:
         owner._release(flight, outcome)
         owner._ending.add(call)
         call.add_done_callback(owner._ending.discard)
+        asyncio.get_running_loop().call_later(_STATUS_WITHIN, call.cancel)
         await self._write(self._summary(message.result, grant, first, last))
         return None, outcome
 
@@ -292,6 +298,29 @@ class _Relay:
                 owner._metrics.pace(flight.model, tpot)
         owner._metrics.used(flight.model, usage)
         return response.SerializeToString()
+
+
+def _identify(given: str, context: grpc.aio.ServicerContext) -> str:
+    """The request's id, sent back in the trailing metadata: with the status, refusals included,
+    where initial metadata would cost a write of its own. An id that is no header value is a
+    violation, so it is not sent."""
+    request_id = given or uuid.uuid4().hex
+    if request_id.isascii() and request_id.isprintable() and len(request_id) <= 64:
+        context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
+    return request_id
+
+
+def _is_one_field(chunk: bytes) -> bool:
+    """Whether a message that begins with a one-byte tag of a length-delimited field is that field
+    and nothing else: a tail could be a summary of the server's own making."""
+    length = shift = 0
+    for position in range(1, min(len(chunk), 6)):
+        byte = chunk[position]
+        length |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return len(chunk) == position + 1 + length
+        shift += 7
+    return False
 
 
 def _out_of_time(limit: float) -> Refusal:
