@@ -70,6 +70,16 @@ async def test_malformed_requests_name_the_field():
         assert not fake.calls_of("Generate")
 
 
+async def test_a_refusal_carries_the_request_id_unless_that_is_malformed_itself():
+    async with front_door() as door:
+        refused = await door.generate(ask(request_id="mine", temperature=9.0))
+        assert refused.trailing["modelyard-request-id"] == "mine"
+        for unfit in ("x" * 65, "tab\t", "é"):
+            reply = await door.generate(ask(request_id=unfit))
+            check(reply.refused, Reason.INVALID_REQUEST)
+            assert "modelyard-request-id" not in reply.trailing
+
+
 async def test_malformed_unary_requests_name_the_field():
     async with front_door() as door:
         stub = door.stub
