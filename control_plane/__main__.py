@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import modelyard.program.before_grpc  # noqa: F401  must come before everything that imports gRPC
+
+# isort: split
 import os
 import sys
 from pathlib import Path

@@ -156,6 +156,17 @@ class Generation:
         except TimeoutError:
             raise _out_of_time(limit) from None
 
+    def let_end(self, call: grpc.aio.Call) -> None:
+        """Give a call that has told its result a moment for its status; dropping it would cancel it."""
+        timer = asyncio.get_running_loop().call_later(_STATUS_WITHIN, call.cancel)
+        self._ending.add(call)
+
+        def ended(call: grpc.aio.Call) -> None:
+            timer.cancel()
+            self._ending.discard(call)
+
+        call.add_done_callback(ended)
+
     def _time_limit(self, context: grpc.aio.ServicerContext) -> float:
         remaining = context.time_remaining()
         longest = self._limits.max_generation
@@ -259,9 +270,7 @@ class _Relay:
         # The slot is free now; that this client may be slow to read its summary is no concern
         # of the next request.
         owner._release(flight, outcome)
-        owner._ending.add(call)
-        call.add_done_callback(owner._ending.discard)
-        asyncio.get_running_loop().call_later(_STATUS_WITHIN, call.cancel)
+        owner.let_end(call)
         await self._write(self._summary(message.result, grant, first, last))
         return None, outcome
 
