@@ -117,7 +117,11 @@ _Response = model_server_pb2.ModelServerGenerateResponse
 def delta_bytes(delta: Delta) -> bytes:
     """A serialised ModelServerGenerateResponse: made once per token, so plain text takes the short way."""
     response = _Response()
-    message = response.delta
+    _fill_delta(response.delta, delta)
+    return response.SerializeToString()
+
+
+def _fill_delta(message: generation_pb2.GenerationDelta, delta: Delta) -> None:
     message.text = delta.text
     message.tokens = delta.tokens
     if delta.logprobs or delta.tool_calls or delta.reasoning_text:
@@ -128,12 +132,13 @@ def delta_bytes(delta: Delta) -> bytes:
                 logprob.top.add(token=token, logprob=value)
         for call in delta.tool_calls:
             message.tool_calls.add(index=call.index, id=call.id, name=call.name, arguments_json=call.arguments_json)
-    return response.SerializeToString()
 
 
 def result_bytes(finished: Finished, timing: Timing) -> bytes:
     """The serialised last message of a stream."""
     response = _Response()
+    if finished.last is not None:
+        _fill_delta(response.delta, finished.last)
     result = response.result
     result.finish_reason = int(finished.finish_reason)  # type: ignore[assignment]
     usage = finished.usage

@@ -202,6 +202,9 @@ class Finished:
     usage: Usage
     queued: float = 0.0
     """Seconds in the engine's own queue before prefill."""
+    last: Delta | None = None
+    """The last piece of the answer, where it is ready together with the end: it then travels in
+    one message with it. Never held back for that."""
 
 
 @dataclass(frozen=True, slots=True)

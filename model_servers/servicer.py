@@ -173,6 +173,12 @@ class ModelServerServicer:
                         finished = item  # type: ignore[assignment]
             if finished is None:
                 raise Refusal(Reason.ENGINE_FAILED, "the engine ended its answer without a result")
+            if finished.last is not None:
+                last = clock()
+                if not deltas:
+                    first = last
+                deltas += 1
+                tokens += finished.last.tokens
             generated = finished.usage.completion_tokens
             timing = Timing(
                 queued=finished.queued,

@@ -25,7 +25,7 @@ with grpc.insecure_channel(address) as channel:
         for event in OrchestratorStub(channel).Generate(request, timeout=30):
             if event.HasField("delta"):
                 print(event.delta.text, end="", flush=True)
-            elif event.HasField("summary"):
+            if event.HasField("summary"):  # the last piece may come with it
                 summary = event.summary
                 print(f"\n[{summary.server_id}/{summary.model}, {summary.usage.completion_tokens} tokens]")
     except grpc.RpcError as error:

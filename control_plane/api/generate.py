@@ -266,12 +266,15 @@ class _Relay:
         except BaseException:
             call.cancel()
             raise
+        if message.HasField("delta"):  # the last piece came together with the end
+            last = clock()
+            first = first or last
         outcome = self._outcome(message.result, started, first, last)
         # The slot is free now; that this client may be slow to read its summary is no concern
         # of the next request.
         owner._release(flight, outcome)
         owner.let_end(call)
-        await self._write(self._summary(message.result, grant, first, last))
+        await self._write(self._ending(message, grant, first, last))
         return None, outcome
 
     def _outcome(self, result: GenerationResult, started: float, first: float, last: float) -> Outcome:
@@ -282,9 +285,13 @@ class _Relay:
             tpot=(last - first) / (tokens - 1) if first and tokens > 1 else None,
         )
 
-    def _summary(self, result: GenerationResult, grant: Grant, first: float, last: float) -> bytes:
+    def _ending(self, message: ModelServerGenerateResponse, grant: Grant, first: float, last: float) -> bytes:
+        """The last message: the summary, and the last piece if the server sent it with its result."""
+        result = message.result
         owner, flight, usage = self._owner, grant.flight, result.usage
         response = GenerateResponse()
+        if message.HasField("delta"):
+            response.delta.CopyFrom(message.delta)
         summary = response.summary
         summary.request_id = self._request_id
         summary.finish_reason = result.finish_reason

@@ -85,13 +85,12 @@ class Reply:
         return "" if self.error is None else self.error.reason.value
 
     def take(self, response: orchestrator_pb2.GenerateResponse) -> None:
-        kind = response.WhichOneof("event") or "nothing"
-        self.events.append(kind)
-        if kind == "decision":
+        self.events += [field.name for field, _ in response.ListFields()] or ["nothing"]
+        if response.HasField("decision"):
             self.decisions.append(response.decision)
-        elif kind == "delta":
+        if response.HasField("delta"):
             self.deltas.append(response.delta)
-        elif kind == "summary":
+        if response.HasField("summary"):
             self.summary = response.summary
 
 

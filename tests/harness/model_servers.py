@@ -79,7 +79,7 @@ class Running:
         async for response in self.stub.Generate(asked, **options):
             if response.HasField("delta"):
                 answer.deltas.append(response.delta)
-            else:
+            if response.HasField("result"):
                 answer.result = response.result
         return answer
 

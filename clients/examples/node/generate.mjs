@@ -10,7 +10,6 @@ const definition = loader.loadSync("modelyard/v1/orchestrator.proto", {
   includeDirs: [protos],
   enums: String,
   longs: String,
-  oneofs: true,
 });
 const { Orchestrator } = grpc.loadPackageDefinition(definition).modelyard.v1;
 const orchestrator = new Orchestrator(address, grpc.credentials.createInsecure());
@@ -22,9 +21,9 @@ const call = orchestrator.Generate(
   },
   { deadline: Date.now() + 30_000 },
 );
-call.on("data", ({ event, delta, summary }) => {
-  if (event === "delta") process.stdout.write(delta.text);
-  if (event === "summary") console.log(`\n[${summary.serverId}/${summary.model}, ${summary.usage.completionTokens} tokens]`);
+call.on("data", ({ delta, summary }) => {
+  if (delta) process.stdout.write(delta.text);
+  if (summary) console.log(`\n[${summary.serverId}/${summary.model}, ${summary.usage.completionTokens} tokens]`);
 });
 call.on("error", (error) => {
   // The reason is a google.rpc.ErrorInfo in error.metadata ("grpc-status-details-bin").

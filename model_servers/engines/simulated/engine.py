@@ -145,10 +145,14 @@ class SimulatedEngine:
                 await self._prefill(prompt_tokens - cached, fault.factor if fault and fault.kind == "slow" else 1.0)
                 self._cache.insert(keys)
                 self._decoding += 1
+                last: Delta | None = None
                 try:
                     async with aclosing(self._decode(answer, fault, generation)) as pieces:
-                        async for piece in pieces:
-                            yield piece
+                        async for piece, ends in pieces:
+                            if ends:
+                                last = piece
+                            else:
+                                yield piece
                 finally:
                     self._decoding -= 1
             finally:
@@ -163,6 +167,7 @@ class SimulatedEngine:
                     completion_tokens=answer.tokens,
                 ),
                 queued=queued,
+                last=last,
             )
 
     async def _prefill(self, tokens: int, factor: float) -> None:
@@ -182,7 +187,10 @@ class SimulatedEngine:
             slowest = max(slowest, self._decoding / together)
         return slowest * self._scale
 
-    async def _decode(self, answer: Answer, fault: Fault | None, generation: int) -> AsyncGenerator[Delta, None]:
+    async def _decode(
+        self, answer: Answer, fault: Fault | None, generation: int
+    ) -> AsyncGenerator[tuple[Delta, bool], None]:
+        """The pieces as they become due, each with whether the answer ends with it."""
         chunk = self._settings.tokens_per_chunk
         strike_at = -1 if fault is None or fault.kind == "slow" else min(fault.tokens, answer.tokens)
         factor = fault.factor if fault and fault.kind == "slow" else 1.0
@@ -211,7 +219,8 @@ class SimulatedEngine:
                     due += more * pace
             if sent < strike_at < sent + count:
                 count = strike_at - sent
-            yield answer.piece(sent, count)
+            ends = sent + count >= answer.tokens and strike_at < answer.tokens
+            yield answer.piece(sent, count), ends
             sent += count
 
     async def _strike(self, fault: Fault | None, generation: int) -> None:

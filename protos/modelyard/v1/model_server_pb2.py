@@ -26,7 +26,7 @@ from modelyard.v1 import fleet_pb2 as modelyard_dot_v1_dot_fleet__pb2
 from modelyard.v1 import generation_pb2 as modelyard_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmodelyard/v1/model_server.proto\x12\x0cmodelyard.v1\x1a\x18modelyard/v1/fleet.proto\x1a\x1dmodelyard/v1/generation.proto\"\x11\n\x0f\x44\x65scribeRequest\">\n\x10\x44\x65scribeResponse\x12*\n\x06report\x18\x01 \x01(\x0b\x32\x1a.modelyard.v1.ServerReport\"\x86\x01\n\x1aModelServerGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12,\n\x05input\x18\x02 \x01(\x0b\x32\x1d.modelyard.v1.GenerationInput\x12\x17\n\x0forchestrator_id\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"\x94\x01\n\x1bModelServerGenerateResponse\x12.\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1d.modelyard.v1.GenerationDeltaH\x00\x12\x30\n\x06result\x18\x03 \x01(\x0b\x32\x1e.modelyard.v1.GenerationResultH\x00\x42\x07\n\x05\x65ventJ\x04\x08\x01\x10\x02J\x04\x08\x04\x10\x05\"e\n\x17ModelServerEmbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06inputs\x18\x02 \x03(\t\x12\x17\n\x0forchestrator_id\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"k\n\x18ModelServerEmbedResponse\x12+\n\nembeddings\x18\x01 \x03(\x0b\x32\x17.modelyard.v1.Embedding\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.modelyard.v1.Usage\"Q\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12,\n\x05input\x18\x02 \x01(\x0b\x32\x1d.modelyard.v1.GenerationInput\",\n\x13\x43ountTokensResponse\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r2\xe7\x02\n\x0bModelServer\x12I\n\x08\x44\x65scribe\x12\x1d.modelyard.v1.DescribeRequest\x1a\x1e.modelyard.v1.DescribeResponse\x12\x61\n\x08Generate\x12(.modelyard.v1.ModelServerGenerateRequest\x1a).modelyard.v1.ModelServerGenerateResponse0\x01\x12V\n\x05\x45mbed\x12%.modelyard.v1.ModelServerEmbedRequest\x1a&.modelyard.v1.ModelServerEmbedResponse\x12R\n\x0b\x43ountTokens\x12 .modelyard.v1.CountTokensRequest\x1a!.modelyard.v1.CountTokensResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmodelyard/v1/model_server.proto\x12\x0cmodelyard.v1\x1a\x18modelyard/v1/fleet.proto\x1a\x1dmodelyard/v1/generation.proto\"\x11\n\x0f\x44\x65scribeRequest\">\n\x10\x44\x65scribeResponse\x12*\n\x06report\x18\x01 \x01(\x0b\x32\x1a.modelyard.v1.ServerReport\"\x86\x01\n\x1aModelServerGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12,\n\x05input\x18\x02 \x01(\x0b\x32\x1d.modelyard.v1.GenerationInput\x12\x17\n\x0forchestrator_id\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"\x87\x01\n\x1bModelServerGenerateResponse\x12,\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1d.modelyard.v1.GenerationDelta\x12.\n\x06result\x18\x03 \x01(\x0b\x32\x1e.modelyard.v1.GenerationResultJ\x04\x08\x01\x10\x02J\x04\x08\x04\x10\x05\"e\n\x17ModelServerEmbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06inputs\x18\x02 \x03(\t\x12\x17\n\x0forchestrator_id\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"k\n\x18ModelServerEmbedResponse\x12+\n\nembeddings\x18\x01 \x03(\x0b\x32\x17.modelyard.v1.Embedding\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.modelyard.v1.Usage\"Q\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12,\n\x05input\x18\x02 \x01(\x0b\x32\x1d.modelyard.v1.GenerationInput\",\n\x13\x43ountTokensResponse\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r2\xe7\x02\n\x0bModelServer\x12I\n\x08\x44\x65scribe\x12\x1d.modelyard.v1.DescribeRequest\x1a\x1e.modelyard.v1.DescribeResponse\x12\x61\n\x08Generate\x12(.modelyard.v1.ModelServerGenerateRequest\x1a).modelyard.v1.ModelServerGenerateResponse0\x01\x12V\n\x05\x45mbed\x12%.modelyard.v1.ModelServerEmbedRequest\x1a&.modelyard.v1.ModelServerEmbedResponse\x12R\n\x0b\x43ountTokens\x12 .modelyard.v1.CountTokensRequest\x1a!.modelyard.v1.CountTokensResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,15 +40,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELSERVERGENERATEREQUEST']._serialized_start=190
   _globals['_MODELSERVERGENERATEREQUEST']._serialized_end=324
   _globals['_MODELSERVERGENERATERESPONSE']._serialized_start=327
-  _globals['_MODELSERVERGENERATERESPONSE']._serialized_end=475
-  _globals['_MODELSERVEREMBEDREQUEST']._serialized_start=477
-  _globals['_MODELSERVEREMBEDREQUEST']._serialized_end=578
-  _globals['_MODELSERVEREMBEDRESPONSE']._serialized_start=580
-  _globals['_MODELSERVEREMBEDRESPONSE']._serialized_end=687
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=689
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=770
-  _globals['_COUNTTOKENSRESPONSE']._serialized_start=772
-  _globals['_COUNTTOKENSRESPONSE']._serialized_end=816
-  _globals['_MODELSERVER']._serialized_start=819
-  _globals['_MODELSERVER']._serialized_end=1178
+  _globals['_MODELSERVERGENERATERESPONSE']._serialized_end=462
+  _globals['_MODELSERVEREMBEDREQUEST']._serialized_start=464
+  _globals['_MODELSERVEREMBEDREQUEST']._serialized_end=565
+  _globals['_MODELSERVEREMBEDRESPONSE']._serialized_start=567
+  _globals['_MODELSERVEREMBEDRESPONSE']._serialized_end=674
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=676
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=757
+  _globals['_COUNTTOKENSRESPONSE']._serialized_start=759
+  _globals['_COUNTTOKENSRESPONSE']._serialized_end=803
+  _globals['_MODELSERVER']._serialized_start=806
+  _globals['_MODELSERVER']._serialized_end=1165
 # @@protoc_insertion_point(module_scope)

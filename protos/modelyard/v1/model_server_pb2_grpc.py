@@ -79,7 +79,9 @@ class ModelServerServicer(object):
 
     def Generate(self, request, context):
         """Generates an answer and streams it: any number of `delta`, one `result`,
-        status OK. A stream without a result has failed.
+        status OK. The last piece should come in one message with the result where
+        it is ready together with the end: a short answer is then a single message.
+        A stream without a result has failed.
 
         The caller's deadline and its cancellation stop the engine. A prompt that
         does not fit is refused before the engine sees it.

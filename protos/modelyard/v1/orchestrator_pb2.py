@@ -29,7 +29,7 @@ from modelyard.v1 import selection_pb2 as modelyard_dot_v1_dot_selection__pb2
 from modelyard.v1 import task_pb2 as modelyard_dot_v1_dot_task__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmodelyard/v1/orchestrator.proto\x12\x0cmodelyard.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18modelyard/v1/fleet.proto\x1a\x1dmodelyard/v1/generation.proto\x1a\x1cmodelyard/v1/selection.proto\x1a\x17modelyard/v1/task.proto\"\xef\x01\n\x0fGenerateRequest\x12,\n\x05input\x18\x01 \x01(\x0b\x32\x1d.modelyard.v1.GenerationInput\x12)\n\ttask_type\x18\x02 \x01(\x0e\x32\x16.modelyard.v1.TaskType\x12,\n\x08priority\x18\x03 \x01(\x0e\x32\x1a.modelyard.v1.TaskPriority\x12\x30\n\x0crequirements\x18\x04 \x01(\x0b\x32\x1a.modelyard.v1.Requirements\x12\x0f\n\x07\x65xplain\x18\x05 \x01(\x08\x12\x12\n\nrequest_id\x18\x06 \x01(\t\"\xb1\x01\n\x10GenerateResponse\x12*\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x16.modelyard.v1.DecisionH\x00\x12.\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1d.modelyard.v1.GenerationDeltaH\x00\x12\x32\n\x07summary\x18\x04 \x01(\x0b\x32\x1f.modelyard.v1.GenerationSummaryH\x00\x42\x07\n\x05\x65ventJ\x04\x08\x03\x10\x04\"\x9a\x02\n\x11GenerationSummary\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x31\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x1a.modelyard.v1.FinishReason\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.modelyard.v1.Usage\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.modelyard.v1.Timings\x12\x11\n\tserver_id\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12\x10\n\x08provider\x18\x07 \x01(\t\x12\'\n\x08\x61ttempts\x18\x08 \x03(\x0b\x32\x15.modelyard.v1.Attempt\x12\x15\n\rcost_nano_usd\x18\t \x01(\x03\"\x9e\x01\n\x07\x41ttempt\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08provider\x18\x03 \x01(\t\x12.\n\nstarted_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x66\x61ilure_reason\x18\x05 \x01(\t\x12\x17\n\x0f\x66\x61ilure_message\x18\x06 \x01(\t\"\x92\x01\n\x0c\x45mbedRequest\x12\x0e\n\x06inputs\x18\x01 \x03(\t\x12\x30\n\x0crequirements\x18\x02 \x01(\x0b\x32\x1a.modelyard.v1.Requirements\x12,\n\x08priority\x18\x03 \x01(\x0e\x32\x1a.modelyard.v1.TaskPriority\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"\xbf\x01\n\rEmbedResponse\x12+\n\nembeddings\x18\x01 \x03(\x0b\x32\x17.modelyard.v1.Embedding\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.modelyard.v1.Usage\x12\x11\n\tserver_id\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x10\n\x08provider\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x15\n\rcost_nano_usd\x18\x07 \x01(\x03\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.modelyard.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.modelyard.v1.Model\"\x19\n\x17ListModelServersRequest\"L\n\x18ListModelServersResponse\x12\x30\n\x07servers\x18\x01 \x03(\x0b\x32\x1f.modelyard.v1.ModelServerStatus\"\x13\n\x11WatchFleetRequest\"t\n\x12WatchFleetResponse\x12\x10\n\x08snapshot\x18\x01 \x01(\x08\x12\x30\n\x07servers\x18\x02 \x03(\x0b\x32\x1f.modelyard.v1.ModelServerStatus\x12\x1a\n\x12removed_server_ids\x18\x03 \x03(\t\"I\n\x17\x45xplainSelectionRequest\x12.\n\x07request\x18\x01 \x01(\x0b\x32\x1d.modelyard.v1.GenerateRequest\"e\n\x18\x45xplainSelectionResponse\x12(\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x16.modelyard.v1.Decision\x12\x1f\n\x17\x65stimated_prompt_tokens\x18\x02 \x01(\r\":\n\x17\x44rainModelServerRequest\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12\x0c\n\x04undo\x18\x02 \x01(\x08\"K\n\x18\x44rainModelServerResponse\x12/\n\x06server\x18\x01 \x01(\x0b\x32\x1f.modelyard.v1.ModelServerStatus2\xfe\x05\n\x0cOrchestrator\x12K\n\x08Generate\x12\x1d.modelyard.v1.GenerateRequest\x1a\x1e.modelyard.v1.GenerateResponse0\x01\x12@\n\x05\x45mbed\x12\x1a.modelyard.v1.EmbedRequest\x1a\x1b.modelyard.v1.EmbedResponse\x12O\n\nListModels\x12\x1f.modelyard.v1.ListModelsRequest\x1a .modelyard.v1.ListModelsResponse\x12I\n\x08GetModel\x12\x1d.modelyard.v1.GetModelRequest\x1a\x1e.modelyard.v1.GetModelResponse\x12\x61\n\x10ListModelServers\x12%.modelyard.v1.ListModelServersRequest\x1a&.modelyard.v1.ListModelServersResponse\x12Q\n\nWatchFleet\x12\x1f.modelyard.v1.WatchFleetRequest\x1a .modelyard.v1.WatchFleetResponse0\x01\x12\x61\n\x10\x45xplainSelection\x12%.modelyard.v1.ExplainSelectionRequest\x1a&.modelyard.v1.ExplainSelectionResponse\x12\x61\n\x10\x44rainModelServer\x12%.modelyard.v1.DrainModelServerRequest\x1a&.modelyard.v1.DrainModelServerResponse\x12G\n\x06\x41ttach\x12\x1a.modelyard.v1.ServerReport\x1a\x1d.modelyard.v1.ServerDirective(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmodelyard/v1/orchestrator.proto\x12\x0cmodelyard.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18modelyard/v1/fleet.proto\x1a\x1dmodelyard/v1/generation.proto\x1a\x1cmodelyard/v1/selection.proto\x1a\x17modelyard/v1/task.proto\"\xef\x01\n\x0fGenerateRequest\x12,\n\x05input\x18\x01 \x01(\x0b\x32\x1d.modelyard.v1.GenerationInput\x12)\n\ttask_type\x18\x02 \x01(\x0e\x32\x16.modelyard.v1.TaskType\x12,\n\x08priority\x18\x03 \x01(\x0e\x32\x1a.modelyard.v1.TaskPriority\x12\x30\n\x0crequirements\x18\x04 \x01(\x0b\x32\x1a.modelyard.v1.Requirements\x12\x0f\n\x07\x65xplain\x18\x05 \x01(\x08\x12\x12\n\nrequest_id\x18\x06 \x01(\t\"\xa2\x01\n\x10GenerateResponse\x12(\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x16.modelyard.v1.Decision\x12,\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1d.modelyard.v1.GenerationDelta\x12\x30\n\x07summary\x18\x04 \x01(\x0b\x32\x1f.modelyard.v1.GenerationSummaryJ\x04\x08\x03\x10\x04\"\x9a\x02\n\x11GenerationSummary\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x31\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x1a.modelyard.v1.FinishReason\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.modelyard.v1.Usage\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.modelyard.v1.Timings\x12\x11\n\tserver_id\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12\x10\n\x08provider\x18\x07 \x01(\t\x12\'\n\x08\x61ttempts\x18\x08 \x03(\x0b\x32\x15.modelyard.v1.Attempt\x12\x15\n\rcost_nano_usd\x18\t \x01(\x03\"\x9e\x01\n\x07\x41ttempt\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08provider\x18\x03 \x01(\t\x12.\n\nstarted_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x66\x61ilure_reason\x18\x05 \x01(\t\x12\x17\n\x0f\x66\x61ilure_message\x18\x06 \x01(\t\"\x92\x01\n\x0c\x45mbedRequest\x12\x0e\n\x06inputs\x18\x01 \x03(\t\x12\x30\n\x0crequirements\x18\x02 \x01(\x0b\x32\x1a.modelyard.v1.Requirements\x12,\n\x08priority\x18\x03 \x01(\x0e\x32\x1a.modelyard.v1.TaskPriority\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"\xbf\x01\n\rEmbedResponse\x12+\n\nembeddings\x18\x01 \x03(\x0b\x32\x17.modelyard.v1.Embedding\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.modelyard.v1.Usage\x12\x11\n\tserver_id\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x10\n\x08provider\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x15\n\rcost_nano_usd\x18\x07 \x01(\x03\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.modelyard.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.modelyard.v1.Model\"\x19\n\x17ListModelServersRequest\"L\n\x18ListModelServersResponse\x12\x30\n\x07servers\x18\x01 \x03(\x0b\x32\x1f.modelyard.v1.ModelServerStatus\"\x13\n\x11WatchFleetRequest\"t\n\x12WatchFleetResponse\x12\x10\n\x08snapshot\x18\x01 \x01(\x08\x12\x30\n\x07servers\x18\x02 \x03(\x0b\x32\x1f.modelyard.v1.ModelServerStatus\x12\x1a\n\x12removed_server_ids\x18\x03 \x03(\t\"I\n\x17\x45xplainSelectionRequest\x12.\n\x07request\x18\x01 \x01(\x0b\x32\x1d.modelyard.v1.GenerateRequest\"e\n\x18\x45xplainSelectionResponse\x12(\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x16.modelyard.v1.Decision\x12\x1f\n\x17\x65stimated_prompt_tokens\x18\x02 \x01(\r\":\n\x17\x44rainModelServerRequest\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12\x0c\n\x04undo\x18\x02 \x01(\x08\"K\n\x18\x44rainModelServerResponse\x12/\n\x06server\x18\x01 \x01(\x0b\x32\x1f.modelyard.v1.ModelServerStatus2\xfe\x05\n\x0cOrchestrator\x12K\n\x08Generate\x12\x1d.modelyard.v1.GenerateRequest\x1a\x1e.modelyard.v1.GenerateResponse0\x01\x12@\n\x05\x45mbed\x12\x1a.modelyard.v1.EmbedRequest\x1a\x1b.modelyard.v1.EmbedResponse\x12O\n\nListModels\x12\x1f.modelyard.v1.ListModelsRequest\x1a .modelyard.v1.ListModelsResponse\x12I\n\x08GetModel\x12\x1d.modelyard.v1.GetModelRequest\x1a\x1e.modelyard.v1.GetModelResponse\x12\x61\n\x10ListModelServers\x12%.modelyard.v1.ListModelServersRequest\x1a&.modelyard.v1.ListModelServersResponse\x12Q\n\nWatchFleet\x12\x1f.modelyard.v1.WatchFleetRequest\x1a .modelyard.v1.WatchFleetResponse0\x01\x12\x61\n\x10\x45xplainSelection\x12%.modelyard.v1.ExplainSelectionRequest\x1a&.modelyard.v1.ExplainSelectionResponse\x12\x61\n\x10\x44rainModelServer\x12%.modelyard.v1.DrainModelServerRequest\x1a&.modelyard.v1.DrainModelServerResponse\x12G\n\x06\x41ttach\x12\x1a.modelyard.v1.ServerReport\x1a\x1d.modelyard.v1.ServerDirective(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,39 +39,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_start=195
   _globals['_GENERATEREQUEST']._serialized_end=434
   _globals['_GENERATERESPONSE']._serialized_start=437
-  _globals['_GENERATERESPONSE']._serialized_end=614
-  _globals['_GENERATIONSUMMARY']._serialized_start=617
-  _globals['_GENERATIONSUMMARY']._serialized_end=899
-  _globals['_ATTEMPT']._serialized_start=902
-  _globals['_ATTEMPT']._serialized_end=1060
-  _globals['_EMBEDREQUEST']._serialized_start=1063
-  _globals['_EMBEDREQUEST']._serialized_end=1209
-  _globals['_EMBEDRESPONSE']._serialized_start=1212
-  _globals['_EMBEDRESPONSE']._serialized_end=1403
-  _globals['_LISTMODELSREQUEST']._serialized_start=1405
-  _globals['_LISTMODELSREQUEST']._serialized_end=1424
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1426
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1483
-  _globals['_GETMODELREQUEST']._serialized_start=1485
-  _globals['_GETMODELREQUEST']._serialized_end=1516
-  _globals['_GETMODELRESPONSE']._serialized_start=1518
-  _globals['_GETMODELRESPONSE']._serialized_end=1572
-  _globals['_LISTMODELSERVERSREQUEST']._serialized_start=1574
-  _globals['_LISTMODELSERVERSREQUEST']._serialized_end=1599
-  _globals['_LISTMODELSERVERSRESPONSE']._serialized_start=1601
-  _globals['_LISTMODELSERVERSRESPONSE']._serialized_end=1677
-  _globals['_WATCHFLEETREQUEST']._serialized_start=1679
-  _globals['_WATCHFLEETREQUEST']._serialized_end=1698
-  _globals['_WATCHFLEETRESPONSE']._serialized_start=1700
-  _globals['_WATCHFLEETRESPONSE']._serialized_end=1816
-  _globals['_EXPLAINSELECTIONREQUEST']._serialized_start=1818
-  _globals['_EXPLAINSELECTIONREQUEST']._serialized_end=1891
-  _globals['_EXPLAINSELECTIONRESPONSE']._serialized_start=1893
-  _globals['_EXPLAINSELECTIONRESPONSE']._serialized_end=1994
-  _globals['_DRAINMODELSERVERREQUEST']._serialized_start=1996
-  _globals['_DRAINMODELSERVERREQUEST']._serialized_end=2054
-  _globals['_DRAINMODELSERVERRESPONSE']._serialized_start=2056
-  _globals['_DRAINMODELSERVERRESPONSE']._serialized_end=2131
-  _globals['_ORCHESTRATOR']._serialized_start=2134
-  _globals['_ORCHESTRATOR']._serialized_end=2900
+  _globals['_GENERATERESPONSE']._serialized_end=599
+  _globals['_GENERATIONSUMMARY']._serialized_start=602
+  _globals['_GENERATIONSUMMARY']._serialized_end=884
+  _globals['_ATTEMPT']._serialized_start=887
+  _globals['_ATTEMPT']._serialized_end=1045
+  _globals['_EMBEDREQUEST']._serialized_start=1048
+  _globals['_EMBEDREQUEST']._serialized_end=1194
+  _globals['_EMBEDRESPONSE']._serialized_start=1197
+  _globals['_EMBEDRESPONSE']._serialized_end=1388
+  _globals['_LISTMODELSREQUEST']._serialized_start=1390
+  _globals['_LISTMODELSREQUEST']._serialized_end=1409
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1411
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1468
+  _globals['_GETMODELREQUEST']._serialized_start=1470
+  _globals['_GETMODELREQUEST']._serialized_end=1501
+  _globals['_GETMODELRESPONSE']._serialized_start=1503
+  _globals['_GETMODELRESPONSE']._serialized_end=1557
+  _globals['_LISTMODELSERVERSREQUEST']._serialized_start=1559
+  _globals['_LISTMODELSERVERSREQUEST']._serialized_end=1584
+  _globals['_LISTMODELSERVERSRESPONSE']._serialized_start=1586
+  _globals['_LISTMODELSERVERSRESPONSE']._serialized_end=1662
+  _globals['_WATCHFLEETREQUEST']._serialized_start=1664
+  _globals['_WATCHFLEETREQUEST']._serialized_end=1683
+  _globals['_WATCHFLEETRESPONSE']._serialized_start=1685
+  _globals['_WATCHFLEETRESPONSE']._serialized_end=1801
+  _globals['_EXPLAINSELECTIONREQUEST']._serialized_start=1803
+  _globals['_EXPLAINSELECTIONREQUEST']._serialized_end=1876
+  _globals['_EXPLAINSELECTIONRESPONSE']._serialized_start=1878
+  _globals['_EXPLAINSELECTIONRESPONSE']._serialized_end=1979
+  _globals['_DRAINMODELSERVERREQUEST']._serialized_start=1981
+  _globals['_DRAINMODELSERVERREQUEST']._serialized_end=2039
+  _globals['_DRAINMODELSERVERRESPONSE']._serialized_start=2041
+  _globals['_DRAINMODELSERVERRESPONSE']._serialized_end=2116
+  _globals['_ORCHESTRATOR']._serialized_start=2119
+  _globals['_ORCHESTRATOR']._serialized_end=2885
 # @@protoc_insertion_point(module_scope)

@@ -97,9 +97,10 @@ class OrchestratorServicer(object):
         """Generates an answer on the best server and streams it.
 
         Order of the stream: `decision` (only if `explain` is set; once per
-        attempt), any number of `delta`, one `summary`, status OK. A stream that
-        ends without a summary has failed, and its status says why; tokens already
-        received are then an unfinished answer.
+        attempt), any number of `delta`, one `summary`, status OK. The last piece
+        of an answer may come in one message with the summary, so look for both. A
+        stream that ends without a summary has failed, and its status says why;
+        tokens already received are then an unfinished answer.
 
         A failed attempt is repeated on another server as long as no token has
         been sent. The caller's deadline holds for everything: queue, attempts and

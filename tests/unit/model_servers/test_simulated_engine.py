@@ -42,6 +42,8 @@ async def started(**settings) -> SimulatedEngine:
 
 async def collect(engine: SimulatedEngine, request: GenerationRequest) -> tuple[str, list[Delta], Finished]:
     *deltas, finished = [item async for item in engine.generate(request)]
+    if finished.last is not None:
+        deltas.append(finished.last)
     return "".join(delta.text for delta in deltas), deltas, finished
 
 
@@ -187,6 +189,8 @@ async def test_slow_reader_of_the_generator_gets_what_became_due():
             if isinstance(item, Delta):
                 sizes.append(item.tokens)
                 await asyncio.sleep(0.03)
+            elif item.last is not None:
+                sizes.append(item.last.tokens)
     assert sum(sizes) == 100 and max(sizes) > 5
 
 

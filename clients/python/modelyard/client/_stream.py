@@ -115,19 +115,19 @@ class GenerationStream:
             except BaseException:
                 await self.aclose()
                 raise
-            match message.WhichOneof("event"):
-                case "delta":
-                    event: Delta | Decision = answers.delta(message.delta)
-                case "decision":
-                    event = answers.decision(message.decision)
-                case "summary":
-                    self._result = self._answer.result(message.summary)
-                    await self._finish()
-                    break
-                case _:  # an event of a newer control plane
-                    continue
-            self._answer.add(event)
-            return event
+            event: Delta | Decision | None = None  # None: a step of a newer control plane
+            if message.HasField("delta"):
+                event = answers.delta(message.delta)
+            elif message.HasField("decision"):
+                event = answers.decision(message.decision)
+            if event is not None:
+                self._answer.add(event)
+            if message.HasField("summary"):
+                # The last piece may have come with it.
+                self._result = self._answer.result(message.summary)
+                await self._finish()
+            if event is not None:
+                return event
         raise StopAsyncIteration
 
     async def _read(self) -> orchestrator_pb2.GenerateResponse:
