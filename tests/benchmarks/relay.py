@@ -155,7 +155,7 @@ async def _measure(plane: Program, server: Program, model: str, idle: int, scale
                 rates.append((straight, through, (cpu_seconds(plane.pid) - cpu) / calls))
         return tuple(statistics.median(column) for column in zip(*rates, strict=True))  # type: ignore[return-value]
 
-    short_direct, short_relayed, cpu_call = await rounds(SHORT, 4000, 32)
+    short_direct, short_relayed, cpu_call = await rounds(SHORT, 8000, 64)
     long_direct, long_relayed, cpu_long = await rounds(LONG, 64, 8)
     times: list[tuple[float, float]] = []
     for _ in range(int(1000 * scale)):
