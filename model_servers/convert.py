@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from model_servers.engine import (
     Busy,
+    ContentRefused,
     ContextTooLong,
+    CredentialsRejected,
     Delta,
     Embeddings,
     EngineError,
@@ -18,6 +20,8 @@ from model_servers.engine import (
     GenerationRequest,
     Image,
     Message,
+    OutOfMemory,
+    RateLimited,
     Role,
     Sampling,
     Tool,
@@ -177,11 +181,19 @@ def refusal(error: EngineError, field_name: str) -> Refusal:
     if isinstance(error, UnknownModel):
         return Refusal(Reason.UNKNOWN_MODEL, message)
     if isinstance(error, ContextTooLong):
-        return Refusal(Reason.INVALID_REQUEST, message, (Violation(field_name, message),))
+        return Refusal(Reason.CONTEXT_TOO_LONG, message, (Violation(field_name, message),))
     if isinstance(error, Unsupported):
         return Refusal(Reason.UNSUPPORTED, message)
     if isinstance(error, Busy):
         return Refusal(Reason.SERVER_BUSY, message, retry_after=error.retry_after)
+    if isinstance(error, RateLimited):
+        return Refusal(Reason.RATE_LIMITED, message, retry_after=error.retry_after)
+    if isinstance(error, OutOfMemory):
+        return Refusal(Reason.OUT_OF_MEMORY, message)
+    if isinstance(error, CredentialsRejected):
+        return Refusal(Reason.CREDENTIALS_REJECTED, message)
+    if isinstance(error, ContentRefused):
+        return Refusal(Reason.CONTENT_REFUSED, message)
     return Refusal(Reason.ENGINE_FAILED, message)
 
 
@@ -241,6 +253,7 @@ def server_report(
             memory_bytes=status.memory_bytes,
             cpu_cores=host.cpu_cores,
             platform=host.platform,
+            memory_used_bytes=status.memory_used_bytes,
         ),
         load=fleet_pb2.ServerLoad(
             slots=load.slots,
@@ -254,6 +267,10 @@ def server_report(
         lease_epoch=lease_epoch,
         state=fleet_pb2.DESIRED_STATE_DRAIN if draining else fleet_pb2.DESIRED_STATE_SERVE,
     )
+    if status.pool is not None:
+        pool = status.pool
+        report.pool.size, report.pool.in_use = pool.size, pool.in_use
+        report.pool.opened, report.pool.reused = pool.opened, pool.reused
     report.models.extend(_model_info(model, means.get(model.name)) for model in status.models)
     return report
 
@@ -265,7 +282,12 @@ def _model_info(model: EngineModel, means: Means | None) -> fleet_pb2.ModelInfo:
         context_length=model.context_length,
         features=_feature_numbers(model.features),  # type: ignore[arg-type]
         quantization=model.quantization,
+        state=int(model.state),  # type: ignore[arg-type]
+        state_detail=model.state_detail,
+        memory_bytes=model.memory_bytes,
     )
+    if model.load_seconds is not None:
+        info.load_time.FromNanoseconds(_nanoseconds(model.load_seconds))
     for kind, score in model.capabilities.items():
         info.capabilities.add(task_type=kind, score=score)
     if any(model.price):

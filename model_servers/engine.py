@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -53,6 +53,17 @@ class Health(IntEnum):
     STARTING = 1
     READY = 2
     UNHEALTHY = 3
+
+
+class ModelState(IntEnum):
+    """Where a model is in its life. Numbers equal those of the contract."""
+
+    ABSENT = 1
+    PULLING = 2
+    COLD = 3
+    LOADING = 4
+    WARM = 5
+    FAILED = 6
 
 
 class ToolChoiceMode(IntEnum):
@@ -229,6 +240,33 @@ class EngineModel:
     price: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """US dollars per million prompt, cached prompt and completion tokens."""
     quantization: str = ""
+    state: ModelState = ModelState.WARM
+    state_detail: str = ""
+    memory_bytes: int = 0
+    """Taken while warm, or to be taken as far as known; 0: not known."""
+    load_seconds: float | None = None
+    """What the last load took, or an estimate before the first; None: not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One step of pulling, loading or unloading a model."""
+
+    state: ModelState
+    detail: str = ""
+    completed_bytes: int = 0
+    total_bytes: int = 0
+    """0: not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Connections to an engine that is reached over a network; see ConnectionPool of the contract."""
+
+    size: int
+    in_use: int
+    opened: int
+    reused: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +290,9 @@ class EngineStatus:
     load: EngineLoad
     health: Health
     health_detail: str = ""
+    memory_used_bytes: int = 0
+    """Of `memory_bytes`, what the models take now; 0: not known."""
+    pool: Pool | None = None
 
 
 # ------------------------------------------------------------------ errors ---
@@ -281,6 +322,26 @@ class Busy(EngineError):
         self.retry_after = retry_after
 
 
+class RateLimited(EngineError):
+    """The provider limits the rate; another server may answer now."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class OutOfMemory(EngineError):
+    """The model does not fit beside what is in memory."""
+
+
+class CredentialsRejected(EngineError):
+    """The provider refuses the key. The message names where the key comes from, never the key."""
+
+
+class ContentRefused(EngineError):
+    """The provider will not answer this input."""
+
+
 class EngineFailed(EngineError):
     """The engine broke while working on the request."""
 
@@ -304,8 +365,9 @@ class Engine(Protocol):
 
         Closing the generator (aclose, or cancelling the task that iterates it) stops the
         work in the engine at once and frees the slot.
-        Raises UnknownModel, ContextTooLong, Unsupported, Busy before the first item, and
-        EngineFailed at any time.
+        A model that is cold is loaded first.
+        Raises UnknownModel, ContextTooLong, Unsupported, Busy, RateLimited, OutOfMemory,
+        CredentialsRejected and ContentRefused before the first item, and EngineFailed at any time.
         """
         ...
 
@@ -319,6 +381,41 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Stop everything and free all memory. Idempotent; running generations raise EngineFailed."""
+        ...
+
+
+@runtime_checkable
+class ManagesModels(Protocol):
+    """An engine that can also fetch, load and unload its models while it runs.
+
+    Each stream ends when the step is done, with a Progress of the state that was reached. The model
+    server calls one step per model at a time. Closing a generator stops the work; what cannot be
+    stopped is left to end by itself, and `status` tells.
+    Raise UnknownModel, Unsupported (no such step), OutOfMemory and EngineFailed.
+    """
+
+    def pull(self, model: str) -> AsyncGenerator[Progress, None]:
+        """Fetch the files of a model, known or not yet known."""
+        ...
+
+    def load(self, model: str) -> AsyncGenerator[Progress, None]:
+        """Bring a model into memory."""
+        ...
+
+    def unload(self, model: str) -> AsyncGenerator[Progress, None]:
+        """Take a model that has no running requests out of memory."""
+        ...
+
+
+@runtime_checkable
+class Restarts(Protocol):
+    """An engine that owns what it drives and can start it anew."""
+
+    async def restart(self) -> None:
+        """Stop by all means and start again; running generations raise EngineFailed.
+
+        Called when the engine stopped producing tokens. Raises EngineFailed.
+        """
         ...
 
 
@@ -339,5 +436,7 @@ class EnginePlugin:
     """Validates `engine_settings`; every field has a default and a description."""
     create: Callable[[Any], Engine]
     """Called with an instance of `settings`. May raise ImportError and EngineFailed."""
+    metered: bool = False
+    """Each token costs money: nothing is generated but what was asked for, so no canary."""
     extra: str = ""
     """The extra of the modelyard distribution that brings the vendor's library."""

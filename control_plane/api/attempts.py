@@ -20,7 +20,7 @@ from control_plane.domain.ports import Clock
 from control_plane.domain.request import RouteRequest
 from control_plane.fleet.registry import Flight, Outcome, OutcomeKind
 from control_plane.fleet.scheduler import Grant, Scheduler
-from control_plane.scheduling.retry import RetryPolicy, blames_server, retryable
+from control_plane.scheduling.retry import REQUEST_REASONS, RetryPolicy, blames_server, retryable
 from modelyard.rpc.errors import Refusal, from_rpc_error
 from modelyard.rpc.reasons import Reason
 from modelyard.v1.orchestrator_pb2 import Attempt
@@ -79,6 +79,7 @@ class Attempts:
         """
         avoid: frozenset[ServerId] = frozenset()
         busy: frozenset[ServerId] = frozenset()
+        unsuited: Refusal | None = None
         while True:
             try:
                 grant = await self._scheduler.acquire(request, avoid | busy, explain=on_grant is not None)
@@ -87,7 +88,7 @@ class Attempts:
                     busy = frozenset()  # nobody else is there: a full server may have a place by now
                     continue
                 if avoid and error.reason in ("NO_CAPABLE_SERVER", "SERVERS_AWAY"):
-                    raise exhausted(history) from error
+                    raise unsuited or exhausted(history) from error
                 raise
             flight = grant.flight
             entry = Attempt(server_id=flight.server_id, model=flight.model, provider=flight.provider)
@@ -118,8 +119,10 @@ class Attempts:
                 raise refusal
             if progress.tokens_sent:
                 raise broken(flight, refusal)
+            if reason in REQUEST_REASONS:
+                unsuited = refusal
             if len(history) >= self._policy.max_attempts:
-                raise exhausted(history)
+                raise unsuited or exhausted(history)
             if reason is Reason.SERVER_BUSY:
                 busy |= {flight.server_id}
             else:

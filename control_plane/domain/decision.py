@@ -31,6 +31,8 @@ class RejectionReason(IntEnum):
     NOT_READY = 10
     DRAINING = 11
     NO_FREE_SLOT = 12
+    LOADING_TAKES_LONGER = 13
+    MODEL_NOT_HERE = 14
 
     @property
     def permanent(self) -> bool:

@@ -8,7 +8,19 @@ from dataclasses import dataclass
 FINAL_REASONS = frozenset({"INVALID_REQUEST", "DEADLINE_EXCEEDED", "SLOW_READER"})
 """The request itself is at fault, or its caller: another server would say the same."""
 
-BLAMELESS_REASONS = frozenset({"SERVER_BUSY", "DRAINING", "UNSUPPORTED", "UNKNOWN_MODEL"})
+REQUEST_REASONS = frozenset({"CONTEXT_TOO_LONG", "CONTENT_REFUSED"})
+"""The request does not suit this model; another may do. If none does, this is what the caller is told."""
+
+BLAMELESS_REASONS = REQUEST_REASONS | frozenset(
+    {
+        "SERVER_BUSY",
+        "DRAINING",
+        "UNSUPPORTED",
+        "UNKNOWN_MODEL",
+        "RATE_LIMITED",
+        "OUT_OF_MEMORY",
+    }
+)
 """The server is sound but not the right one at this moment: another may do."""
 
 

@@ -32,6 +32,7 @@ MIRRORS = [
     (engine.Role, numbers(generation_pb2.Role, "ROLE_")),
     (engine.FinishReason, numbers(generation_pb2.FinishReason, "FINISH_REASON_")),
     (engine.Health, HEALTH),
+    (engine.ModelState, numbers(fleet_pb2.ModelState, "MODEL_STATE_")),
     (engine.ToolChoiceMode, numbers(generation_pb2.ToolChoiceMode, "TOOL_CHOICE_MODE_")),
 ]
 
@@ -79,6 +80,7 @@ def test_names_of_the_client() -> None:
         _names.REJECTION_REASON: (selection_pb2.RejectionReason, "REJECTION_REASON_"),
         _names.LEASE_STATE: (fleet_pb2.LeaseState, "LEASE_STATE_"),
         _names.HEALTH: (fleet_pb2.ServerHealth, "SERVER_HEALTH_"),
+        _names.MODEL_STATE: (fleet_pb2.ModelState, "MODEL_STATE_"),
         _names.BREAKER_STATE: (fleet_pb2.BreakerState, "BREAKER_STATE_"),
     }
     for table, (enum, prefix) in tables.items():

@@ -165,10 +165,10 @@ async def test_malformed_requests_name_the_fields():
 async def test_prompt_that_does_not_fit_is_refused():
     async with model_server(engine_settings={"context_length": 64}) as server:
         refusal = await refused(server.generate(request("x" * 1000)))
-        assert refusal.reason is Reason.INVALID_REQUEST
+        assert refusal.reason is Reason.CONTEXT_TOO_LONG
         assert [violation.field for violation in refusal.violations] == ["input"]
         refusal = await refused(server.generate(request("x", max_tokens=64)))
-        assert refusal.reason is Reason.INVALID_REQUEST
+        assert refusal.reason is Reason.CONTEXT_TOO_LONG
 
 
 async def test_unknown_model_and_missing_feature():

@@ -19,18 +19,23 @@ class Reason(StrEnum):
     """`google.rpc.ErrorInfo.reason`. Causes and cures stand in the contract's table."""
 
     INVALID_REQUEST = "INVALID_REQUEST"
+    CONTEXT_TOO_LONG = "CONTEXT_TOO_LONG"
     UNKNOWN_MODEL = "UNKNOWN_MODEL"
     UNKNOWN_SERVER = "UNKNOWN_SERVER"
     NO_CAPABLE_SERVER = "NO_CAPABLE_SERVER"
+    CONTENT_REFUSED = "CONTENT_REFUSED"
     QUEUE_FULL = "QUEUE_FULL"
     SLOW_READER = "SLOW_READER"
     SERVER_BUSY = "SERVER_BUSY"
+    RATE_LIMITED = "RATE_LIMITED"
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
     FLEET_WARMING_UP = "FLEET_WARMING_UP"
     SERVERS_AWAY = "SERVERS_AWAY"
     DRAINING = "DRAINING"
     ATTEMPTS_EXHAUSTED = "ATTEMPTS_EXHAUSTED"
     STREAM_BROKEN = "STREAM_BROKEN"
     ENGINE_FAILED = "ENGINE_FAILED"
+    CREDENTIALS_REJECTED = "CREDENTIALS_REJECTED"
     QUEUE_TIMEOUT = "QUEUE_TIMEOUT"
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     UNSUPPORTED = "UNSUPPORTED"
@@ -41,18 +46,23 @@ class Reason(StrEnum):
 CODES: Mapping[Reason, grpc.StatusCode] = MappingProxyType(
     {
         Reason.INVALID_REQUEST: grpc.StatusCode.INVALID_ARGUMENT,
+        Reason.CONTEXT_TOO_LONG: grpc.StatusCode.INVALID_ARGUMENT,
         Reason.UNKNOWN_MODEL: grpc.StatusCode.NOT_FOUND,
         Reason.UNKNOWN_SERVER: grpc.StatusCode.NOT_FOUND,
         Reason.NO_CAPABLE_SERVER: grpc.StatusCode.FAILED_PRECONDITION,
+        Reason.CONTENT_REFUSED: grpc.StatusCode.FAILED_PRECONDITION,
         Reason.QUEUE_FULL: grpc.StatusCode.RESOURCE_EXHAUSTED,
         Reason.SLOW_READER: grpc.StatusCode.RESOURCE_EXHAUSTED,
         Reason.SERVER_BUSY: grpc.StatusCode.RESOURCE_EXHAUSTED,
+        Reason.RATE_LIMITED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+        Reason.OUT_OF_MEMORY: grpc.StatusCode.RESOURCE_EXHAUSTED,
         Reason.FLEET_WARMING_UP: grpc.StatusCode.UNAVAILABLE,
         Reason.SERVERS_AWAY: grpc.StatusCode.UNAVAILABLE,
         Reason.DRAINING: grpc.StatusCode.UNAVAILABLE,
         Reason.ATTEMPTS_EXHAUSTED: grpc.StatusCode.UNAVAILABLE,
         Reason.STREAM_BROKEN: grpc.StatusCode.UNAVAILABLE,
         Reason.ENGINE_FAILED: grpc.StatusCode.UNAVAILABLE,
+        Reason.CREDENTIALS_REJECTED: grpc.StatusCode.UNAVAILABLE,
         Reason.QUEUE_TIMEOUT: grpc.StatusCode.DEADLINE_EXCEEDED,
         Reason.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
         Reason.UNSUPPORTED: grpc.StatusCode.UNIMPLEMENTED,

@@ -22,6 +22,16 @@ class ModelFeature(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MODEL_FEATURE_EMBEDDING: _ClassVar[ModelFeature]
     MODEL_FEATURE_PREFIX_CACHE: _ClassVar[ModelFeature]
 
+class ModelState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MODEL_STATE_UNSPECIFIED: _ClassVar[ModelState]
+    MODEL_STATE_ABSENT: _ClassVar[ModelState]
+    MODEL_STATE_PULLING: _ClassVar[ModelState]
+    MODEL_STATE_COLD: _ClassVar[ModelState]
+    MODEL_STATE_LOADING: _ClassVar[ModelState]
+    MODEL_STATE_WARM: _ClassVar[ModelState]
+    MODEL_STATE_FAILED: _ClassVar[ModelState]
+
 class ServerHealth(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     SERVER_HEALTH_UNSPECIFIED: _ClassVar[ServerHealth]
@@ -58,6 +68,13 @@ MODEL_FEATURE_JSON_SCHEMA: ModelFeature
 MODEL_FEATURE_LOGPROBS: ModelFeature
 MODEL_FEATURE_EMBEDDING: ModelFeature
 MODEL_FEATURE_PREFIX_CACHE: ModelFeature
+MODEL_STATE_UNSPECIFIED: ModelState
+MODEL_STATE_ABSENT: ModelState
+MODEL_STATE_PULLING: ModelState
+MODEL_STATE_COLD: ModelState
+MODEL_STATE_LOADING: ModelState
+MODEL_STATE_WARM: ModelState
+MODEL_STATE_FAILED: ModelState
 SERVER_HEALTH_UNSPECIFIED: ServerHealth
 SERVER_HEALTH_STARTING: ServerHealth
 SERVER_HEALTH_READY: ServerHealth
@@ -76,7 +93,7 @@ BREAKER_STATE_OPEN: BreakerState
 BREAKER_STATE_HALF_OPEN: BreakerState
 
 class ServerReport(_message.Message):
-    __slots__ = ("identity", "engine", "hardware", "models", "load", "health", "health_detail", "lease_epoch", "state")
+    __slots__ = ("identity", "engine", "hardware", "models", "load", "health", "health_detail", "lease_epoch", "state", "pool")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     HARDWARE_FIELD_NUMBER: _ClassVar[int]
@@ -86,6 +103,7 @@ class ServerReport(_message.Message):
     HEALTH_DETAIL_FIELD_NUMBER: _ClassVar[int]
     LEASE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
     identity: ServerIdentity
     engine: EngineInfo
     hardware: HardwareInfo
@@ -95,7 +113,8 @@ class ServerReport(_message.Message):
     health_detail: str
     lease_epoch: int
     state: DesiredState
-    def __init__(self, identity: _Optional[_Union[ServerIdentity, _Mapping]] = ..., engine: _Optional[_Union[EngineInfo, _Mapping]] = ..., hardware: _Optional[_Union[HardwareInfo, _Mapping]] = ..., models: _Optional[_Iterable[_Union[ModelInfo, _Mapping]]] = ..., load: _Optional[_Union[ServerLoad, _Mapping]] = ..., health: _Optional[_Union[ServerHealth, str]] = ..., health_detail: _Optional[str] = ..., lease_epoch: _Optional[int] = ..., state: _Optional[_Union[DesiredState, str]] = ...) -> None: ...
+    pool: ConnectionPool
+    def __init__(self, identity: _Optional[_Union[ServerIdentity, _Mapping]] = ..., engine: _Optional[_Union[EngineInfo, _Mapping]] = ..., hardware: _Optional[_Union[HardwareInfo, _Mapping]] = ..., models: _Optional[_Iterable[_Union[ModelInfo, _Mapping]]] = ..., load: _Optional[_Union[ServerLoad, _Mapping]] = ..., health: _Optional[_Union[ServerHealth, str]] = ..., health_detail: _Optional[str] = ..., lease_epoch: _Optional[int] = ..., state: _Optional[_Union[DesiredState, str]] = ..., pool: _Optional[_Union[ConnectionPool, _Mapping]] = ...) -> None: ...
 
 class ServerIdentity(_message.Message):
     __slots__ = ("server_id", "instance_id", "endpoint", "labels", "version")
@@ -119,24 +138,40 @@ class ServerIdentity(_message.Message):
     def __init__(self, server_id: _Optional[str] = ..., instance_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., version: _Optional[str] = ...) -> None: ...
 
 class EngineInfo(_message.Message):
-    __slots__ = ("name", "version")
+    __slots__ = ("name", "version", "manages_models")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    MANAGES_MODELS_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+    manages_models: bool
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., manages_models: bool = ...) -> None: ...
+
+class ConnectionPool(_message.Message):
+    __slots__ = ("size", "in_use", "opened", "reused")
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    IN_USE_FIELD_NUMBER: _ClassVar[int]
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    REUSED_FIELD_NUMBER: _ClassVar[int]
+    size: int
+    in_use: int
+    opened: int
+    reused: int
+    def __init__(self, size: _Optional[int] = ..., in_use: _Optional[int] = ..., opened: _Optional[int] = ..., reused: _Optional[int] = ...) -> None: ...
 
 class HardwareInfo(_message.Message):
-    __slots__ = ("device", "memory_bytes", "cpu_cores", "platform")
+    __slots__ = ("device", "memory_bytes", "cpu_cores", "platform", "memory_used_bytes")
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     CPU_CORES_FIELD_NUMBER: _ClassVar[int]
     PLATFORM_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     device: str
     memory_bytes: int
     cpu_cores: int
     platform: str
-    def __init__(self, device: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., cpu_cores: _Optional[int] = ..., platform: _Optional[str] = ...) -> None: ...
+    memory_used_bytes: int
+    def __init__(self, device: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., cpu_cores: _Optional[int] = ..., platform: _Optional[str] = ..., memory_used_bytes: _Optional[int] = ...) -> None: ...
 
 class Capability(_message.Message):
     __slots__ = ("task_type", "score")
@@ -157,7 +192,7 @@ class Price(_message.Message):
     def __init__(self, prompt_usd_per_million_tokens: _Optional[float] = ..., cached_prompt_usd_per_million_tokens: _Optional[float] = ..., completion_usd_per_million_tokens: _Optional[float] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "provider", "capabilities", "context_length", "features", "price", "quantization", "performance")
+    __slots__ = ("name", "provider", "capabilities", "context_length", "features", "price", "quantization", "performance", "state", "state_detail", "memory_bytes", "load_time", "fingerprint")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PROVIDER_FIELD_NUMBER: _ClassVar[int]
     CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
@@ -166,6 +201,11 @@ class ModelInfo(_message.Message):
     PRICE_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     PERFORMANCE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    STATE_DETAIL_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOAD_TIME_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     name: str
     provider: str
     capabilities: _containers.RepeatedCompositeFieldContainer[Capability]
@@ -174,7 +214,24 @@ class ModelInfo(_message.Message):
     price: Price
     quantization: str
     performance: Performance
-    def __init__(self, name: _Optional[str] = ..., provider: _Optional[str] = ..., capabilities: _Optional[_Iterable[_Union[Capability, _Mapping]]] = ..., context_length: _Optional[int] = ..., features: _Optional[_Iterable[_Union[ModelFeature, str]]] = ..., price: _Optional[_Union[Price, _Mapping]] = ..., quantization: _Optional[str] = ..., performance: _Optional[_Union[Performance, _Mapping]] = ...) -> None: ...
+    state: ModelState
+    state_detail: str
+    memory_bytes: int
+    load_time: _duration_pb2.Duration
+    fingerprint: str
+    def __init__(self, name: _Optional[str] = ..., provider: _Optional[str] = ..., capabilities: _Optional[_Iterable[_Union[Capability, _Mapping]]] = ..., context_length: _Optional[int] = ..., features: _Optional[_Iterable[_Union[ModelFeature, str]]] = ..., price: _Optional[_Union[Price, _Mapping]] = ..., quantization: _Optional[str] = ..., performance: _Optional[_Union[Performance, _Mapping]] = ..., state: _Optional[_Union[ModelState, str]] = ..., state_detail: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., load_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+
+class ModelProgress(_message.Message):
+    __slots__ = ("state", "detail", "completed_bytes", "total_bytes")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    COMPLETED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    state: ModelState
+    detail: str
+    completed_bytes: int
+    total_bytes: int
+    def __init__(self, state: _Optional[_Union[ModelState, str]] = ..., detail: _Optional[str] = ..., completed_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ...) -> None: ...
 
 class Performance(_message.Message):
     __slots__ = ("ttft", "tpot", "prefill_tokens_per_second", "decode_tokens_per_second")

@@ -71,3 +71,39 @@ class CountTokensResponse(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     def __init__(self, prompt_tokens: _Optional[int] = ...) -> None: ...
+
+class ModelServerPullModelRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class ModelServerPullModelResponse(_message.Message):
+    __slots__ = ("progress",)
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    progress: _fleet_pb2.ModelProgress
+    def __init__(self, progress: _Optional[_Union[_fleet_pb2.ModelProgress, _Mapping]] = ...) -> None: ...
+
+class ModelServerLoadModelRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class ModelServerLoadModelResponse(_message.Message):
+    __slots__ = ("progress",)
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    progress: _fleet_pb2.ModelProgress
+    def __init__(self, progress: _Optional[_Union[_fleet_pb2.ModelProgress, _Mapping]] = ...) -> None: ...
+
+class ModelServerUnloadModelRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class ModelServerUnloadModelResponse(_message.Message):
+    __slots__ = ("progress",)
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    progress: _fleet_pb2.ModelProgress
+    def __init__(self, progress: _Optional[_Union[_fleet_pb2.ModelProgress, _Mapping]] = ...) -> None: ...

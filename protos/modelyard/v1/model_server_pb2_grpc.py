@@ -58,6 +58,21 @@ class ModelServerStub(object):
                 request_serializer=modelyard_dot_v1_dot_model__server__pb2.CountTokensRequest.SerializeToString,
                 response_deserializer=modelyard_dot_v1_dot_model__server__pb2.CountTokensResponse.FromString,
                 _registered_method=True)
+        self.PullModel = channel.unary_stream(
+                '/modelyard.v1.ModelServer/PullModel',
+                request_serializer=modelyard_dot_v1_dot_model__server__pb2.ModelServerPullModelRequest.SerializeToString,
+                response_deserializer=modelyard_dot_v1_dot_model__server__pb2.ModelServerPullModelResponse.FromString,
+                _registered_method=True)
+        self.LoadModel = channel.unary_stream(
+                '/modelyard.v1.ModelServer/LoadModel',
+                request_serializer=modelyard_dot_v1_dot_model__server__pb2.ModelServerLoadModelRequest.SerializeToString,
+                response_deserializer=modelyard_dot_v1_dot_model__server__pb2.ModelServerLoadModelResponse.FromString,
+                _registered_method=True)
+        self.UnloadModel = channel.unary_stream(
+                '/modelyard.v1.ModelServer/UnloadModel',
+                request_serializer=modelyard_dot_v1_dot_model__server__pb2.ModelServerUnloadModelRequest.SerializeToString,
+                response_deserializer=modelyard_dot_v1_dot_model__server__pb2.ModelServerUnloadModelResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServerServicer(object):
@@ -87,8 +102,11 @@ class ModelServerServicer(object):
         does not fit is refused before the engine sees it.
 
         Not idempotent.
-        Errors: INVALID_REQUEST, UNKNOWN_MODEL, UNSUPPORTED, SERVER_BUSY,
-        DRAINING, ENGINE_FAILED, SLOW_READER, DEADLINE_EXCEEDED.
+        A model that is cold is loaded first.
+
+        Errors: INVALID_REQUEST, CONTEXT_TOO_LONG, CONTENT_REFUSED, UNKNOWN_MODEL,
+        UNSUPPORTED, SERVER_BUSY, RATE_LIMITED, OUT_OF_MEMORY, DRAINING,
+        CREDENTIALS_REJECTED, ENGINE_FAILED, SLOW_READER, DEADLINE_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,6 +126,39 @@ class ModelServerServicer(object):
         template and tools included.
 
         Idempotent. Errors: INVALID_REQUEST, UNKNOWN_MODEL, UNSUPPORTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PullModel(self, request, context):
+        """Fetches a model's files and streams the progress. The last message says
+        MODEL_STATE_COLD or MODEL_STATE_WARM. A model that is here already is no error.
+
+        Idempotent; a second call joins the first. Cancelling the last one that waits
+        stops the work.
+        Errors: INVALID_REQUEST, UNKNOWN_MODEL, UNSUPPORTED (the engine has no such
+        step), ENGINE_FAILED, DRAINING.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadModel(self, request, context):
+        """Brings a model into memory; the last message says MODEL_STATE_WARM.
+
+        Idempotent, joined and cancelled as PullModel.
+        Errors: as PullModel; OUT_OF_MEMORY when it does not fit beside what runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadModel(self, request, context):
+        """Takes a model out of memory when its running requests have ended; the last
+        message says MODEL_STATE_COLD.
+
+        Idempotent. Errors: as PullModel.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -135,6 +186,21 @@ def add_ModelServerServicer_to_server(servicer, server):
                     servicer.CountTokens,
                     request_deserializer=modelyard_dot_v1_dot_model__server__pb2.CountTokensRequest.FromString,
                     response_serializer=modelyard_dot_v1_dot_model__server__pb2.CountTokensResponse.SerializeToString,
+            ),
+            'PullModel': grpc.unary_stream_rpc_method_handler(
+                    servicer.PullModel,
+                    request_deserializer=modelyard_dot_v1_dot_model__server__pb2.ModelServerPullModelRequest.FromString,
+                    response_serializer=modelyard_dot_v1_dot_model__server__pb2.ModelServerPullModelResponse.SerializeToString,
+            ),
+            'LoadModel': grpc.unary_stream_rpc_method_handler(
+                    servicer.LoadModel,
+                    request_deserializer=modelyard_dot_v1_dot_model__server__pb2.ModelServerLoadModelRequest.FromString,
+                    response_serializer=modelyard_dot_v1_dot_model__server__pb2.ModelServerLoadModelResponse.SerializeToString,
+            ),
+            'UnloadModel': grpc.unary_stream_rpc_method_handler(
+                    servicer.UnloadModel,
+                    request_deserializer=modelyard_dot_v1_dot_model__server__pb2.ModelServerUnloadModelRequest.FromString,
+                    response_serializer=modelyard_dot_v1_dot_model__server__pb2.ModelServerUnloadModelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -249,6 +315,87 @@ class ModelServer(object):
             '/modelyard.v1.ModelServer/CountTokens',
             modelyard_dot_v1_dot_model__server__pb2.CountTokensRequest.SerializeToString,
             modelyard_dot_v1_dot_model__server__pb2.CountTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PullModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/modelyard.v1.ModelServer/PullModel',
+            modelyard_dot_v1_dot_model__server__pb2.ModelServerPullModelRequest.SerializeToString,
+            modelyard_dot_v1_dot_model__server__pb2.ModelServerPullModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/modelyard.v1.ModelServer/LoadModel',
+            modelyard_dot_v1_dot_model__server__pb2.ModelServerLoadModelRequest.SerializeToString,
+            modelyard_dot_v1_dot_model__server__pb2.ModelServerLoadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/modelyard.v1.ModelServer/UnloadModel',
+            modelyard_dot_v1_dot_model__server__pb2.ModelServerUnloadModelRequest.SerializeToString,
+            modelyard_dot_v1_dot_model__server__pb2.ModelServerUnloadModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

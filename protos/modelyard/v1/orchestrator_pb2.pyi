@@ -12,20 +12,22 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("input", "task_type", "priority", "requirements", "explain", "request_id")
+    __slots__ = ("input", "task_type", "priority", "requirements", "explain", "request_id", "preset")
     INPUT_FIELD_NUMBER: _ClassVar[int]
     TASK_TYPE_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     REQUIREMENTS_FIELD_NUMBER: _ClassVar[int]
     EXPLAIN_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PRESET_FIELD_NUMBER: _ClassVar[int]
     input: _generation_pb2.GenerationInput
     task_type: _task_pb2.TaskType
     priority: _task_pb2.TaskPriority
     requirements: _selection_pb2.Requirements
     explain: bool
     request_id: str
-    def __init__(self, input: _Optional[_Union[_generation_pb2.GenerationInput, _Mapping]] = ..., task_type: _Optional[_Union[_task_pb2.TaskType, str]] = ..., priority: _Optional[_Union[_task_pb2.TaskPriority, str]] = ..., requirements: _Optional[_Union[_selection_pb2.Requirements, _Mapping]] = ..., explain: bool = ..., request_id: _Optional[str] = ...) -> None: ...
+    preset: str
+    def __init__(self, input: _Optional[_Union[_generation_pb2.GenerationInput, _Mapping]] = ..., task_type: _Optional[_Union[_task_pb2.TaskType, str]] = ..., priority: _Optional[_Union[_task_pb2.TaskPriority, str]] = ..., requirements: _Optional[_Union[_selection_pb2.Requirements, _Mapping]] = ..., explain: bool = ..., request_id: _Optional[str] = ..., preset: _Optional[str] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("decision", "delta", "summary")
@@ -178,3 +180,71 @@ class DrainModelServerResponse(_message.Message):
     SERVER_FIELD_NUMBER: _ClassVar[int]
     server: _fleet_pb2.ModelServerStatus
     def __init__(self, server: _Optional[_Union[_fleet_pb2.ModelServerStatus, _Mapping]] = ...) -> None: ...
+
+class PullModelRequest(_message.Message):
+    __slots__ = ("model", "server_id")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    SERVER_ID_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    server_id: str
+    def __init__(self, model: _Optional[str] = ..., server_id: _Optional[str] = ...) -> None: ...
+
+class PullModelResponse(_message.Message):
+    __slots__ = ("server_id", "progress")
+    SERVER_ID_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    server_id: str
+    progress: _fleet_pb2.ModelProgress
+    def __init__(self, server_id: _Optional[str] = ..., progress: _Optional[_Union[_fleet_pb2.ModelProgress, _Mapping]] = ...) -> None: ...
+
+class LoadModelRequest(_message.Message):
+    __slots__ = ("model", "server_id")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    SERVER_ID_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    server_id: str
+    def __init__(self, model: _Optional[str] = ..., server_id: _Optional[str] = ...) -> None: ...
+
+class LoadModelResponse(_message.Message):
+    __slots__ = ("server_id", "progress")
+    SERVER_ID_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    server_id: str
+    progress: _fleet_pb2.ModelProgress
+    def __init__(self, server_id: _Optional[str] = ..., progress: _Optional[_Union[_fleet_pb2.ModelProgress, _Mapping]] = ...) -> None: ...
+
+class UnloadModelRequest(_message.Message):
+    __slots__ = ("model", "server_id")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    SERVER_ID_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    server_id: str
+    def __init__(self, model: _Optional[str] = ..., server_id: _Optional[str] = ...) -> None: ...
+
+class UnloadModelResponse(_message.Message):
+    __slots__ = ("server_id", "progress")
+    SERVER_ID_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    server_id: str
+    progress: _fleet_pb2.ModelProgress
+    def __init__(self, server_id: _Optional[str] = ..., progress: _Optional[_Union[_fleet_pb2.ModelProgress, _Mapping]] = ...) -> None: ...
+
+class ListPresetsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListPresetsResponse(_message.Message):
+    __slots__ = ("presets",)
+    PRESETS_FIELD_NUMBER: _ClassVar[int]
+    presets: _containers.RepeatedCompositeFieldContainer[Preset]
+    def __init__(self, presets: _Optional[_Iterable[_Union[Preset, _Mapping]]] = ...) -> None: ...
+
+class Preset(_message.Message):
+    __slots__ = ("name", "description", "defaults")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    DEFAULTS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    description: str
+    defaults: GenerateRequest
+    def __init__(self, name: _Optional[str] = ..., description: _Optional[str] = ..., defaults: _Optional[_Union[GenerateRequest, _Mapping]] = ...) -> None: ...

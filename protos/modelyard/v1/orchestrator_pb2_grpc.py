@@ -79,6 +79,26 @@ class OrchestratorStub(object):
                 request_serializer=modelyard_dot_v1_dot_orchestrator__pb2.DrainModelServerRequest.SerializeToString,
                 response_deserializer=modelyard_dot_v1_dot_orchestrator__pb2.DrainModelServerResponse.FromString,
                 _registered_method=True)
+        self.PullModel = channel.unary_stream(
+                '/modelyard.v1.Orchestrator/PullModel',
+                request_serializer=modelyard_dot_v1_dot_orchestrator__pb2.PullModelRequest.SerializeToString,
+                response_deserializer=modelyard_dot_v1_dot_orchestrator__pb2.PullModelResponse.FromString,
+                _registered_method=True)
+        self.LoadModel = channel.unary_stream(
+                '/modelyard.v1.Orchestrator/LoadModel',
+                request_serializer=modelyard_dot_v1_dot_orchestrator__pb2.LoadModelRequest.SerializeToString,
+                response_deserializer=modelyard_dot_v1_dot_orchestrator__pb2.LoadModelResponse.FromString,
+                _registered_method=True)
+        self.UnloadModel = channel.unary_stream(
+                '/modelyard.v1.Orchestrator/UnloadModel',
+                request_serializer=modelyard_dot_v1_dot_orchestrator__pb2.UnloadModelRequest.SerializeToString,
+                response_deserializer=modelyard_dot_v1_dot_orchestrator__pb2.UnloadModelResponse.FromString,
+                _registered_method=True)
+        self.ListPresets = channel.unary_unary(
+                '/modelyard.v1.Orchestrator/ListPresets',
+                request_serializer=modelyard_dot_v1_dot_orchestrator__pb2.ListPresetsRequest.SerializeToString,
+                response_deserializer=modelyard_dot_v1_dot_orchestrator__pb2.ListPresetsResponse.FromString,
+                _registered_method=True)
         self.Attach = channel.stream_stream(
                 '/modelyard.v1.Orchestrator/Attach',
                 request_serializer=modelyard_dot_v1_dot_fleet__pb2.ServerReport.SerializeToString,
@@ -189,6 +209,45 @@ class OrchestratorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PullModel(self, request, context):
+        """Fetches a model's files on a model server and streams the progress.
+
+        Idempotent; see ModelServer.PullModel.
+        Errors: INVALID_REQUEST, UNKNOWN_SERVER, UNKNOWN_MODEL, NO_CAPABLE_SERVER (no
+        server manages models), SERVERS_AWAY, UNSUPPORTED, OUT_OF_MEMORY, ENGINE_FAILED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadModel(self, request, context):
+        """Brings a model into a model server's memory and streams the progress.
+
+        Idempotent; see ModelServer.LoadModel. Errors: as PullModel.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadModel(self, request, context):
+        """Takes a model out of a model server's memory, once its requests have ended.
+
+        Idempotent; see ModelServer.UnloadModel. Errors: as PullModel.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPresets(self, request, context):
+        """Lists the presets: named bundles of parameters and requirements that a
+        request may refer to.
+
+        Idempotent. Errors: none of its own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Attach(self, request_iterator, context):
         """The report stream of a model server: reports go up, directives come down,
         one for each report and one more whenever the desired state changes.
@@ -250,6 +309,26 @@ def add_OrchestratorServicer_to_server(servicer, server):
                     servicer.DrainModelServer,
                     request_deserializer=modelyard_dot_v1_dot_orchestrator__pb2.DrainModelServerRequest.FromString,
                     response_serializer=modelyard_dot_v1_dot_orchestrator__pb2.DrainModelServerResponse.SerializeToString,
+            ),
+            'PullModel': grpc.unary_stream_rpc_method_handler(
+                    servicer.PullModel,
+                    request_deserializer=modelyard_dot_v1_dot_orchestrator__pb2.PullModelRequest.FromString,
+                    response_serializer=modelyard_dot_v1_dot_orchestrator__pb2.PullModelResponse.SerializeToString,
+            ),
+            'LoadModel': grpc.unary_stream_rpc_method_handler(
+                    servicer.LoadModel,
+                    request_deserializer=modelyard_dot_v1_dot_orchestrator__pb2.LoadModelRequest.FromString,
+                    response_serializer=modelyard_dot_v1_dot_orchestrator__pb2.LoadModelResponse.SerializeToString,
+            ),
+            'UnloadModel': grpc.unary_stream_rpc_method_handler(
+                    servicer.UnloadModel,
+                    request_deserializer=modelyard_dot_v1_dot_orchestrator__pb2.UnloadModelRequest.FromString,
+                    response_serializer=modelyard_dot_v1_dot_orchestrator__pb2.UnloadModelResponse.SerializeToString,
+            ),
+            'ListPresets': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPresets,
+                    request_deserializer=modelyard_dot_v1_dot_orchestrator__pb2.ListPresetsRequest.FromString,
+                    response_serializer=modelyard_dot_v1_dot_orchestrator__pb2.ListPresetsResponse.SerializeToString,
             ),
             'Attach': grpc.stream_stream_rpc_method_handler(
                     servicer.Attach,
@@ -477,6 +556,114 @@ class Orchestrator(object):
             '/modelyard.v1.Orchestrator/DrainModelServer',
             modelyard_dot_v1_dot_orchestrator__pb2.DrainModelServerRequest.SerializeToString,
             modelyard_dot_v1_dot_orchestrator__pb2.DrainModelServerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PullModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/modelyard.v1.Orchestrator/PullModel',
+            modelyard_dot_v1_dot_orchestrator__pb2.PullModelRequest.SerializeToString,
+            modelyard_dot_v1_dot_orchestrator__pb2.PullModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/modelyard.v1.Orchestrator/LoadModel',
+            modelyard_dot_v1_dot_orchestrator__pb2.LoadModelRequest.SerializeToString,
+            modelyard_dot_v1_dot_orchestrator__pb2.LoadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/modelyard.v1.Orchestrator/UnloadModel',
+            modelyard_dot_v1_dot_orchestrator__pb2.UnloadModelRequest.SerializeToString,
+            modelyard_dot_v1_dot_orchestrator__pb2.UnloadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPresets(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modelyard.v1.Orchestrator/ListPresets',
+            modelyard_dot_v1_dot_orchestrator__pb2.ListPresetsRequest.SerializeToString,
+            modelyard_dot_v1_dot_orchestrator__pb2.ListPresetsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -30,6 +30,8 @@ class RejectionReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REJECTION_REASON_NOT_READY: _ClassVar[RejectionReason]
     REJECTION_REASON_DRAINING: _ClassVar[RejectionReason]
     REJECTION_REASON_NO_FREE_SLOT: _ClassVar[RejectionReason]
+    REJECTION_REASON_LOADING_TAKES_LONGER: _ClassVar[RejectionReason]
+    REJECTION_REASON_MODEL_NOT_HERE: _ClassVar[RejectionReason]
 VERDICT_UNSPECIFIED: Verdict
 VERDICT_CHOSEN: Verdict
 VERDICT_WAIT: Verdict
@@ -47,6 +49,8 @@ REJECTION_REASON_BREAKER_OPEN: RejectionReason
 REJECTION_REASON_NOT_READY: RejectionReason
 REJECTION_REASON_DRAINING: RejectionReason
 REJECTION_REASON_NO_FREE_SLOT: RejectionReason
+REJECTION_REASON_LOADING_TAKES_LONGER: RejectionReason
+REJECTION_REASON_MODEL_NOT_HERE: RejectionReason
 
 class Requirements(_message.Message):
     __slots__ = ("model", "provider", "server_id", "excluded_server_ids", "min_context_length", "features")
@@ -81,20 +85,22 @@ class Decision(_message.Message):
     def __init__(self, verdict: _Optional[_Union[Verdict, str]] = ..., server_id: _Optional[str] = ..., model: _Optional[str] = ..., provider: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., summary: _Optional[str] = ...) -> None: ...
 
 class Candidate(_message.Message):
-    __slots__ = ("server_id", "model", "provider", "score", "parts", "rejections")
+    __slots__ = ("server_id", "model", "provider", "score", "parts", "rejections", "estimated_cost_nano_usd")
     SERVER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROVIDER_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
     REJECTIONS_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATED_COST_NANO_USD_FIELD_NUMBER: _ClassVar[int]
     server_id: str
     model: str
     provider: str
     score: float
     parts: _containers.RepeatedCompositeFieldContainer[ScorePart]
     rejections: _containers.RepeatedCompositeFieldContainer[Rejection]
-    def __init__(self, server_id: _Optional[str] = ..., model: _Optional[str] = ..., provider: _Optional[str] = ..., score: _Optional[float] = ..., parts: _Optional[_Iterable[_Union[ScorePart, _Mapping]]] = ..., rejections: _Optional[_Iterable[_Union[Rejection, _Mapping]]] = ...) -> None: ...
+    estimated_cost_nano_usd: int
+    def __init__(self, server_id: _Optional[str] = ..., model: _Optional[str] = ..., provider: _Optional[str] = ..., score: _Optional[float] = ..., parts: _Optional[_Iterable[_Union[ScorePart, _Mapping]]] = ..., rejections: _Optional[_Iterable[_Union[Rejection, _Mapping]]] = ..., estimated_cost_nano_usd: _Optional[int] = ...) -> None: ...
 
 class ScorePart(_message.Message):
     __slots__ = ("scorer", "value", "weight")

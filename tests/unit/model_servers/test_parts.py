@@ -110,9 +110,13 @@ def test_deltas_and_results():
 def test_every_engine_error_has_its_reason():
     reasons = {
         engine.UnknownModel: Reason.UNKNOWN_MODEL,
-        engine.ContextTooLong: Reason.INVALID_REQUEST,
+        engine.ContextTooLong: Reason.CONTEXT_TOO_LONG,
         engine.Unsupported: Reason.UNSUPPORTED,
         engine.Busy: Reason.SERVER_BUSY,
+        engine.RateLimited: Reason.RATE_LIMITED,
+        engine.OutOfMemory: Reason.OUT_OF_MEMORY,
+        engine.CredentialsRejected: Reason.CREDENTIALS_REJECTED,
+        engine.ContentRefused: Reason.CONTENT_REFUSED,
         engine.EngineFailed: Reason.ENGINE_FAILED,
     }
     assert set(reasons) == set(engine.EngineError.__subclasses__())

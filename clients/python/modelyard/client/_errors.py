@@ -2,6 +2,8 @@
 
     ModelyardError                 reason, message, request_id, retry_after, partial
     +-- InvalidRequest             mend the fields in .violations
+    |   +-- ContextTooLong         shorten the prompt, or choose a longer context
+    +-- ContentRefused             the provider will not answer this
     +-- UnknownModel               choose one of those named
     +-- UnknownServer              see Client.servers()
     +-- NoCapableServer            relax what the nearest miss names
@@ -9,11 +11,14 @@
     +-- TryAgain                   nothing was generated; waiting may help (see .retry_after)
     |   +-- QueueFull
     |   +-- ServerBusy
+    |   +-- RateLimited            the provider limits the rate
+    |   +-- OutOfMemory            unload another model
     |   +-- FleetWarmingUp
     |   +-- ServersAway
     |   +-- Draining
     |   +-- AttemptsExhausted
     |   +-- EngineFailed
+    |   +-- CredentialsRejected    mend the model server's key
     |   +-- ConnectionFailed       no control plane answers
     +-- StreamBroken               the answer broke off; .partial has what came
     +-- SlowReader                 read faster, or ask for less
@@ -102,6 +107,18 @@ class InvalidRequest(ModelyardError):
     default_reason = "INVALID_REQUEST"
 
 
+class ContextTooLong(InvalidRequest):
+    """Prompt and answer do not fit: shorten them, or choose a model with a longer context."""
+
+    default_reason = "CONTEXT_TOO_LONG"
+
+
+class ContentRefused(ModelyardError):
+    """The provider will not answer this: reword it, or choose another provider."""
+
+    default_reason = "CONTENT_REFUSED"
+
+
 class UnknownModel(ModelyardError):
     """No such model: choose one of those named."""
 
@@ -142,6 +159,18 @@ class ServerBusy(TryAgain):
     default_reason = "SERVER_BUSY"
 
 
+class RateLimited(TryAgain):
+    """The provider limits the rate of requests."""
+
+    default_reason = "RATE_LIMITED"
+
+
+class OutOfMemory(TryAgain):
+    """The model does not fit beside those in memory: unload one of them, or add memory."""
+
+    default_reason = "OUT_OF_MEMORY"
+
+
 class FleetWarmingUp(TryAgain):
     """The control plane has just started and servers are still attaching."""
 
@@ -170,6 +199,12 @@ class EngineFailed(TryAgain):
     """The engine failed; another server may do."""
 
     default_reason = "ENGINE_FAILED"
+
+
+class CredentialsRejected(TryAgain):
+    """The provider refuses the model server's key: mend it there."""
+
+    default_reason = "CREDENTIALS_REJECTED"
 
 
 class ConnectionFailed(TryAgain):
@@ -226,18 +261,23 @@ class InternalError(ModelyardError):
 
 BY_REASON: Mapping[Reason, type[ModelyardError]] = {
     Reason.INVALID_REQUEST: InvalidRequest,
+    Reason.CONTEXT_TOO_LONG: ContextTooLong,
     Reason.UNKNOWN_MODEL: UnknownModel,
     Reason.UNKNOWN_SERVER: UnknownServer,
     Reason.NO_CAPABLE_SERVER: NoCapableServer,
+    Reason.CONTENT_REFUSED: ContentRefused,
     Reason.QUEUE_FULL: QueueFull,
     Reason.SLOW_READER: SlowReader,
     Reason.SERVER_BUSY: ServerBusy,
+    Reason.RATE_LIMITED: RateLimited,
+    Reason.OUT_OF_MEMORY: OutOfMemory,
     Reason.FLEET_WARMING_UP: FleetWarmingUp,
     Reason.SERVERS_AWAY: ServersAway,
     Reason.DRAINING: Draining,
     Reason.ATTEMPTS_EXHAUSTED: AttemptsExhausted,
     Reason.STREAM_BROKEN: StreamBroken,
     Reason.ENGINE_FAILED: EngineFailed,
+    Reason.CREDENTIALS_REJECTED: CredentialsRejected,
     Reason.QUEUE_TIMEOUT: QueueTimeout,
     Reason.DEADLINE_EXCEEDED: DeadlineExceeded,
     Reason.UNSUPPORTED: Unsupported,

@@ -47,6 +47,7 @@ VERDICT = Names(selection_pb2.Verdict, "VERDICT_", "verdict")
 REJECTION_REASON = Names(selection_pb2.RejectionReason, "REJECTION_REASON_", "rejection reason")
 LEASE_STATE = Names(fleet_pb2.LeaseState, "LEASE_STATE_", "lease state")
 HEALTH = Names(fleet_pb2.ServerHealth, "SERVER_HEALTH_", "health")
+MODEL_STATE = Names(fleet_pb2.ModelState, "MODEL_STATE_", "model state")
 BREAKER_STATE = Names(fleet_pb2.BreakerState, "BREAKER_STATE_", "breaker state")
 
 TASK_TYPES: tuple[str, ...] = tuple(TASK_TYPE)
