@@ -206,6 +206,7 @@ def _selection_policy(settings: ControlPlaneSettings) -> Policy:
         latency_reference_s=selection.latency_reference,
         ttft_prior_s=selection.prior_ttft,
         tpot_prior_s=selection.prior_tpot,
+        load_time_prior_s=selection.prior_load_time,
         cost_reference_usd=selection.cost_reference_usd,
         expected_output_tokens=selection.expected_output_tokens,
         provider_preference=selection.provider_preference,  # type: ignore[arg-type]

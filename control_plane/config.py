@@ -84,6 +84,9 @@ class SelectionSettings(Settings):
     )
     prior_ttft: PositiveSeconds = Field(0.5, description="Time to first token assumed before anything was measured.")
     prior_tpot: PositiveSeconds = Field(0.05, description="Time per output token assumed before measurement.")
+    prior_load_time: Seconds = Field(
+        10.0, description="Seconds assumed for loading a cold model whose server does not know how long it takes."
+    )
     expected_output_tokens: int = Field(256, ge=1, description="Output length assumed where max_tokens is not given.")
     provider_preference: dict[str, Share] = Field(
         default_factory=dict, description="Preference per provider, 0 to 1; 1 for those not named."

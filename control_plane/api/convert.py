@@ -10,9 +10,9 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from control_plane.domain.decision import DecisionRecord, ScoredCandidate
-from control_plane.domain.model import ModelCard, ModelName, Price, Provider, ServerId
+from control_plane.domain.model import ModelCard, ModelName, ModelState, Price, Provider, ServerId
 from control_plane.domain.request import RouteRequest
-from control_plane.domain.server import Hardware, Health, Identity, Load, Report
+from control_plane.domain.server import Hardware, Health, Identity, Load, Pool, Report
 from control_plane.domain.task import Feature, Priority, TaskType
 from modelyard.v1 import fleet_pb2, generation_pb2, orchestrator_pb2, selection_pb2
 
@@ -21,6 +21,12 @@ from modelyard.v1 import fleet_pb2, generation_pb2, orchestrator_pb2, selection_
 BYTES_PER_TOKEN = 4
 TOKENS_PER_MESSAGE = 4
 TOKENS_PER_IMAGE = 768
+
+# The range of a Duration as protobuf documents it, about 10,000 years; its field holds more.
+_MOST_SECONDS = 315_576_000_000.0
+
+# Characters of a server's own words that are kept, shown and repeated in decisions.
+_DETAIL_LENGTH = 300
 
 
 def duration(seconds: float) -> Duration:
@@ -36,7 +42,7 @@ def set_duration(field: Duration, seconds: float) -> None:
 
 
 def seconds(message: Duration) -> float:
-    return message.seconds + message.nanos * 1e-9
+    return min(message.seconds + message.nanos * 1e-9, _MOST_SECONDS)
 
 
 def timestamp(wall: float) -> Timestamp:
@@ -165,6 +171,7 @@ def report(message: fleet_pb2.ServerReport, before: tuple[fleet_pb2.ServerReport
             memory_bytes=message.hardware.memory_bytes,
             cpu_cores=message.hardware.cpu_cores,
             platform=message.hardware.platform,
+            memory_used_bytes=message.hardware.memory_used_bytes,
         ),
         models=before[1].models
         if before and before[0].models == message.models
@@ -179,7 +186,13 @@ def report(message: fleet_pb2.ServerReport, before: tuple[fleet_pb2.ServerReport
         health=Health(message.health or Health.UNHEALTHY),
         health_detail=message.health_detail,
         draining=message.state == fleet_pb2.DESIRED_STATE_DRAIN,
+        manages_models=message.engine.manages_models,
+        pool=_pool(message.pool) if message.HasField("pool") else None,
     )
+
+
+def _pool(message: fleet_pb2.ConnectionPool) -> Pool:
+    return Pool(message.size, message.in_use, message.opened, message.reused)
 
 
 def model_card(message: fleet_pb2.ModelInfo) -> ModelCard:
@@ -198,6 +211,11 @@ def model_card(message: fleet_pb2.ModelInfo) -> ModelCard:
         quantization=message.quantization,
         ttft=seconds(performance.ttft) if performance.HasField("ttft") else None,
         tpot=seconds(performance.tpot) if performance.HasField("tpot") else None,
+        state=ModelState(message.state or ModelState.WARM),
+        state_detail=message.state_detail[:_DETAIL_LENGTH],
+        memory_bytes=message.memory_bytes,
+        load_time=seconds(message.load_time) if message.HasField("load_time") else None,
+        fingerprint=message.fingerprint,
     )
 
 
@@ -214,7 +232,13 @@ def model_info(card: ModelCard) -> fleet_pb2.ModelInfo:
             completion_usd_per_million_tokens=card.price.completion,
         ),
         quantization=card.quantization,
+        state=card.state.value,  # type: ignore[arg-type]
+        state_detail=card.state_detail,
+        memory_bytes=card.memory_bytes,
+        fingerprint=card.fingerprint,
     )
+    if card.load_time is not None:
+        info.load_time.CopyFrom(duration(card.load_time))
     if card.ttft is not None:
         info.performance.ttft.CopyFrom(duration(card.ttft))
     if card.tpot is not None:
@@ -263,4 +287,5 @@ def _candidate(candidate: ScoredCandidate) -> selection_pb2.Candidate:
             )
             for rejection in candidate.rejections
         ],
+        estimated_cost_nano_usd=candidate.estimated_cost_nano_usd,
     )

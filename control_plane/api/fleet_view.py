@@ -17,7 +17,7 @@ _LOAD_INTERVAL = 1.0
 
 def server_status(server: Server, now: float) -> fleet_pb2.ModelServerStatus:
     report = server.report
-    identity, load = report.identity, report.load
+    identity, load, pool = report.identity, report.load, report.pool
     return fleet_pb2.ModelServerStatus(
         report=fleet_pb2.ServerReport(
             identity=fleet_pb2.ServerIdentity(
@@ -27,12 +27,15 @@ def server_status(server: Server, now: float) -> fleet_pb2.ModelServerStatus:
                 labels=identity.labels,
                 version=identity.version,
             ),
-            engine=fleet_pb2.EngineInfo(name=report.engine, version=report.engine_version),
+            engine=fleet_pb2.EngineInfo(
+                name=report.engine, version=report.engine_version, manages_models=report.manages_models
+            ),
             hardware=fleet_pb2.HardwareInfo(
                 device=report.hardware.device,
                 memory_bytes=report.hardware.memory_bytes,
                 cpu_cores=report.hardware.cpu_cores,
                 platform=report.hardware.platform,
+                memory_used_bytes=report.hardware.memory_used_bytes,
             ),
             models=[convert.model_info(card) for card in server.cards],
             load=fleet_pb2.ServerLoad(
@@ -46,6 +49,9 @@ def server_status(server: Server, now: float) -> fleet_pb2.ModelServerStatus:
             health_detail=report.health_detail,
             lease_epoch=server.lease.epoch,
             state=fleet_pb2.DESIRED_STATE_DRAIN if report.draining else fleet_pb2.DESIRED_STATE_SERVE,
+            pool=fleet_pb2.ConnectionPool(size=pool.size, in_use=pool.in_use, opened=pool.opened, reused=pool.reused)
+            if pool
+            else None,
         ),
         lease_state=server.state.value,  # type: ignore[arg-type]
         lease_epoch=server.lease.epoch,

@@ -63,6 +63,8 @@ class ScoredCandidate:
     """Weighted mean of the parts, [0, 1]."""
     parts: tuple[ScorePart, ...]
     rejections: tuple[Rejection, ...]
+    estimated_cost_nano_usd: int = 0
+    """With as many tokens as the request may generate, 1e-9 US dollars."""
 
 
 @dataclass(frozen=True, slots=True)

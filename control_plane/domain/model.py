@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import IntEnum
 from types import MappingProxyType
 from typing import NewType
 
@@ -15,6 +16,22 @@ _MOST_NANO_USD = 2**63 - 1
 ServerId = NewType("ServerId", str)
 ModelName = NewType("ModelName", str)
 Provider = NewType("Provider", str)
+
+
+class ModelState(IntEnum):
+    """Where a model is in its life on one server. Numbers equal those of the contract."""
+
+    ABSENT = 1
+    PULLING = 2
+    COLD = 3
+    LOADING = 4
+    WARM = 5
+    FAILED = 6
+
+    @property
+    def serves(self) -> bool:
+        """Whether a request can be sent: a cold model loads when one comes."""
+        return self in (ModelState.COLD, ModelState.LOADING, ModelState.WARM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +67,15 @@ class ModelCard:
     """Mean time to first token that the server measured, seconds."""
     tpot: float | None = None
     """Mean time per output token that the server measured, seconds."""
+    state: ModelState = ModelState.WARM
+    state_detail: str = ""
+    """For people: why it failed, or how far it is."""
+    memory_bytes: int = 0
+    """Memory that it takes while warm. 0: not known."""
+    load_time: float | None = None
+    """Seconds from cold to warm. None: not known."""
+    fingerprint: str = ""
+    """Changes when what was learned of the model no longer holds. Empty: never changes."""
 
     @property
     def id(self) -> str:

@@ -51,6 +51,8 @@ class Hardware:
     memory_bytes: int = 0
     cpu_cores: int = 0
     platform: str = ""
+    memory_used_bytes: int = 0
+    """Of memory_bytes: what models take now. 0: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,19 @@ class Load:
     foreign: int = 0
     """Requests in hand that this control plane did not send."""
     kv_cache_utilization: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Connections from a model server to its engine."""
+
+    size: int = 0
+    """Most at the same time. 0: no bound."""
+    in_use: int = 0
+    opened: int = 0
+    """Requests that had to open one."""
+    reused: int = 0
+    """Requests that found an open one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,3 +92,7 @@ class Report:
     health_detail: str = ""
     draining: bool = False
     """The server itself says that it takes nothing new."""
+    manages_models: bool = False
+    """Models can be pulled, loaded and unloaded."""
+    pool: Pool | None = None
+    """None: the engine is not reached over a network."""

@@ -55,6 +55,8 @@ class Pair:
 
     stats: RuntimeStats
     breaker: Breaker
+    fingerprint: str
+    """Under which it was learned."""
 
 
 @dataclass(eq=False, slots=True)
@@ -65,7 +67,13 @@ class Flight:
     model: ModelName
     provider: Provider
     price: Price
+    pair: Pair
+    """What the outcome is learned for; one that has been replaced since learns in vain."""
     breaker_epoch: int
+    began: float
+    """Monotonic seconds of the dispatch."""
+    cold: bool
+    """The model had to be loaded: its times say nothing of the next request."""
     on_lost: Callable[[], None] | None = None
     """Called when the server's lease runs out: nothing will come any more."""
 
@@ -306,7 +314,8 @@ class Fleet:
         pair.breaker = pair.breaker.on_dispatch(now)
         if pair.breaker.state is not BreakerState.CLOSED:
             self._refresh_pair(server_id, (model, provider), now)
-        flight = Flight(server, model, provider, chosen.card.price, pair.breaker.epoch)
+        cold = self.table.cold is not None and bool(self.table.cold[row])
+        flight = Flight(server, model, provider, chosen.card.price, pair, pair.breaker.epoch, now, cold)
         server.flights.add(flight)
         self.table.take(row)
         self._changed(server, urgent=False)
@@ -318,10 +327,10 @@ class Fleet:
         if flight not in server.flights:
             return
         server.flights.discard(flight)
-        key = (flight.model, flight.provider)
-        pair = self._pair(server, key)
+        key, pair = (flight.model, flight.provider), flight.pair
         if outcome.kind is OutcomeKind.SUCCESS:
-            pair.stats = pair.stats.observe_success(outcome.ttft, outcome.tpot, now)
+            ttft, service = (None, None) if flight.cold else (outcome.ttft, now - flight.began)
+            pair.stats = pair.stats.observe_success(ttft, outcome.tpot, now, service)
             pair.breaker = pair.breaker.on_success(now, flight.breaker_epoch)
         elif outcome.kind is OutcomeKind.FAILURE:
             pair.stats = pair.stats.observe_failure(now)
@@ -341,8 +350,8 @@ class Fleet:
         if rebuild:
             server.cards = tuple(self._definitions.apply(card) for card in report.models)
             server.held = frozenset((card.name, card.provider) for card in server.cards)
-            for key in server.held:
-                self._pair(server, key)
+            for card in server.cards:
+                self._identify(server, card)
             gone = [key for key in server.pairs if key not in server.held]
             for key in gone[: max(0, len(gone) - max(_GONE_KEPT, len(server.held)))]:
                 del server.pairs[key]
@@ -351,6 +360,16 @@ class Fleet:
             self._refresh(server)
         self._changed(server, urgent=rebuild)
         self.on_capacity()
+
+    def _identify(self, server: Server, card: ModelCard) -> None:
+        """Begin to learn anew where the fingerprint is another one; an empty one says nothing."""
+        key = (card.name, card.provider)
+        pair = self._pair(server, key)
+        if card.fingerprint and pair.fingerprint not in ("", card.fingerprint):
+            log.info("%s: %s is another one than before, what was learned of it is forgotten", server.id, card.id)
+            del server.pairs[key]
+            pair = self._pair(server, key)
+        pair.fingerprint = card.fingerprint or pair.fingerprint
 
     def _abandon(self, server: Server) -> None:
         for flight in list(server.flights):
@@ -367,7 +386,7 @@ class Fleet:
                 ttft=definition.initial_ttft if definition else None,
                 tpot=definition.initial_tpot if definition else None,
             )
-            pair = server.pairs[key] = Pair(stats, Breaker.closed(self._policy.breaker))
+            pair = server.pairs[key] = Pair(stats, Breaker.closed(self._policy.breaker), "")
         return pair
 
     def _rebuild(self, now: float) -> None:
@@ -400,7 +419,7 @@ class Fleet:
         pair = self._pair(server, key)
         stats, breaker = pair.stats, pair.breaker
         success = stats.success_at(now)
-        self.table.set_stats(server_id, *key, success=success, ttft=stats.ttft, tpot=stats.tpot)
+        self.table.set_stats(server_id, *key, success=success, ttft=stats.ttft, tpot=stats.tpot, service=stats.service)
         self.table.set_breaker(server_id, *key, open=not breaker.allows(now))
         if breaker.state is BreakerState.CLOSED and abs(success - stats.prior) < _NEARLY:
             self._troubled.discard((server_id, key))

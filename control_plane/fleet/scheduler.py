@@ -127,7 +127,9 @@ class Scheduler:
             if waiter.future.done():  # its caller went away a moment ago
                 return True
             try:
-                grant = self._place(entry.request, entry.avoid, entry.enqueued_at, now, waiter.explain)
+                grant = self._place(
+                    entry.request, entry.avoid, entry.enqueued_at, now, waiter.explain, queued=self._queue.behind(entry)
+                )
             except DomainError as error:
                 _fail(entry, error)
                 return True
@@ -146,15 +148,16 @@ class Scheduler:
         now: float,
         with_record: bool,
         overtake: bool = True,
+        queued: int = 0,
     ) -> Grant | None:
         """A grant if a server can start the request now, None if it must wait; raises if
-        waiting is no use. Without `overtake` others wait already and go first."""
+        waiting is no use. Without `overtake` others wait already and go first; `queued` wait behind it."""
         table = self._fleet.table
         started = self._clock.monotonic()
-        choice = select(table, request, self._policy, avoid)
+        choice = select(table, request, self._policy, avoid, queued)
         self._on_selected(self._clock.monotonic() - started)
         if choice.verdict is Verdict.CHOSEN and overtake:
-            record = explain(table, request, self._policy, avoid) if with_record else None
+            record = explain(table, request, self._policy, avoid, queued) if with_record else None
             flight = self._fleet.begin(choice.row, now)
             self._granted += 1
             self._on_granted(request.priority, now - since)

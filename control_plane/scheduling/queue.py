@@ -90,6 +90,10 @@ class FairQueue(Generic[T]):
         """Waiting requests per class, highest class first."""
         return dict(self._depth)
 
+    def behind(self, entry: Waiting[T]) -> int:
+        """Requests of the same needs and class that wait behind the first of their lane."""
+        return len(self._lanes[entry.request.priority][entry.lane]) - 1
+
     def next_expiry(self) -> float | None:
         """Monotonic seconds at which the next request runs out of time; None if none waits."""
         while self._expiry and self._expiry[0][1] not in self._live:

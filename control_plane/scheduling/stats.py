@@ -48,6 +48,8 @@ class RuntimeStats:
     """Seconds to the first token. None: never measured."""
     tpot: float | None = None
     """Seconds per output token. None: never measured."""
+    service: float | None = None
+    """Seconds that a request holds its slot, from dispatch to result. None: never measured."""
     requests: int = 0
     """Observed, failed ones included."""
     failures: int = 0
@@ -72,13 +74,16 @@ class RuntimeStats:
         idle = max(0.0, now - self.updated_at)
         return self.prior + (self.success - self.prior) * math.exp2(-idle / self.policy.recovery_half_life)
 
-    def observe_success(self, ttft: float | None, tpot: float | None, now: float) -> RuntimeStats:
+    def observe_success(
+        self, ttft: float | None, tpot: float | None, now: float, service: float | None = None
+    ) -> RuntimeStats:
         """After a request that succeeded. None: not measured in this one (an embedding has no tokens)."""
         return replace(
             self,
             success=self._moved(self.success_at(now), 1.0),
             ttft=self._moved(self.ttft, ttft),
             tpot=self._moved(self.tpot, tpot),
+            service=self._moved(self.service, service),
             requests=self.requests + 1,
             updated_at=now,
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from control_plane.domain.decision import RejectionReason
-from control_plane.domain.model import ServerId
+from control_plane.domain.model import ModelState, ServerId
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.task import Feature
 from control_plane.selection.policy import Policy
@@ -28,6 +28,8 @@ class Query:
     policy: Policy
     avoid: frozenset[ServerId]
     """Servers that failed in earlier attempts of this request."""
+    queued: int = 0
+    """Requests with the same needs that the control plane lets wait behind this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +167,22 @@ def _draining_detail(query: Query, row: int) -> str:
     return f"server {query.table.rows[row].server_id} is draining"
 
 
+def _here(query: Query) -> Mask | None:
+    return query.table.here
+
+
+_NOT_HERE = {
+    ModelState.ABSENT: "the model is absent",
+    ModelState.PULLING: "the model is still pulling",
+    ModelState.FAILED: "the model has failed",
+}
+
+
+def _here_detail(query: Query, row: int) -> str:
+    card = query.table.rows[row].card
+    return f"{_NOT_HERE[card.state]}: {card.state_detail}" if card.state_detail else _NOT_HERE[card.state]
+
+
 def _slot(query: Query) -> Mask | None:
     return query.table.free > 0
 
@@ -188,13 +206,16 @@ PERMANENT: tuple[Filter, ...] = (
 AVOIDED: tuple[Filter, ...] = (Filter(RejectionReason.EXCLUDED, _avoided, _avoided_detail),)
 """A row that fails this can serve such requests, but has failed this one."""
 
-TRANSIENT: tuple[Filter, ...] = (
+PRESENT: tuple[Filter, ...] = (
     Filter(RejectionReason.NOT_READY, _ready, _ready_detail),
     Filter(RejectionReason.DRAINING, _draining, _draining_detail),
+    Filter(RejectionReason.MODEL_NOT_HERE, _here, _here_detail),
     Filter(RejectionReason.BREAKER_OPEN, _breaker, _breaker_detail),
     Filter(RejectionReason.AVAILABILITY, _available, _available_detail),
-    Filter(RejectionReason.NO_FREE_SLOT, _slot, _slot_detail),
 )
+"""A row that passes these takes requests as fast as its slots allow."""
+
+TRANSIENT: tuple[Filter, ...] = (*PRESENT, Filter(RejectionReason.NO_FREE_SLOT, _slot, _slot_detail))
 """A row that fails only these may serve the request later. The most serious first."""
 
 

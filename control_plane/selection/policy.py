@@ -58,6 +58,8 @@ class Policy:
     """Time to first token where none was measured, seconds, >= 0."""
     tpot_prior_s: float = 0.05
     """Time per output token where none was measured, seconds, >= 0."""
+    load_time_prior_s: float = 10.0
+    """Time to load a cold model where its server knows none, seconds, >= 0."""
     cost_reference_usd: float = 0.01
     """Expected price of a request that scores 0.5, US dollars, > 0."""
     expected_output_tokens: int = 256
@@ -76,7 +78,7 @@ class Policy:
         for name in ("latency_reference_s", "cost_reference_usd"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and > 0, is {getattr(self, name)}")
-        for name in ("ttft_prior_s", "tpot_prior_s"):
+        for name in ("ttft_prior_s", "tpot_prior_s", "load_time_prior_s"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and >= 0, is {getattr(self, name)}")
         if self.expected_output_tokens < 1:

@@ -24,12 +24,12 @@ def success(query: Query) -> Floats:
 
 
 def latency(query: Query) -> Floats:
-    """ref / (ref + expected), expected = ttft + tpot * tokens: 1 at once, 0.5 at the reference."""
-    table, policy = query.table, query.policy
-    ttft = np.where(np.isnan(table.ttft), policy.ttft_prior_s, table.ttft)
-    tpot = np.where(np.isnan(table.tpot), policy.tpot_prior_s, table.tpot)
-    expected: Floats = ttft + tpot * _output_tokens(query) + policy.latency_reference_s
-    return policy.latency_reference_s / expected
+    """ref / (ref + expected), expected = load time of a cold model + ttft + tpot * tokens: 1 at once, 0.5 at the
+    reference."""
+    expected = expected_seconds(query) + query.policy.latency_reference_s
+    if query.table.cold is not None:
+        expected += load_seconds(query)
+    return query.policy.latency_reference_s / expected
 
 
 def cost(query: Query) -> Floats:
@@ -37,7 +37,7 @@ def cost(query: Query) -> Floats:
     table, reference = query.table, query.policy.cost_reference_usd
     # Prices are per million tokens.
     expected: Floats = (query.request.prompt_tokens * 1e-6) * table.prompt_price
-    expected += (_output_tokens(query) * 1e-6) * table.completion_price
+    expected += (output_tokens(query) * 1e-6) * table.completion_price
     expected += reference
     return reference / expected
 
@@ -84,6 +84,22 @@ def weigh(values: Floats, query: Query) -> Floats:
     return np.minimum(mean, 1.0, out=mean)
 
 
-def _output_tokens(query: Query) -> int:
+def expected_seconds(query: Query) -> Floats:
+    """ttft + tpot * tokens of a warm model, shape (rows,); priors where nothing was measured."""
+    table, policy = query.table, query.policy
+    ttft = np.where(np.isnan(table.ttft), policy.ttft_prior_s, table.ttft)
+    tpot = np.where(np.isnan(table.tpot), policy.tpot_prior_s, table.tpot)
+    expected: Floats = ttft + tpot * output_tokens(query)
+    return expected
+
+
+def load_seconds(query: Query) -> Floats:
+    """Until a cold model is loaded, shape (rows,): the prior where its server does not know, 0 for warm ones."""
+    load_time = query.table.load_time
+    return np.where(np.isnan(load_time), query.policy.load_time_prior_s, load_time)
+
+
+def output_tokens(query: Query) -> int:
+    """As many as the request may generate, or as are expected where it leaves that open."""
     tokens = query.request.max_tokens
     return query.policy.expected_output_tokens if tokens is None else tokens

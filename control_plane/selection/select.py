@@ -6,12 +6,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from control_plane.domain.decision import DecisionRecord, Rejection, ScoredCandidate, ScorePart, Verdict
+from control_plane.domain.decision import (
+    DecisionRecord,
+    Rejection,
+    RejectionReason,
+    ScoredCandidate,
+    ScorePart,
+    Verdict,
+)
 from control_plane.domain.model import ServerId
 from control_plane.domain.request import RouteRequest
 from control_plane.selection.filters import AVOIDED, PERMANENT, TRANSIENT, Query, passing
+from control_plane.selection.loading import outrun
 from control_plane.selection.policy import Policy
-from control_plane.selection.scorers import SCORERS, parts, weigh
+from control_plane.selection.scorers import SCORERS, output_tokens, parts, weigh
 from control_plane.selection.summary import summarise
 from control_plane.selection.table import CandidateTable, Mask
 
@@ -26,24 +34,31 @@ class Choice:
     row: int = -1
     """Of the table; -1 unless CHOSEN."""
     all_away: bool = False
-    """With WAIT: every server that could serve the request is not ready or draining."""
+    """With WAIT: every server that could serve the request is not ready, draining or has lost its model."""
     all_failed: bool = False
     """With IMPOSSIBLE: servers can serve such a request, but each of them failed in an earlier attempt of this one."""
 
 
 def select(
-    table: CandidateTable, request: RouteRequest, policy: Policy, avoid: frozenset[ServerId] = NO_SERVERS
+    table: CandidateTable,
+    request: RouteRequest,
+    policy: Policy,
+    avoid: frozenset[ServerId] = NO_SERVERS,
+    queued: int = 0,
 ) -> Choice:
     """The best row for a request as the table stands.
 
     WAIT if a row could serve it but not now, IMPOSSIBLE if none can. `avoid` names servers that failed in earlier
-    attempts of the request. Of equal scores the least (server, model, provider) wins.
+    attempts of the request, `queued` counts those with the same needs that wait behind it. Of equal scores the least
+    (server, model, provider) wins.
     """
-    query = Query(table, request, policy, avoid)
-    capable = passing(PERMANENT, query)
-    if avoid:
-        capable = capable & passing(AVOIDED, query)
+    query = Query(table, request, policy, avoid, queued)
+    capable = _capable(query)
     eligible = capable & passing(TRANSIENT, query)
+    if table.cold is not None and (eligible & table.cold).any():
+        slower = outrun(query, capable)
+        if slower is not None:
+            eligible &= ~slower.rows
     rows = eligible.nonzero()[0]
     if len(rows) == 0:
         return _refusal(query, capable)
@@ -56,14 +71,18 @@ def select(
 
 
 def explain(
-    table: CandidateTable, request: RouteRequest, policy: Policy, avoid: frozenset[ServerId] = NO_SERVERS
+    table: CandidateTable,
+    request: RouteRequest,
+    policy: Policy,
+    avoid: frozenset[ServerId] = NO_SERVERS,
+    queued: int = 0,
 ) -> DecisionRecord:
     """What `select` answers to the same arguments, with its reasons.
 
     The choice is `select`'s own, and scores and rejections come from the same functions: the two cannot differ.
     """
-    choice = select(table, request, policy, avoid)
-    candidates = _candidates(Query(table, request, policy, avoid))
+    choice = select(table, request, policy, avoid, queued)
+    candidates = _candidates(Query(table, request, policy, avoid, queued))
     # Sorting is stable and rows are sorted by id: equals stay in the order in which `select` prefers them.
     eligible = sorted((c for c in candidates if not c.rejections), key=lambda candidate: -candidate.score)
     rejected = [candidate for candidate in candidates if candidate.rejections]
@@ -75,11 +94,19 @@ def explain(
     )
 
 
+def _capable(query: Query) -> Mask:
+    """Rows that could serve the request, now or later."""
+    capable = passing(PERMANENT, query)
+    return capable & passing(AVOIDED, query) if query.avoid else capable
+
+
 def _refusal(query: Query, capable: Mask) -> Choice:
     if not capable.any():
         all_failed = bool(query.avoid) and bool(passing(PERMANENT, query).any())
         return Choice(Verdict.IMPOSSIBLE, all_failed=all_failed)
     present = capable & query.table.ready & ~query.table.draining
+    if query.table.obtainable is not None:
+        present &= query.table.obtainable
     return Choice(Verdict.WAIT, all_away=not present.any())
 
 
@@ -93,6 +120,11 @@ def _candidates(query: Query) -> list[ScoredCandidate]:
         if mask is not None:
             for row in (~mask).nonzero()[0].tolist():
                 rejections[row].append(Rejection(condition.reason, condition.detail(query, row)))
+    slower = outrun(query, _capable(query))
+    if slower is not None:
+        for row in slower.rows.nonzero()[0].tolist():
+            rejections[row].append(Rejection(RejectionReason.LOADING_TAKES_LONGER, slower.detail(query, row)))
+    generated = output_tokens(query)
     weights = [(name, float(getattr(query.policy.weights, name))) for name, _ in SCORERS]
     return [
         ScoredCandidate(
@@ -102,6 +134,7 @@ def _candidates(query: Query) -> list[ScoredCandidate]:
             score=score,
             parts=tuple(ScorePart(name, value, weight) for (name, weight), value in zip(weights, column, strict=True)),
             rejections=tuple(reasons),
+            estimated_cost_nano_usd=row.card.price.nano_usd(query.request.prompt_tokens, 0, generated),
         )
         for row, score, column, reasons in zip(query.table.rows, scores, values.T.tolist(), rejections, strict=True)
     ]

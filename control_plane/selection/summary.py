@@ -16,6 +16,7 @@ _STATE = {
     RejectionReason.BREAKER_OPEN: "is paused after failures",
     RejectionReason.AVAILABILITY: "fails too often",
     RejectionReason.NO_FREE_SLOT: "has no free slot",
+    RejectionReason.LOADING_TAKES_LONGER: "would have to load the model",
 }
 
 
@@ -48,10 +49,16 @@ def _wait(capable: Sequence[ScoredCandidate]) -> str:
         known = nearest.get(candidate.server_id)
         if known is None or len(candidate.rejections) < len(known.rejections):
             nearest[candidate.server_id] = candidate
-    states = [f"{server_id} {_STATE[candidate.rejections[0].reason]}" for server_id, candidate in nearest.items()]
+    states = [_state(server_id, candidate.rejections[0]) for server_id, candidate in nearest.items()]
     rest = f" and {len(states) - _NAMED} more" if len(states) > _NAMED else ""
     count = "1 capable server, it cannot" if len(states) == 1 else f"{len(states)} capable servers, none can"
     return f"{count} start now: {', '.join(states[:_NAMED])}{rest}"
+
+
+def _state(server_id: ServerId, rejection: Rejection) -> str:
+    if rejection.reason is RejectionReason.MODEL_NOT_HERE:
+        return f"{server_id}: {rejection.detail}"  # absent, on its way or failed: only the detail says which
+    return f"{server_id} {_STATE[rejection.reason]}"
 
 
 def _impossible(rejected: Sequence[ScoredCandidate]) -> str:

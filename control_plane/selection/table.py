@@ -10,12 +10,15 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from control_plane.domain.model import ModelCard, ModelName, Provider, ServerId
+from control_plane.domain.model import ModelCard, ModelName, ModelState, Provider, ServerId
 from control_plane.domain.task import TaskType
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
 Mask: TypeAlias = NDArray[np.bool_]
+
+_TO_BE_LOADED = frozenset({ModelState.COLD, ModelState.LOADING})
+_GONE = frozenset({ModelState.ABSENT, ModelState.FAILED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +47,24 @@ class CandidateTable:
         "_span_of_row",
         "breaker_open",
         "capability",
+        "cold",
         "completion_price",
         "context_length",
         "draining",
         "features",
         "free",
+        "here",
+        "load_time",
         "model_code",
         "model_codes",
+        "obtainable",
         "offers",
         "prompt_price",
         "provider_code",
         "provider_codes",
         "ready",
         "rows",
+        "service",
         "slots",
         "spans",
         "success",
@@ -103,6 +111,18 @@ class CandidateTable:
             for task in TaskType
         }
         """[0, 1]; 0 where the kind of work is not offered."""
+        # None where all rows are the same: most fleets are warm at most times, and that should cost nothing.
+        self.here: Mask | None = _unless_all(card.state.serves for card in cards)
+        """Requests can be sent: the model is not absent, on its way or failed. None: all are here."""
+        self.obtainable: Mask | None = _unless_all(card.state not in _GONE for card in cards)
+        """The model is here, or on its way so that waiting helps. None: all are."""
+        to_be_loaded = [card.state in _TO_BE_LOADED for card in cards]
+        self.cold: Mask | None = np.array(to_be_loaded, dtype=np.bool_) if any(to_be_loaded) else None
+        """A request has to wait until the model is loaded. None: no model is cold."""
+        self.load_time: Floats = np.array(
+            [_seconds(card.load_time) if card.state in _TO_BE_LOADED else 0.0 for card in cards], dtype=np.float64
+        )
+        """Seconds until a cold model is loaded, NaN: not known; 0 for others."""
 
         # Dynamic columns.
         self.ready: Mask = np.zeros(size, dtype=np.bool_)
@@ -115,6 +135,8 @@ class CandidateTable:
         """Seconds; NaN: never measured."""
         self.tpot: Floats = np.array([_seconds(card.tpot) for card in cards], dtype=np.float64)
         """Seconds; NaN: never measured."""
+        self.service: Floats = np.full(size, math.nan, dtype=np.float64)
+        """Seconds that a request holds its slot; NaN: never measured."""
         self.slots: Ints = np.zeros(size, dtype=np.int64)
         self.free: Ints = np.zeros(size, dtype=np.int64)
         """Free slots of the row's server. Below 0 while more is running than there are slots."""
@@ -171,8 +193,10 @@ class CandidateTable:
         success: float,
         ttft: float | None,
         tpot: float | None,
+        service: float | None = None,
     ) -> None:
-        """What the control plane measured of a pair: success rate, seconds to first token, seconds per token.
+        """What the control plane measured of a pair: success rate, seconds to first token, seconds per token, seconds
+        per request.
 
         None, NaN: not measured here, so that the server's own measurement holds. Raises KeyError: no such row.
         """
@@ -181,6 +205,7 @@ class CandidateTable:
         self.success[row] = _unit(success)
         self.ttft[row] = _seconds(ttft, card.ttft)
         self.tpot[row] = _seconds(tpot, card.tpot)
+        self.service[row] = _seconds(service)
 
     def set_breaker(self, server_id: ServerId, model: ModelName, provider: Provider, *, open: bool) -> None:
         """Whether the breaker of a pair holds requests back now. Raises KeyError: no such row."""
@@ -201,6 +226,12 @@ def _spans(rows: tuple[CandidateRow, ...]) -> dict[ServerId, slice]:
         begun = spans.get(row.server_id)
         spans[row.server_id] = slice(begun.start if begun else number, number + 1)
     return spans
+
+
+def _unless_all(values: Iterable[bool]) -> Mask | None:
+    """The column; None if every value is True."""
+    column = np.fromiter(values, dtype=np.bool_)
+    return None if column.all() else column
 
 
 def _unit(value: float) -> float:

@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from google.protobuf.duration_pb2 import Duration
+
 from modelyard.rpc.errors import Violation
 from modelyard.v1 import fleet_pb2, generation_pb2, model_server_pb2, orchestrator_pb2, selection_pb2, task_pb2
 
@@ -24,6 +26,9 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_LABELS = 32
 MAX_TOP_LOGPROBS = 20
+MAX_MODELS = 4096
+"""Of one report: each costs every control plane work and memory."""
+MAX_FINGERPRINT_CHARACTERS = 1024
 
 
 _ROLES = frozenset(generation_pb2.Role.values()) - {0}
@@ -33,6 +38,7 @@ _PRIORITIES = frozenset(task_pb2.TaskPriority.values())
 _FEATURES = frozenset(fleet_pb2.ModelFeature.values())
 _HEALTHS = frozenset(fleet_pb2.ServerHealth.values())
 _STATES = frozenset(fleet_pb2.DesiredState.values())
+_MODEL_STATES = frozenset(fleet_pb2.ModelState.values())
 _SYSTEM, _ASSISTANT, _TOOL = generation_pb2.ROLE_SYSTEM, generation_pb2.ROLE_ASSISTANT, generation_pb2.ROLE_TOOL
 _ASKING = frozenset({_SYSTEM, generation_pb2.ROLE_USER})
 
@@ -324,6 +330,9 @@ def check_report(report: fleet_pb2.ServerReport) -> Violations:
     _check_identity(report.identity, found)
     if not report.engine.name:
         found.append(Violation("engine.name", "is required"))
+    if len(report.models) > MAX_MODELS:
+        found.append(Violation("models", f"at most {MAX_MODELS} are accepted, not {len(report.models)}"))
+        return found[:MAX_VIOLATIONS]
     offered: set[tuple[str, str]] = set()
     for i, model in enumerate(report.models):
         _check_model(model, offered, f"models[{i}]", found)
@@ -383,14 +392,25 @@ def _check_model(model: fleet_pb2.ModelInfo, offered: set[tuple[str, str]], path
             _check_amount(value, f"{path}.price.{field.name}", found)
     if model.HasField("performance"):
         _check_performance(model.performance, f"{path}.performance", found)
+    if model.state not in _MODEL_STATES:
+        found.append(Violation(f"{path}.state", _unknown_number(model.state)))
+    if model.HasField("load_time"):
+        _check_duration(model.load_time, f"{path}.load_time", found)
+    if len(model.fingerprint) > MAX_FINGERPRINT_CHARACTERS:
+        found.append(Violation(f"{path}.fingerprint", f"must have at most {MAX_FINGERPRINT_CHARACTERS} characters"))
 
 
 def _check_performance(performance: fleet_pb2.Performance, path: str, found: Violations) -> None:
     for field, value in performance.ListFields():
         if field.message_type is None:
             _check_amount(value, f"{path}.{field.name}", found)
-        elif value.seconds < 0 or not 0 <= value.nanos <= 999_999_999:
-            found.append(Violation(f"{path}.{field.name}", "must be a duration of 0 or more"))
+        else:
+            _check_duration(value, f"{path}.{field.name}", found)
+
+
+def _check_duration(value: Duration, path: str, found: Violations) -> None:
+    if value.seconds < 0 or not 0 <= value.nanos <= 999_999_999:
+        found.append(Violation(path, "must be a duration of 0 or more"))
 
 
 def _check_amount(value: float, path: str, found: Violations) -> None:

@@ -1,0 +1,51 @@
+"""Load here, queue there, or use another: when a cold model is worth its loading.
+
+A row whose model is cold would keep the request waiting for `load_time`. It is rejected if another row, one that is
+warm and could serve the request, is expected to start it sooner: at once with a free slot, else after
+(waiting + 1) / slots * service time. If no warm row is sooner, the cold one wins or loses by its score.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from control_plane.selection.filters import PRESENT, Query, passing
+from control_plane.selection.scorers import expected_seconds, load_seconds
+from control_plane.selection.table import Mask
+
+
+@dataclass(frozen=True, slots=True)
+class Outrun:
+    """Cold rows that are not worth their loading, and why."""
+
+    rows: Mask
+    """Those rows, shape (rows,)."""
+    rival: int
+    """The warm row that is expected to start first."""
+    start: float
+    """Seconds until it does."""
+
+    def detail(self, query: Query, row: int) -> str:
+        """Why one of `rows` is rejected."""
+        rival = query.table.rows[self.rival]
+        start = f"is expected to start it in {self.start:.1f} s" if self.start else "can start it now"
+        return f"loading takes about {load_seconds(query)[row]:.1f} s; {rival.server_id}/{rival.card.name} {start}"
+
+
+def outrun(query: Query, capable: Mask) -> Outrun | None:
+    """The cold ones among the `capable` rows that a warm one outruns; None if there is none of either."""
+    table = query.table
+    if table.cold is None:
+        return None
+    rivals = capable & passing(PRESENT, query) & ~table.cold
+    if not rivals.any():
+        return None
+    service = np.where(np.isnan(table.service), expected_seconds(query), table.service)
+    # All that wait for the same will hardly do so shorter than the last of them.
+    turns = (table.waiting + (query.queued + 1)) / np.maximum(table.slots, 1)
+    start = np.where(rivals, np.where(table.free > 0, 0.0, turns * service), np.inf)
+    rival = int(start.argmin())
+    rows = capable & table.cold & (start[rival] < load_seconds(query))
+    return Outrun(rows, rival, float(start[rival]))
