@@ -14,6 +14,7 @@ from prometheus_client import start_http_server
 from control_plane import definitions as definition_files
 from control_plane.api.attempts import Attempts
 from control_plane.api.generate import Generation
+from control_plane.api.lifecycle import ModelLifecycle
 from control_plane.api.metrics import Metrics
 from control_plane.api.orchestrator import OrchestratorServicer
 from control_plane.api.upstream import Upstreams
@@ -92,7 +93,14 @@ class ControlPlane:
             self.scheduler.release,
         )
         self.servicer = OrchestratorServicer(
-            orchestrator_id, self.fleet, self.scheduler, generation, settings.fleet, clock, self.metrics
+            orchestrator_id,
+            self.fleet,
+            self.scheduler,
+            generation,
+            ModelLifecycle(self.fleet, self.upstreams, clock),
+            settings.fleet,
+            clock,
+            self.metrics,
         )
 
     async def start(self) -> str:

@@ -11,6 +11,7 @@ import grpc
 
 from control_plane.api import convert, fleet_view
 from control_plane.api.generate import Generation
+from control_plane.api.lifecycle import LOAD, PULL, UNLOAD, ModelLifecycle
 from control_plane.api.metrics import Metrics
 from control_plane.config import FleetSettings
 from control_plane.domain.errors import DomainError, draining, unknown_model
@@ -64,6 +65,7 @@ class OrchestratorServicer:
         fleet: Fleet,
         scheduler: Scheduler,
         generation: Generation,
+        lifecycle: ModelLifecycle,
         settings: FleetSettings,
         clock: Clock,
         metrics: Metrics,
@@ -74,6 +76,7 @@ class OrchestratorServicer:
         self._fleet = fleet
         self._scheduler = scheduler
         self._generation = generation
+        self._lifecycle = lifecycle
         self._settings = settings
         self._clock = clock
         self._stopping = asyncio.Event()
@@ -155,6 +158,23 @@ class OrchestratorServicer:
         return orchestrator_pb2.DrainModelServerResponse(
             server=fleet_view.server_status(server, self._clock.monotonic())
         )
+
+    @served
+    async def PullModel(self, request: orchestrator_pb2.PullModelRequest, context: grpc.aio.ServicerContext) -> None:
+        with self._admit():
+            await self._lifecycle.serve(PULL, request, context)
+
+    @served
+    async def LoadModel(self, request: orchestrator_pb2.LoadModelRequest, context: grpc.aio.ServicerContext) -> None:
+        with self._admit():
+            await self._lifecycle.serve(LOAD, request, context)
+
+    @served
+    async def UnloadModel(
+        self, request: orchestrator_pb2.UnloadModelRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        with self._admit():
+            await self._lifecycle.serve(UNLOAD, request, context)
 
     @served
     async def WatchFleet(self, request: orchestrator_pb2.WatchFleetRequest, context: grpc.aio.ServicerContext) -> None:

@@ -21,6 +21,9 @@ class Upstream:
         self.channel = channel(endpoint)
         self.generate: grpc.aio.UnaryStreamMultiCallable = self.channel.unary_stream(f"/{_SERVICE}/Generate")
         self.embed: grpc.aio.UnaryUnaryMultiCallable = self.channel.unary_unary(f"/{_SERVICE}/Embed")
+        self.pull_model: grpc.aio.UnaryStreamMultiCallable = self.channel.unary_stream(f"/{_SERVICE}/PullModel")
+        self.load_model: grpc.aio.UnaryStreamMultiCallable = self.channel.unary_stream(f"/{_SERVICE}/LoadModel")
+        self.unload_model: grpc.aio.UnaryStreamMultiCallable = self.channel.unary_stream(f"/{_SERVICE}/UnloadModel")
 
 
 class Upstreams:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from control_plane.domain import decision, server, task
+from control_plane.domain import decision, model, server, task
 from model_servers import engine
 from modelyard.client import FEATURES, PRIORITIES, TASK_TYPES, _names
 from modelyard.v1 import fleet_pb2, generation_pb2, selection_pb2, task_pb2
@@ -20,6 +20,7 @@ TASK_TYPE = numbers(task_pb2.TaskType, "TASK_TYPE_")
 PRIORITY = numbers(task_pb2.TaskPriority, "TASK_PRIORITY_")
 FEATURE = numbers(fleet_pb2.ModelFeature, "MODEL_FEATURE_")
 HEALTH = numbers(fleet_pb2.ServerHealth, "SERVER_HEALTH_")
+MODEL_STATE = numbers(fleet_pb2.ModelState, "MODEL_STATE_")
 
 MIRRORS = [
     (task.TaskType, TASK_TYPE),
@@ -32,7 +33,8 @@ MIRRORS = [
     (engine.Role, numbers(generation_pb2.Role, "ROLE_")),
     (engine.FinishReason, numbers(generation_pb2.FinishReason, "FINISH_REASON_")),
     (engine.Health, HEALTH),
-    (engine.ModelState, numbers(fleet_pb2.ModelState, "MODEL_STATE_")),
+    (model.ModelState, MODEL_STATE),
+    (engine.ModelState, MODEL_STATE),
     (engine.ToolChoiceMode, numbers(generation_pb2.ToolChoiceMode, "TOOL_CHOICE_MODE_")),
 ]
 

@@ -44,6 +44,11 @@ class FakeOrchestrator(FakeServer):
         """Makes the script of a request; takes precedence over `answer`."""
         self.reports: list[fleet_pb2.ServerReport] = []
         """Every report of every model server, in the order of arrival."""
+        self.steps: tuple[fleet_pb2.ModelProgress | asyncio.Event | Refusal, ...] = ()
+        """Script of PullModel, LoadModel and UnloadModel: steps are sent, events waited for, refusals raised. Where
+        there is none, the one step that ends such a call."""
+        self.presets: list[orchestrator_pb2.Preset] = []
+        """Answer of ListPresets."""
         self.next_report_in = 1.0
         self.lease_duration = 3.0
         self._script: tuple[ScriptItem, ...] = ("Hello", ", ", "world")
@@ -163,6 +168,42 @@ class FakeOrchestrator(FakeServer):
                     server.lease_state = live if request.undo else draining
                     return orchestrator_pb2.DrainModelServerResponse(server=server)
             raise Refusal(Reason.UNKNOWN_SERVER, f"no model server {request.server_id!r}")
+
+    async def PullModel(
+        self, request: orchestrator_pb2.PullModelRequest, context: ServicerContext
+    ) -> AsyncIterator[orchestrator_pb2.PullModelResponse]:
+        async with self._received("PullModel", context, request):
+            async for step in self._play_steps(fleet_pb2.MODEL_STATE_COLD):
+                yield orchestrator_pb2.PullModelResponse(server_id=request.server_id or "fake-1", progress=step)
+
+    async def LoadModel(
+        self, request: orchestrator_pb2.LoadModelRequest, context: ServicerContext
+    ) -> AsyncIterator[orchestrator_pb2.LoadModelResponse]:
+        async with self._received("LoadModel", context, request):
+            async for step in self._play_steps(fleet_pb2.MODEL_STATE_WARM):
+                yield orchestrator_pb2.LoadModelResponse(server_id=request.server_id or "fake-1", progress=step)
+
+    async def UnloadModel(
+        self, request: orchestrator_pb2.UnloadModelRequest, context: ServicerContext
+    ) -> AsyncIterator[orchestrator_pb2.UnloadModelResponse]:
+        async with self._received("UnloadModel", context, request):
+            async for step in self._play_steps(fleet_pb2.MODEL_STATE_COLD):
+                yield orchestrator_pb2.UnloadModelResponse(server_id=request.server_id or "fake-1", progress=step)
+
+    async def _play_steps(self, end: fleet_pb2.ModelState) -> AsyncIterator[fleet_pb2.ModelProgress]:
+        for step in self.steps or (fleet_pb2.ModelProgress(state=end),):
+            if isinstance(step, Refusal):
+                raise step
+            if isinstance(step, asyncio.Event):
+                await step.wait()
+            else:
+                yield step
+
+    async def ListPresets(
+        self, request: orchestrator_pb2.ListPresetsRequest, context: ServicerContext
+    ) -> orchestrator_pb2.ListPresetsResponse:
+        async with self._received("ListPresets", context, request):
+            return orchestrator_pb2.ListPresetsResponse(presets=self.presets)
 
     async def Attach(self, requests: AsyncIterator[fleet_pb2.ServerReport], context: ServicerContext) -> None:
         async with self._received("Attach", context) as call:

@@ -212,9 +212,13 @@ class OrchestratorServicer(object):
     def PullModel(self, request, context):
         """Fetches a model's files on a model server and streams the progress.
 
-        Idempotent; see ModelServer.PullModel.
+        Idempotent; see ModelServer.PullModel. The caller's deadline and cancellation
+        are passed on; without a deadline it may take as long as it does. `server_id`
+        must be given where several model servers could be meant.
         Errors: INVALID_REQUEST, UNKNOWN_SERVER, UNKNOWN_MODEL, NO_CAPABLE_SERVER (no
-        server manages models), SERVERS_AWAY, UNSUPPORTED, OUT_OF_MEMORY, ENGINE_FAILED.
+        server manages models), FLEET_WARMING_UP, SERVERS_AWAY, DRAINING, UNSUPPORTED,
+        SERVER_BUSY, RATE_LIMITED, CREDENTIALS_REJECTED, OUT_OF_MEMORY, ENGINE_FAILED,
+        DEADLINE_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -149,6 +149,7 @@ def _candidate(message: selection_pb2.Candidate) -> types.Candidate:
             types.Rejection(names.REJECTION_REASON.name(each.reason), each.detail, each.permanent)
             for each in message.rejections
         ),
+        estimated_cost_usd=message.estimated_cost_nano_usd / 1e9,
     )
 
 
@@ -200,6 +201,27 @@ def server(message: fleet_pb2.ModelServerStatus) -> types.ServerStatus:
         lease_epoch=message.lease_epoch,
         attached_at=_time(message, "attached_at"),
         reported_at=_time(message, "reported_at"),
+        memory_used_bytes=hardware.memory_used_bytes,
+        manages_models=report.engine.manages_models,
+        pool=_pool(report.pool) if report.HasField("pool") else None,
+    )
+
+
+def _pool(message: fleet_pb2.ConnectionPool) -> types.ConnectionPool:
+    requests = message.opened + message.reused
+    hit_rate = message.reused / requests if requests else None
+    return types.ConnectionPool(message.size, message.in_use, message.opened, message.reused, hit_rate)
+
+
+def model_progress(message: Any) -> types.ModelProgress:
+    """Of a PullModelResponse, LoadModelResponse or UnloadModelResponse."""
+    step = message.progress
+    return types.ModelProgress(
+        message.server_id,
+        names.MODEL_STATE.name(step.state) or "warm",
+        step.detail,
+        step.completed_bytes,
+        step.total_bytes,
     )
 
 
@@ -229,6 +251,11 @@ def _served_model(message: fleet_pb2.ModelInfo, runtime: types.ModelRuntime | No
         tpot=_seconds(performance, "tpot"),
         prefill_tokens_per_second=performance.prefill_tokens_per_second,
         decode_tokens_per_second=performance.decode_tokens_per_second,
+        state=names.MODEL_STATE.name(message.state) or "warm",
+        state_detail=message.state_detail,
+        memory_bytes=message.memory_bytes,
+        load_time=_seconds(message, "load_time"),
+        fingerprint=message.fingerprint,
         runtime=runtime,
     )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import os
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from types import TracebackType
@@ -16,7 +18,16 @@ from modelyard.client._errors import Cancelled, from_call
 from modelyard.client._requests import GenerateOptions, Input, Requirements, embed_request, generate_request
 from modelyard.client._stream import GenerationStream
 from modelyard.client._timing import Patience
-from modelyard.client._types import Decision, EmbedResult, FleetChange, GenerationResult, Health, Model, ServerStatus
+from modelyard.client._types import (
+    Decision,
+    EmbedResult,
+    FleetChange,
+    GenerationResult,
+    Health,
+    Model,
+    ModelProgress,
+    ServerStatus,
+)
 from modelyard.rpc.channels import channel
 from modelyard.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 
@@ -139,24 +150,47 @@ class AsyncClient:
     async def watch_fleet(self) -> AsyncGenerator[FleetChange, None]:
         """The whole fleet first, then every change, without end."""
         call = self._connected().WatchFleet(orchestrator_pb2.WatchFleetRequest())
-        started = False
-        try:
-            while (message := await call.read()) is not grpc.aio.EOF:
-                started = True
+        async with contextlib.aclosing(self._messages(call)) as messages:
+            async for message in messages:
                 yield answers.fleet_change(message)
-        except grpc.aio.AioRpcError as error:
-            raise from_call(error, address=self.address, started=started) from error
-        except asyncio.CancelledError:
-            self._raise_if_closed()
-            raise
-        finally:
-            call.cancel()
 
     async def drain(self, server_id: str, *, undo: bool = False, timeout: float | None = None) -> ServerStatus:
         """Tell a model server to finish what it has and take nothing new, or to serve again."""
         request = orchestrator_pb2.DrainModelServerRequest(server_id=server_id, undo=undo)
         response = await self._call("DrainModelServer", request, timeout)
         return answers.server(response.server)
+
+    def pull_model(
+        self, model: str, *, server_id: str | None = None, timeout: float | None = None
+    ) -> AsyncGenerator[ModelProgress, None]:
+        """Fetch a model's files on a model server; every step, the last one "cold" or "warm".
+
+        `server_id` may be left out where only one server can be meant. Such work may take long, so the client's own
+        timeout does not hold for it, only the one given here. Leaving the loop early stops the work, unless others
+        wait for it too; in a coroutine that goes on, close the generator (`contextlib.aclosing`).
+        """
+        request = orchestrator_pb2.PullModelRequest(model=model, server_id=server_id or "")
+        return self._progress("PullModel", request, timeout)
+
+    def load_model(
+        self, model: str, *, server_id: str | None = None, timeout: float | None = None
+    ) -> AsyncGenerator[ModelProgress, None]:
+        """Bring a model into a model server's memory; every step, the last one "warm". See `pull_model`."""
+        request = orchestrator_pb2.LoadModelRequest(model=model, server_id=server_id or "")
+        return self._progress("LoadModel", request, timeout)
+
+    def unload_model(
+        self, model: str, *, server_id: str | None = None, timeout: float | None = None
+    ) -> AsyncGenerator[ModelProgress, None]:
+        """Take a model out of a model server's memory when its requests have ended; every step. See `pull_model`."""
+        request = orchestrator_pb2.UnloadModelRequest(model=model, server_id=server_id or "")
+        return self._progress("UnloadModel", request, timeout)
+
+    async def _progress(self, method: str, request: Any, timeout: float | None) -> AsyncGenerator[ModelProgress, None]:
+        call = getattr(self._connected(), method)(request, timeout=None if timeout == math.inf else timeout)
+        async with contextlib.aclosing(self._messages(call)) as messages:
+            async for message in messages:
+                yield answers.model_progress(message)
 
     async def health(self, *, timeout: float | None = None) -> Health:
         """Standard health of the control plane. Raises ConnectionFailed if nothing answers."""
@@ -208,6 +242,21 @@ class AsyncClient:
             except grpc.aio.AioRpcError as error:
                 failure = from_call(error, address=self.address, request_id=request_id)
                 await patience.wait_or_raise(failure, error)
+
+    async def _messages(self, call: Any) -> AsyncGenerator[Any, None]:
+        """The messages of a stream, which is cancelled when nobody reads on. Raises ModelyardError."""
+        started = False
+        try:
+            while (message := await call.read()) is not grpc.aio.EOF:
+                started = True
+                yield message
+        except grpc.aio.AioRpcError as error:
+            raise from_call(error, address=self.address, started=started) from error
+        except asyncio.CancelledError:
+            self._raise_if_closed()
+            raise
+        finally:
+            call.cancel()
 
     async def _guarded(self, call: Awaitable[T]) -> T:
         try:

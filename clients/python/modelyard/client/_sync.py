@@ -7,7 +7,7 @@ import concurrent.futures
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -23,6 +23,7 @@ from modelyard.client._types import (
     GenerationResult,
     Health,
     Model,
+    ModelProgress,
     ServerStatus,
 )
 
@@ -193,17 +194,41 @@ class Client:
 
     def watch_fleet(self) -> Iterator[FleetChange]:
         """The whole fleet first, then every change, without end."""
-        changes = self._client.watch_fleet()
-        try:
-            while (change := self._run(_next(changes))) is not None:
-                yield change
-        finally:
-            if not self._closed:
-                self._run(changes.aclose())
+        return self._each(self._client.watch_fleet())
 
     def drain(self, server_id: str, *, undo: bool = False, timeout: float | None = None) -> ServerStatus:
         """Tell a model server to finish what it has and take nothing new, or to serve again."""
         return self._run(self._client.drain(server_id, undo=undo, timeout=timeout))
+
+    def pull_model(
+        self, model: str, *, server_id: str | None = None, timeout: float | None = None
+    ) -> Iterator[ModelProgress]:
+        """Fetch a model's files on a model server; every step, the last one "cold" or "warm".
+
+        `server_id` may be left out where only one server can be meant. The client's own timeout does not hold for
+        such work, only the one given here. Leaving the loop early stops the work, unless others wait for it too.
+        """
+        return self._each(self._client.pull_model(model, server_id=server_id, timeout=timeout))
+
+    def load_model(
+        self, model: str, *, server_id: str | None = None, timeout: float | None = None
+    ) -> Iterator[ModelProgress]:
+        """Bring a model into a model server's memory; every step, the last one "warm". See `pull_model`."""
+        return self._each(self._client.load_model(model, server_id=server_id, timeout=timeout))
+
+    def unload_model(
+        self, model: str, *, server_id: str | None = None, timeout: float | None = None
+    ) -> Iterator[ModelProgress]:
+        """Take a model out of a model server's memory when its requests have ended; every step. See `pull_model`."""
+        return self._each(self._client.unload_model(model, server_id=server_id, timeout=timeout))
+
+    def _each(self, source: AsyncGenerator[T, None]) -> Iterator[T]:
+        try:
+            while (item := self._run(_next(source))) is not None:
+                yield item
+        finally:
+            if not self._closed:
+                self._run(source.aclose())
 
     def health(self, *, timeout: float | None = None) -> Health:
         """Standard health of the control plane. Raises ConnectionFailed if nothing answers."""

@@ -196,6 +196,8 @@ class Candidate(Value):
     score: float
     parts: tuple[ScorePart, ...] = ()
     rejections: tuple[Rejection, ...] = ()
+    estimated_cost_usd: float = 0.0
+    """With as many tokens as the request may generate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +301,16 @@ class ServedModel(Value):
     tpot: float | None = None
     prefill_tokens_per_second: float = 0.0
     decode_tokens_per_second: float = 0.0
+    state: str = "warm"
+    """"absent", "pulling", "cold", "loading", "warm" or "failed"."""
+    state_detail: str = ""
+    """Why it failed, or how far it is on its way."""
+    memory_bytes: int = 0
+    """Memory that it takes while it is warm. 0: not known."""
+    load_time: float | None = None
+    """Seconds from cold to warm. None: not known."""
+    fingerprint: str = ""
+    """Changes when what was learned of the model no longer holds."""
     runtime: ModelRuntime | None = None
     """Only in what `servers` and `watch_fleet` tell."""
 
@@ -323,6 +335,36 @@ class Model(Value):
     features: tuple[str, ...]
     capabilities: Mapping[str, float]
     """Best score in [0, 1] per task type."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionPool(Value):
+    """Connections from a model server to its engine, since the server's start."""
+
+    size: int
+    """Most at the same time. 0: no bound."""
+    in_use: int
+    opened: int
+    """Requests that had to open a connection."""
+    reused: int
+    """Requests that found an open one."""
+    hit_rate: float | None
+    """reused / (opened + reused). None: no request yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelProgress(Value):
+    """One step of pulling, loading or unloading a model."""
+
+    server_id: str
+    """The model server at work."""
+    state: str
+    """Of the model after this step; as ServedModel.state."""
+    detail: str = ""
+    """For people: what is being done."""
+    completed_bytes: int = 0
+    total_bytes: int = 0
+    """0: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,6 +399,12 @@ class ServerStatus(Value):
     lease_epoch: int
     attached_at: datetime | None
     reported_at: datetime | None
+    memory_used_bytes: int = 0
+    """Of memory_bytes: what the models take. 0: not known."""
+    manages_models: bool = False
+    """Models can be pulled, loaded and unloaded."""
+    pool: ConnectionPool | None = None
+    """None: the engine is not reached over a network."""
 
 
 @dataclass(frozen=True, slots=True)
