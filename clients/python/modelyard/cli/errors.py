@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 FAILED, USAGE, UNREACHABLE, NOT_FOUND, UNAVAILABLE, INTERRUPTED = 1, 2, 3, 4, 5, 130
 
 _UP = "start one with `modelyard up`, or name another with --address"
-_SERVERS = "see `modelyard servers`"
+SERVERS = "see `modelyard servers`"
 
 # Reason -> (exit status, cure). The reasons are those of the error table in orchestrator.proto.
 REASONS: Mapping[str, tuple[int, str]] = {
     "INVALID_REQUEST": (USAGE, ""),
     "CONTEXT_TOO_LONG": (USAGE, "shorten the prompt, or choose a --model with a longer context"),
     "UNKNOWN_MODEL": (NOT_FOUND, "see `modelyard models`"),
-    "UNKNOWN_SERVER": (NOT_FOUND, _SERVERS),
+    "UNKNOWN_SERVER": (NOT_FOUND, SERVERS),
     "NO_CAPABLE_SERVER": (NOT_FOUND, "`modelyard explain` with the same options shows every candidate"),
     "CONTENT_REFUSED": (FAILED, "reword it, or choose another --model"),
     "QUEUE_FULL": (UNAVAILABLE, "try again later"),
@@ -36,11 +36,11 @@ REASONS: Mapping[str, tuple[int, str]] = {
     "RATE_LIMITED": (UNAVAILABLE, "try again later"),
     "OUT_OF_MEMORY": (UNAVAILABLE, "make room with `modelyard models unload`"),
     "FLEET_WARMING_UP": (UNAVAILABLE, "try again in a moment"),
-    "SERVERS_AWAY": (UNAVAILABLE, _SERVERS),
+    "SERVERS_AWAY": (UNAVAILABLE, SERVERS),
     "DRAINING": (UNAVAILABLE, "the control plane is shutting down"),
-    "ATTEMPTS_EXHAUSTED": (UNAVAILABLE, _SERVERS),
+    "ATTEMPTS_EXHAUSTED": (UNAVAILABLE, SERVERS),
     "STREAM_BROKEN": (UNAVAILABLE, "the answer is unfinished; send the request again"),
-    "ENGINE_FAILED": (UNAVAILABLE, _SERVERS),
+    "ENGINE_FAILED": (UNAVAILABLE, SERVERS),
     "CREDENTIALS_REJECTED": (UNAVAILABLE, "mend the key on the model server's host"),
     "QUEUE_TIMEOUT": (UNAVAILABLE, "try a higher --priority, or add servers"),
     "DEADLINE_EXCEEDED": (UNAVAILABLE, "allow more time with --timeout"),

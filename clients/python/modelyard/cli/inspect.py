@@ -1,4 +1,4 @@
-"""`modelyard models`, `servers`, `explain` and `drain`: looking at a fleet, and one order to it."""
+"""`modelyard servers`, `explain` and `drain`: looking at a fleet, and one order to it."""
 
 from __future__ import annotations
 
@@ -15,99 +15,24 @@ from modelyard.cli.output import Column
 from modelyard.cli.session import Session
 
 if TYPE_CHECKING:
-    from modelyard.client import AsyncClient, Model, ServerStatus
-
-
-# -------------------------------------------------------------------- models ---
-
-
-@click.command("models")
-@click.argument("name", required=False)
-@as_json
-@click.pass_obj
-def models(session: Session, name: str | None) -> None:
-    """List the models of the fleet, or show one: where it is and what it can do."""
-
-    async def work(client: AsyncClient) -> list[Model]:
-        return [await client.model(name)] if name else list(await client.models())
-
-    found = call(session, work)
-    if session.json:
-        output.print_json(found[0].to_dict() if name else {"models": [model.to_dict() for model in found]})
-    elif name:
-        _print_model(found[0])
-    else:
-        output.print_table(
-            (
-                Column("model", style="bold"),
-                Column("provider"),
-                Column("servers", flexible=True),
-                Column("context", right=True),
-                Column("features", flexible=True),
-            ),
-            [
-                (
-                    model.name,
-                    ", ".join(model.providers),
-                    ", ".join(place.server_id for place in model.placements) or "(none)",
-                    str(model.context_length or "-"),
-                    " ".join(model.features),
-                )
-                for model in found
-            ],
-            empty="no models: no model server is attached",
-        )
-
-
-def _print_model(model: Model) -> None:
-    rows = [
-        ("providers", ", ".join(model.providers)),
-        ("context", f"{model.context_length} tokens"),
-        ("features", " ".join(model.features)),
-        ("good at", " ".join(f"{kind} {score:g}" for kind, score in _best_first(model))),
-    ]
-    output.print_table((Column("model", style="bold"), Column(model.name, flexible=True)), rows)
-    output.print_table(
-        (
-            Column("server", style="bold"),
-            Column("state"),
-            Column("provider"),
-            Column("context", right=True),
-            Column("weights"),
-            Column("TTFT", right=True),
-            Column("TPOT", right=True),
-            Column("$/M tokens in, out", right=True),
-        ),
-        [
-            (
-                place.server_id,
-                place.lease_state,
-                place.info.provider,
-                str(place.info.context_length),
-                place.info.quantization,
-                output.seconds(place.info.ttft),
-                output.seconds(place.info.tpot),
-                f"{place.info.price.prompt:g}, {place.info.price.completion:g}",
-            )
-            for place in model.placements
-        ],
-        empty="no server has it",
-    )
-
-
-def _best_first(model: Model) -> list[tuple[str, float]]:
-    return sorted(model.capabilities.items(), key=lambda item: -item[1])
+    from modelyard.client import AsyncClient, ServedModel, ServerStatus
 
 
 # ------------------------------------------------------------------- servers ---
+
+# Longer words of a server about a model's state do not fit into a table.
+_DETAIL_LENGTH = 20
 
 _SERVER_COLUMNS = (
     Column("server", style="bold"),
     Column("state"),
     Column("engine"),
-    Column("device", optional=2),
-    Column("endpoint", optional=3),
+    Column("device", optional=4),
+    Column("endpoint", optional=5),
     Column("model"),
+    Column("model is"),
+    Column("memory", right=True, optional=2),
+    Column("host memory", right=True, optional=3),
     Column("slots", right=True),
     Column("TTFT", right=True),
     Column("TPOT", right=True),
@@ -177,6 +102,9 @@ def server_rows(found: Any) -> list[list[str]]:
                     server.device,
                     server.endpoint,
                     model.name if model else "-",
+                    _life(model) if model else "-",
+                    output.size(model.memory_bytes if model else 0),
+                    _memory(server),
                     f"{max(server.in_flight + server.foreign, server.running)}/{server.slots}",
                     output.seconds(runtime.ttft if runtime else None),
                     output.seconds(runtime.tpot if runtime else None),
@@ -185,6 +113,18 @@ def server_rows(found: Any) -> list[list[str]]:
                 ]
             )
     return rows
+
+
+def _life(model: ServedModel) -> str:
+    """The model's state; why or how far, where there is room for it."""
+    detail = model.state_detail
+    return f"{model.state}: {detail}" if detail and len(detail) <= _DETAIL_LENGTH else model.state
+
+
+def _memory(server: ServerStatus) -> str:
+    """Of the host: what all models take, of what there is."""
+    used, all_of_it = output.size(server.memory_used_bytes), output.size(server.memory_bytes)
+    return used if used == all_of_it == "-" else f"{used} of {all_of_it}"
 
 
 def _state(server: ServerStatus) -> str:

@@ -163,6 +163,18 @@ def seconds(value: float | None) -> str:
     return f"{value:.2f} s" if value < 9.995 else f"{value:.0f} s"
 
 
+def size(count: int) -> str:
+    """Bytes as people read them: "812 MB", "4.1 GB"; "-" if it is 0, which means not known."""
+    if not count:
+        return "-"
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB", "PB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.1f} {unit}" if value < 9.95 and unit != "B" else f"{value:.0f} {unit}"
+
+
 def rate(tokens: float, duration: float | None) -> float | None:
     """Tokens a second; None where it cannot be told."""
     return tokens / duration if duration and tokens > 0 else None
