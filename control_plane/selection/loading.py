@@ -40,12 +40,15 @@ def outrun(query: Query, capable: Mask) -> Outrun | None:
     if table.cold is None:
         return None
     rivals = capable & passing(PRESENT, query) & ~table.cold
-    if not rivals.any():
+    idle = rivals & (table.free > 0)
+    if idle.any():
+        rival, start = int(idle.argmax()), 0.0
+    elif rivals.any():
+        service = np.where(np.isnan(table.service), expected_seconds(query), table.service)
+        turns = (table.waiting + (query.queued + 1)) / np.maximum(table.slots, 1)
+        starts = np.where(rivals, turns * service, np.inf)
+        rival = int(starts.argmin())
+        start = float(starts[rival])
+    else:
         return None
-    service = np.where(np.isnan(table.service), expected_seconds(query), table.service)
-    # All that wait for the same will hardly do so shorter than the last of them.
-    turns = (table.waiting + (query.queued + 1)) / np.maximum(table.slots, 1)
-    start = np.where(rivals, np.where(table.free > 0, 0.0, turns * service), np.inf)
-    rival = int(start.argmin())
-    rows = capable & table.cold & (start[rival] < load_seconds(query))
-    return Outrun(rows, rival, float(start[rival]))
+    return Outrun(capable & table.cold & (start < load_seconds(query)), rival, start)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from time import perf_counter
 
-from control_plane.domain.model import ModelCard, ModelName, Price, Provider, ServerId
+from control_plane.domain.model import ModelCard, ModelName, ModelState, Price, Provider, ServerId
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.task import Feature, TaskType
 from control_plane.selection.policy import Policy
@@ -20,8 +20,8 @@ SIZES = (3, 100, 1000)
 TASKS = tuple(TaskType)
 
 
-def fleet(size: int) -> CandidateTable:
-    """A ready fleet of `size` pairs, four models a server."""
+def fleet(size: int, cold: int = 0) -> CandidateTable:
+    """A ready fleet of `size` pairs, four models a server; `cold` of every ten models are cold."""
     table = CandidateTable(
         CandidateRow(
             ServerId(f"host-{number // 4:03}"),
@@ -31,6 +31,8 @@ def fleet(size: int) -> CandidateTable:
                 context_length=8192 << number % 4,
                 capabilities={task: (number * 7 + task) % 10 / 10 for task in TASKS},
                 features=Feature.STREAMING | Feature.JSON,
+                state=ModelState.COLD if number % 10 < cold else ModelState.WARM,
+                load_time=5.0,
                 price=Price(prompt=0.1 * (number % 3), completion=0.4 * (number % 3)),
             ),
         )
@@ -65,6 +67,8 @@ def run() -> dict[str, float]:
         table = fleet(size)
         for name, requests in (("distinct", distinct(2000)), ("repeated", [RouteRequest("r")] * 2000)):
             results[f"select, {size} candidates, {name}"] = _median(lambda r, t=table: select(t, r, policy), requests)
+    table = fleet(100, cold=3)
+    results["select, 100 candidates, 30 cold"] = _median(lambda r: select(table, r, policy), distinct(2000))
     table = fleet(100)
     results["explain, 100 candidates, distinct"] = _median(lambda r: explain(table, r, policy), distinct(200))
     return results

@@ -15,6 +15,7 @@ import pytest
 from modelyard.rpc.errors import DETAILS_KEY, from_rpc_error
 from modelyard.rpc.reasons import Reason
 from modelyard.rpc.server import bind, create_server, service_handler
+from modelyard.rpc.validation import MAX_MODELS
 from modelyard.testing import FakeModelServer, model_info
 from modelyard.v1 import fleet_pb2, generation_pb2, model_server_pb2, orchestrator_pb2
 from tests.harness.front_door import LIVE, ask, attached, attempts_of, front_door
@@ -314,6 +315,10 @@ MALFORMED_REPORTS = {
     ),
     "a model twice": report(models=[model_info(), model_info()]),
     "an unknown feature": report(models=[model_info(features=[99])]),
+    "an unknown state of a model": report(models=[model_info(state=99)]),
+    "a load that ends before it begins": report(models=[model_info(load_time={"seconds": -5})]),
+    "an endless fingerprint": report(models=[model_info(fingerprint="x" * 5000)]),
+    "too many models": report(models=[model_info(f"m{n}") for n in range(4097)]),
 }
 
 
@@ -331,17 +336,28 @@ async def test_huge_numbers_in_reports_do_no_harm():
             context_length=huge,
             price={"prompt_usd_per_million_tokens": 1e308, "completion_usd_per_million_tokens": 1e308},
             performance={
-                "ttft": {"seconds": 2**62},
-                "tpot": {"seconds": 2**62, "nanos": 999_999_999},
+                "ttft": {"seconds": 2**63 - 1},
+                "tpot": {"seconds": 2**63 - 1, "nanos": 999_999_999},
                 "decode_tokens_per_second": 1e308,
             },
+            state=fleet_pb2.MODEL_STATE_COLD,
+            state_detail="\x1b[31m" * 100_000,
+            memory_bytes=2**64 - 1,
+            load_time={"seconds": 2**63 - 1, "nanos": 999_999_999},
         )
     ]
     load = {"slots": huge, "running": huge, "waiting": huge, "foreign": huge, "kv_cache_utilization": 1.0}
-    wild = report(models=models, load=load, hardware={"memory_bytes": 2**64 - 1, "cpu_cores": huge})
+    wild = report(
+        models=models,
+        load=load,
+        hardware={"memory_bytes": 2**64 - 1, "memory_used_bytes": 2**64 - 1, "cpu_cores": huge},
+        pool={"size": huge, "in_use": huge, "opened": 2**64 - 1, "reused": 2**64 - 1},
+    )
     async with front_door() as door, attached(door, FakeModelServer(HONEST)):
         assert await attach(door, wild, wild) == ""
-        assert (await door.server(ROGUE)).report.load.slots == huge
+        told = (await door.server(ROGUE)).report
+        assert (told.load.slots, told.pool.reused, told.hardware.memory_used_bytes) == (huge, 2**64 - 1, 2**64 - 1)
+        assert len(told.models[0].state_detail) <= 300
         decision = await door.explain(ask())
         assert all(0 <= candidate.score <= 1 for candidate in decision.candidates)
         assert (await door.stub.ListModels(orchestrator_pb2.ListModelsRequest())).models
@@ -349,13 +365,13 @@ async def test_huge_numbers_in_reports_do_no_harm():
         await healthy(door)
 
 
-async def test_ten_thousand_models_in_a_report():
-    models = [model_info(f"model-{n:05}") for n in range(10_000)]
+async def test_as_many_models_in_a_report_as_are_accepted():
+    models = [model_info(f"model-{n:05}") for n in range(MAX_MODELS)]
     # A rogue at the pace of every server: each second it costs what converting and checking cost.
     fleet = {"report_interval": 1.0}
     async with front_door(fleet=fleet) as door, attached(door, FakeModelServer(HONEST), Rogue(models=models)):
-        assert len((await door.stub.ListModels(orchestrator_pb2.ListModelsRequest())).models) == 10_001
-        assert (await door.generate(ask(model="model-07777"))).reason == "ATTEMPTS_EXHAUSTED"
+        assert len((await door.stub.ListModels(orchestrator_pb2.ListModelsRequest())).models) == MAX_MODELS + 1
+        assert (await door.generate(ask(model="model-04000"))).reason == "ATTEMPTS_EXHAUSTED"
         await healthy(door)
         for _ in range(20):
             assert (await door.generate(ask(server_id=HONEST), timeout=10)).done

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from control_plane.domain.definition import Definitions, ModelDefinition
-from control_plane.domain.model import ModelCard, ModelName, Provider, ServerId
+from control_plane.domain.model import ModelCard, ModelName, ModelState, Provider, ServerId
 from control_plane.domain.server import Hardware, Health, Identity, Load, Report
 from control_plane.domain.task import Feature, TaskType
 from control_plane.fleet.registry import Fleet, FleetPolicy
@@ -34,9 +34,26 @@ class ManualClock:
         return 1.7e9 + self.now
 
 
-def card(name: str = "m", context_length: int = 4096, **scores: float) -> ModelCard:
+def card(
+    name: str = "m",
+    context_length: int = 4096,
+    *,
+    state: ModelState = ModelState.WARM,
+    load_time: float | None = None,
+    fingerprint: str = "",
+    **scores: float,
+) -> ModelCard:
     capabilities = {TaskType[kind.upper()]: score for kind, score in (scores or {"chat": 0.5}).items()}
-    return ModelCard(ModelName(name), Provider("sim"), context_length, capabilities, Feature.STREAMING)
+    return ModelCard(
+        ModelName(name),
+        Provider("sim"),
+        context_length,
+        capabilities,
+        Feature.STREAMING,
+        state=state,
+        load_time=load_time,
+        fingerprint=fingerprint,
+    )
 
 
 def report(

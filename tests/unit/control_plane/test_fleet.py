@@ -4,7 +4,7 @@ import pytest
 
 from control_plane.domain.definition import Definitions, ModelDefinition
 from control_plane.domain.errors import DomainError
-from control_plane.domain.model import ModelName, Price, Provider
+from control_plane.domain.model import ModelName, ModelState, Price, Provider
 from control_plane.domain.server import BreakerState, Health, LeaseState
 from control_plane.fleet.registry import Fleet, Flight, Outcome, OutcomeKind
 from tests.unit.control_plane.builders import card, fleet, report
@@ -166,6 +166,101 @@ def test_what_was_learned_survives_a_reconnect() -> None:
     subject.attach(report(), 1.0, 1.0, nothing)
     assert float(subject.table.ttft[0]) == 0.25
     assert float(subject.table.tpot[0]) == 0.02
+
+
+def learned(subject: Fleet) -> tuple[int, int, float | None, BreakerState]:
+    pair = subject.server("a").pairs[ModelName("m"), Provider("sim")]
+    return pair.stats.requests, pair.stats.failures, pair.stats.ttft, pair.breaker.state
+
+
+ANEW = (0, 0, None, BreakerState.CLOSED)
+
+
+def taught(fingerprint: str) -> Fleet:
+    """A fleet that has learned something of a model and opened its breaker."""
+    subject = fleet()
+    subject.attach(report(models=(card(fingerprint=fingerprint),)), 0.0, 0.0, nothing)
+    subject.end(begin(subject), Outcome(OutcomeKind.SUCCESS, 0.25, 0.02), 0.5)
+    for _ in range(2):
+        subject.end(begin(subject), FAILURE, 0.5)
+    assert learned(subject) == (3, 2, 0.25, BreakerState.OPEN)
+    return subject
+
+
+@pytest.mark.parametrize("way", ["a report", "a reconnect", "a restart"])
+@pytest.mark.parametrize(
+    ("fingerprints", "kept"),
+    [
+        (["x", "x"], True),
+        (["x", "y"], False),
+        (["x", ""], True),
+        (["", "x"], True),
+        (["", ""], True),
+        (["x", "", "x"], True),
+        (["x", "", "y"], False),
+        (["x", "y", "x"], False),
+    ],
+)
+def test_what_was_learned_lasts_as_long_as_the_fingerprint(way: str, fingerprints: list[str], kept: bool) -> None:
+    subject = taught(fingerprints[0])
+    attachment = subject.server("a").attachment
+    assert attachment
+    for number, fingerprint in enumerate(fingerprints[1:]):
+        models = (card(fingerprint=fingerprint),)
+        if way == "a report":
+            subject.update(attachment, report(models=models), 0.6, 0.6)
+        else:
+            subject.detach(attachment)
+            instance = str(number) if way == "a restart" else "1"
+            attachment = subject.attach(report(models=models, instance=instance), 0.6, 0.6, nothing)
+    assert (learned(subject) == ANEW) is not kept
+    assert bool(subject.table.breaker_open[0]) is kept
+    assert (float(subject.table.ttft[0]) == 0.25) is kept
+    if not kept:
+        assert float(subject.table.success[0]) == 1.0
+        assert subject._troubled == set()
+
+
+def test_another_model_keeps_what_was_learned_of_it() -> None:
+    subject = fleet()
+    attachment = subject.attach(report(models=(card("m", fingerprint="x"), card("n", fingerprint="x"))), 0, 0, nothing)
+    subject.end(subject.begin(1, 0.0), FAILURE, 0.5)
+    subject.update(attachment, report(models=(card("m", fingerprint="y"), card("n", fingerprint="x"))), 0.6, 0.6)
+    assert subject.server("a").pairs[ModelName("n"), Provider("sim")].stats.failures == 1
+
+
+def test_a_request_from_before_teaches_nothing_of_the_new_one() -> None:
+    subject = fleet()
+    attachment = subject.attach(report(models=(card(fingerprint="x"),)), 0.0, 0.0, nothing)
+    flights = [begin(subject), begin(subject)]
+    subject.update(attachment, report(models=(card(fingerprint="y"),)), 0.5, 0.5)
+    for flight in flights:
+        subject.end(flight, FAILURE, 0.6)
+    assert learned(subject) == ANEW
+    assert free(subject) == [2]
+
+
+def test_the_service_time_is_learned_and_loading_is_not() -> None:
+    subject = fleet()
+    attachment = subject.attach(report(models=(card(state=ModelState.COLD),)), 0.0, 0.0, nothing)
+    subject.end(begin(subject, 1.0), Outcome(OutcomeKind.SUCCESS, 11.0, 0.02), 13.0)
+    stats = subject.server("a").pairs[ModelName("m"), Provider("sim")].stats
+    assert (stats.requests, stats.ttft, stats.tpot, stats.service) == (1, None, 0.02, None)
+    subject.update(attachment, report(), 14.0, 14.0)
+    subject.end(begin(subject, 14.0), Outcome(OutcomeKind.SUCCESS, 0.5, 0.02), 16.5)
+    assert float(subject.table.service[0]) == 2.5
+    assert float(subject.table.ttft[0]) == 0.5
+
+
+def test_states_reach_the_table() -> None:
+    subject = fleet()
+    attachment = subject.attach(report(models=(card(state=ModelState.PULLING),)), 0.0, 0.0, nothing)
+    assert subject.table.here is not None and not subject.table.here[0]
+    subject.update(attachment, report(models=(card(state=ModelState.COLD, load_time=3.0),)), 0.5, 0.5)
+    assert subject.table.here is None and subject.table.cold is not None
+    assert float(subject.table.load_time[0]) == 3.0
+    subject.update(attachment, report(), 0.6, 0.6)
+    assert subject.table.cold is None
 
 
 def test_definitions_apply_and_change() -> None:

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from control_plane.domain.errors import DomainError
-from control_plane.domain.model import ModelName, ServerId
+from control_plane.domain.model import ModelName, ModelState, ServerId
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Health
 from control_plane.domain.task import Priority
@@ -215,6 +215,43 @@ async def test_servers_that_failed_are_avoided() -> None:
     house.later(2.5)
     error = await refused(house.acquire(avoid=frozenset({ServerId("a"), ServerId("b")})))
     assert error.reason == "NO_CAPABLE_SERVER"
+
+
+async def test_a_cold_model_is_loaded_when_the_queue_for_the_warm_one_grows_long() -> None:
+    house = House()
+    house.attach("cold", slots=4, models=(card(state=ModelState.COLD, load_time=5.0),))
+    house.attach("warm", slots=1)
+    held = await house.acquire()
+    house.clock.now += 2.0
+    house.fleet.end(held.flight, Outcome(OutcomeKind.SUCCESS), house.clock.now)  # a request takes 2 s
+    held = await house.acquire()
+    assert held.flight.server_id == "warm"
+    waiting = [house.acquire()]
+    await settle()
+    assert not waiting[0].done(), "2 s of waiting are less than 5 s of loading"
+    waiting.append(house.acquire())
+    await settle()
+    assert not waiting[0].done(), "4 s still are"
+    waiting.append(house.acquire())
+    await settle()
+    assert (await waiting[0]).flight.server_id == "cold", "the third one would wait for 6 s"
+    assert not waiting[1].done() and not waiting[2].done()
+    for task in waiting[1:]:
+        task.cancel()
+
+
+async def test_a_model_that_failed_everywhere_is_refused_and_one_on_its_way_is_waited_for() -> None:
+    house = House()
+    house.later(2.5)
+    house.attach(models=(card(state=ModelState.FAILED),))
+    error = await refused(house.acquire())
+    assert error.reason == "SERVERS_AWAY" and "the model has failed" in error.message
+    house.attach(models=(card(state=ModelState.PULLING),))
+    waiting = house.acquire()
+    await settle()
+    assert not waiting.done()
+    house.attach(models=(card(state=ModelState.COLD),))
+    assert (await waiting).flight.server_id == "a"
 
 
 async def test_one_busy_model_does_not_hold_up_another() -> None:

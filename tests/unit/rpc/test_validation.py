@@ -250,6 +250,8 @@ def report(**changes: Any) -> fleet_pb2.ServerReport:
 def test_well_formed_report(endpoint: str) -> None:
     assert validation.check_report(report(identity__endpoint=endpoint)) == []
     assert validation.check_report(report(models=[], health=1, state=2)) == []
+    life = {"state": 3, "state_detail": "x" * 9999, "load_time": {"seconds": 2**62}, "fingerprint": "x" * 1024}
+    assert validation.check_report(report(models=[model_info(f"m{n}", **life) for n in range(4096)])) == []
 
 
 @pytest.mark.parametrize(
@@ -291,6 +293,13 @@ def test_well_formed_report(endpoint: str) -> None:
             for bad in (-1, math.nan, math.inf)
         ),
         ({"models": [model_info(performance={"ttft": {"seconds": -1}})]}, "models[0].performance.ttft"),
+        ({"models": [model_info(state=7)]}, "models[0].state"),
+        ({"models": [model_info(state=-1)]}, "models[0].state"),
+        ({"models": [model_info(load_time={"seconds": -1})]}, "models[0].load_time"),
+        ({"models": [model_info(load_time={"nanos": -1})]}, "models[0].load_time"),
+        ({"models": [model_info(load_time={"nanos": 10**9})]}, "models[0].load_time"),
+        ({"models": [model_info(fingerprint="x" * 1025)]}, "models[0].fingerprint"),
+        ({"models": [model_info(f"m{n}") for n in range(4097)]}, "models"),
         (
             {"models": [model_info(performance={"decode_tokens_per_second": math.nan})]},
             "models[0].performance.decode_tokens_per_second",

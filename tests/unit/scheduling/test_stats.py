@@ -35,6 +35,14 @@ def test_averages_move_by_alpha() -> None:
     assert stats.observe_failure(now=5.0).success == 0.25
 
 
+def test_the_service_time_moves_where_it_was_measured() -> None:
+    stats = RuntimeStats.initial(POLICY).observe_success(1.0, None, now=5.0)
+    assert stats.service is None
+    stats = stats.observe_success(1.0, None, now=5.0, service=4.0).observe_success(1.0, None, now=5.0, service=2.0)
+    assert stats.service == 3.0
+    assert stats.observe_success(1.0, None, now=6.0).observe_failure(now=7.0).service == 3.0
+
+
 def test_recovers_half_way_each_half_life() -> None:
     stats = RuntimeStats.initial(POLICY).observe_failure(now=100.0)
     assert stats.success_at(100.0) == 0.5

@@ -30,6 +30,7 @@ def test_some_weight_must_count() -> None:
         ("cost_reference_usd", math.inf),
         ("ttft_prior_s", -1.0),
         ("tpot_prior_s", math.nan),
+        ("load_time_prior_s", -1.0),
         ("expected_output_tokens", 0),
         ("provider_preference", {Provider("mlx"): -1.0}),
     ],

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import control_plane.selection
 from control_plane.domain.decision import DecisionRecord, RejectionReason, Verdict
-from control_plane.domain.model import ModelCard, ModelName, Price, Provider, ServerId
+from control_plane.domain.model import ModelCard, ModelName, ModelState, Price, Provider, ServerId
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.task import Feature, TaskType
 from control_plane.selection.filters import AVOIDED, PERMANENT, TRANSIENT
@@ -245,6 +245,8 @@ def tables(draw: st.DrawFn) -> CandidateTable:
                 draw(st.dictionaries(tasks, units)),
                 draw(features),
                 Price(draw(units), 0.0, draw(units)),
+                state=draw(st.sampled_from(ModelState)),
+                load_time=draw(st.none() | units),
             ),
         )
         for server, model, provider in keys
@@ -278,12 +280,12 @@ requests = st.builds(
 )
 
 
-@given(tables(), requests, st.frozensets(servers, max_size=2))
+@given(tables(), requests, st.frozensets(servers, max_size=2), st.integers(0, 3))
 def test_an_explanation_never_differs_from_the_choice(
-    table: CandidateTable, request: RouteRequest, avoid: frozenset[ServerId]
+    table: CandidateTable, request: RouteRequest, avoid: frozenset[ServerId], queued: int
 ) -> None:
-    choice = select(table, request, POLICY, avoid)
-    record = explain(table, request, POLICY, avoid)
+    choice = select(table, request, POLICY, avoid, queued)
+    record = explain(table, request, POLICY, avoid, queued)
     assert record.verdict is choice.verdict
     assert record.summary
     assert len(record.candidates) == len(table)
@@ -304,9 +306,10 @@ def test_an_explanation_never_differs_from_the_choice(
     else:
         assert record.chosen is None and choice.row == -1 and not eligible
         assert (choice.verdict is Verdict.WAIT) == bool(only_transient)
-        away = {RejectionReason.NOT_READY, RejectionReason.DRAINING}
+        away = ("is not live", "is draining", "is absent", "has failed")
         assert choice.all_away == (
-            bool(only_transient) and all(away & {r.reason for r in c.rejections} for c in only_transient)
+            bool(only_transient)
+            and all(any(words in r.detail for words in away for r in c.rejections) for c in only_transient)
         )
     for candidate in record.candidates:
         weight = sum(part.weight for part in candidate.parts)
