@@ -26,6 +26,24 @@ def test_aligned_text_has_as_many_words_as_columns() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "-"),
+        (812, "812 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (9_960, "10 kB"),
+        (999_600, "1.0 MB"),
+        (4_100_000_000, "4.1 GB"),
+        (85_899_345_920, "86 GB"),
+        (2**64 - 1, "18447 PB"),
+    ],
+)
+def test_sizes(count: int, text: str) -> None:
+    assert output.size(count) == text
+
+
 def test_terminals_are_not_steered() -> None:
     assert output.printable("a\x1b[31mb\x07\u009bc\td\r\ne") == "a\ufffd[31mb\ufffd\ufffdc\td\ne"
 

@@ -10,6 +10,7 @@ from modelyard.client import (
     AsyncClient,
     Cancelled,
     ConnectionFailed,
+    ConnectionPool,
     DeadlineExceeded,
     Decision,
     Delta,
@@ -17,7 +18,9 @@ from modelyard.client import (
     FleetWarmingUp,
     InternalError,
     InvalidRequest,
+    ModelProgress,
     ModelyardError,
+    OutOfMemory,
     QueueFull,
     StreamBroken,
     ToolCall,
@@ -387,6 +390,103 @@ async def test_watch_fleet(fake: FakeOrchestrator, client: AsyncClient) -> None:
     assert (second.snapshot, second.removed_server_ids) == (False, ("s1",))
     await changes.aclose()
     await ended(fake)
+
+
+async def test_state_memory_and_pool(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    plain, rich = status("a"), status("b")
+    life = {"state": fleet_pb2.MODEL_STATE_PULLING, "state_detail": "40 %", "memory_bytes": 5, "fingerprint": "x"}
+    rich.report.models[0].MergeFrom(fleet_pb2.ModelInfo(**life, load_time={"seconds": 2, "nanos": 500_000_000}))
+    rich.report.hardware.memory_used_bytes = 7
+    rich.report.engine.manages_models = True
+    rich.report.pool.MergeFrom(fleet_pb2.ConnectionPool(size=8, in_use=1, opened=1, reused=3))
+    fake.servers = [plain, rich]
+    before, after = await client.servers()
+    assert (before.memory_used_bytes, before.manages_models, before.pool) == (0, False, None)
+    model = before.models[0]
+    assert (model.state, model.state_detail, model.memory_bytes, model.load_time) == ("warm", "", 0, None)
+    assert (after.memory_used_bytes, after.manages_models) == (7, True)
+    assert after.pool == ConnectionPool(size=8, in_use=1, opened=1, reused=3, hit_rate=0.75)
+    model = after.models[0]
+    assert (model.state, model.state_detail, model.memory_bytes, model.load_time) == ("pulling", "40 %", 5, 2.5)
+    assert model.fingerprint == "x"
+    assert after.to_dict()["pool"]["hit_rate"] == 0.75
+    rich.report.pool.Clear()
+    rich.report.pool.SetInParent()
+    (_, idle) = await client.servers()
+    assert idle.pool and idle.pool.hit_rate is None
+
+
+async def test_the_estimated_cost_of_a_candidate(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    fake.decision.candidates.add(server_id="s", estimated_cost_nano_usd=1_500_000)
+    assert (await client.explain("hi")).candidates[0].estimated_cost_usd == 0.0015
+
+
+# ------------------------------------------------------------------- orders ---
+
+
+def step(state: fleet_pb2.ModelState, done: int = 0, total: int = 0) -> fleet_pb2.ModelProgress:
+    return fleet_pb2.ModelProgress(state=state, detail="layer", completed_bytes=done, total_bytes=total)
+
+
+PULLING, COLD = fleet_pb2.MODEL_STATE_PULLING, fleet_pb2.MODEL_STATE_COLD
+
+
+async def test_orders_tell_every_step(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    fake.steps = (step(PULLING, 1, 2), step(COLD, 2, 2))
+    assert [each async for each in client.pull_model("m", server_id="s1")] == [
+        ModelProgress("s1", "pulling", "layer", 1, 2),
+        ModelProgress("s1", "cold", "layer", 2, 2),
+    ]
+    fake.steps = ()
+    assert [each.state async for each in client.load_model("m")] == ["warm"]
+    assert [each.state async for each in client.unload_model("m")] == ["cold"]
+    asked = [(call.method, call.request.model, call.request.server_id) for call in fake.calls]
+    assert asked == [("PullModel", "m", "s1"), ("LoadModel", "m", ""), ("UnloadModel", "m", "")]
+
+
+async def test_leaving_an_order_stops_it(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    fake.steps = (step(PULLING), asyncio.Event())
+    steps = client.pull_model("m")
+    assert (await anext(steps)).state == "pulling"
+    await steps.aclose()
+    await ended(fake)
+    task = asyncio.create_task(anext(steps := client.load_model("m")))
+    await task
+    waiting = asyncio.create_task(anext(steps))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await ended(fake)
+
+
+async def test_orders_fail_with_their_reason(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    fake.steps = (step(PULLING), Refusal(Reason.OUT_OF_MEMORY, "too large", retry_after=2))
+    with pytest.raises(OutOfMemory) as caught:
+        [each async for each in client.load_model("m")]
+    assert caught.value.retry_after == 2
+    for reason in Reason:
+        fake.inject_error("UnloadModel", Refusal(reason, "why"))
+        with pytest.raises(BY_REASON[reason]):
+            await anext(client.unload_model("m"))
+
+
+async def test_an_order_has_only_the_time_it_is_given(fake: FakeOrchestrator) -> None:
+    async with AsyncClient(fake.address, timeout=5) as client:
+        assert [each async for each in client.load_model("m")]
+        assert fake.calls[0].time_remaining is None
+        fake.steps = (asyncio.Event(),)
+        with pytest.raises(DeadlineExceeded):
+            await anext(client.load_model("m", timeout=0.2))
+
+
+async def test_an_order_whose_control_plane_dies(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    fake.steps = (step(PULLING), asyncio.Event())
+    steps = client.pull_model("m")
+    await anext(steps)
+    await fake.stop()
+    with pytest.raises(StreamBroken):
+        await anext(steps)
 
 
 async def test_health(fake: FakeOrchestrator, client: AsyncClient) -> None:

@@ -11,11 +11,11 @@ from typing import TypeVar
 
 import pytest
 
-from modelyard.client import Cancelled, Client, Delta, InvalidRequest, QueueFull
+from modelyard.client import Cancelled, Client, Delta, InvalidRequest, OutOfMemory, QueueFull
 from modelyard.rpc.errors import Refusal
 from modelyard.rpc.reasons import Reason
 from modelyard.testing import FakeOrchestrator
-from modelyard.v1 import orchestrator_pb2
+from modelyard.v1 import fleet_pb2, orchestrator_pb2
 
 T = TypeVar("T")
 
@@ -46,6 +46,9 @@ async def test_every_method(fake: FakeOrchestrator) -> None:
         assert (client.models(), client.servers()) == ((), ())
         assert client.health().serving
         assert next(iter(client.watch_fleet())).snapshot
+        assert [step.state for step in client.pull_model("m")] == ["cold"]
+        assert [step.state for step in client.load_model("m", server_id="s")] == ["warm"]
+        assert [step.state for step in client.unload_model("m", timeout=5)] == ["cold"]
 
     await using(fake, work)
 
@@ -89,15 +92,34 @@ async def test_watching_stops_when_left(fake: FakeOrchestrator) -> None:
     await fake.until(lambda: fake.calls[0].outcome == "cancelled")
 
 
+async def test_leaving_an_order_stops_it(fake: FakeOrchestrator) -> None:
+    fake.steps = (fleet_pb2.ModelProgress(state=fleet_pb2.MODEL_STATE_PULLING), asyncio.Event())
+    stopped = threading.Event()
+
+    def work(client: Client) -> None:
+        for step in client.pull_model("m"):
+            assert step.state == "pulling"
+            break
+        assert stopped.wait(10)
+
+    working = asyncio.create_task(using(fake, work))
+    await fake.until(lambda: [call.outcome for call in fake.calls] == ["cancelled"])
+    stopped.set()
+    await working
+
+
 async def test_errors(fake: FakeOrchestrator) -> None:
     fake.inject_error("Generate", Refusal(Reason.INVALID_REQUEST, "no"))
     fake.inject_error("Embed", Refusal(Reason.QUEUE_FULL, "full"))
+    fake.inject_error("LoadModel", Refusal(Reason.OUT_OF_MEMORY, "too large"))
 
     def work(client: Client) -> None:
         with pytest.raises(InvalidRequest):
             client.generate("hi")
         with pytest.raises(QueueFull):
             client.embed("hi")
+        with pytest.raises(OutOfMemory):
+            list(client.load_model("m"))
         with pytest.raises(ValueError, match="unknown priority"):
             client.generate("hi", priority="x")
 
