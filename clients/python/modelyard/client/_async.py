@@ -16,7 +16,16 @@ from modelyard.client._errors import Cancelled, from_call
 from modelyard.client._requests import GenerateOptions, Input, Requirements, embed_request, generate_request
 from modelyard.client._stream import GenerationStream
 from modelyard.client._timing import Patience
-from modelyard.client._types import Decision, EmbedResult, FleetChange, GenerationResult, Health, Model, ServerStatus
+from modelyard.client._types import (
+    Decision,
+    EmbedResult,
+    FleetChange,
+    GenerationResult,
+    Health,
+    Model,
+    Preset,
+    ServerStatus,
+)
 from modelyard.rpc.channels import channel
 from modelyard.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 
@@ -125,6 +134,11 @@ class AsyncClient:
         """Every model that a server offers or a definition names, by name."""
         response = await self._call("ListModels", orchestrator_pb2.ListModelsRequest(), timeout)
         return tuple(answers.model(model) for model in response.models)
+
+    async def presets(self, *, timeout: float | None = None) -> tuple[Preset, ...]:
+        """Every preset that a request may name, by name."""
+        response = await self._call("ListPresets", orchestrator_pb2.ListPresetsRequest(), timeout)
+        return tuple(answers.preset(preset) for preset in response.presets)
 
     async def model(self, name: str, *, timeout: float | None = None) -> Model:
         """One model by "name" or "provider/name"; raises UnknownModel."""
