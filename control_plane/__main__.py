@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from control_plane.app import serve
-from control_plane.config import PROGRAM, SECTION, ControlPlaneSettings
+from control_plane.config import PROGRAM, SECTION, ControlPlaneSettings, with_aliases
 from modelyard.program.process import configure_logging, run
 from modelyard.program.settings import SettingsError, load
 
@@ -24,7 +24,7 @@ def main() -> int:
             section=SECTION,
             description="The control plane: one front door for a fleet of model servers.",
             argv=sys.argv[1:],
-            env=os.environ,
+            env=with_aliases(os.environ),
             cwd=Path.cwd(),
         )
         configure_logging(settings.log_level, settings.log_format)

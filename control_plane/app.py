@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 from prometheus_client import start_http_server
 
@@ -18,18 +18,20 @@ from control_plane.api.lifecycle import ModelLifecycle
 from control_plane.api.metrics import Metrics
 from control_plane.api.orchestrator import OrchestratorServicer
 from control_plane.api.upstream import Upstreams
-from control_plane.config import ControlPlaneSettings
+from control_plane.config import ControlPlaneSettings, SelectionSettings
 from control_plane.domain.definition import Definitions
 from control_plane.domain.ports import Clock
 from control_plane.domain.task import Priority
 from control_plane.fleet.registry import Fleet, FleetPolicy
 from control_plane.fleet.scheduler import Scheduler
+from control_plane.presets import compile_presets
 from control_plane.scheduling.breaker import BreakerPolicy
 from control_plane.scheduling.queue import FairQueue
 from control_plane.scheduling.retry import RetryPolicy
 from control_plane.scheduling.stats import StatsPolicy
 from control_plane.selection.policy import Policy, Weights
 from modelyard.program.process import announce_ready, settle_memory, told_to_stop
+from modelyard.program.settings import SettingsError
 from modelyard.rpc.server import bind, create_server, drain, enable_standard_services, service_handler
 from modelyard.v1 import orchestrator_pb2
 
@@ -59,12 +61,12 @@ class ControlPlane:
         self.upstreams = Upstreams()
         # Bad definitions stop the start: there are no previous ones to keep.
         folder = settings.models_dir
-        definitions = definition_files.read(folder) if folder else Definitions()
+        catalogue = definition_files.read(folder) if folder else definition_files.Catalogue(Definitions(), {})
         self.watcher = definition_files.Watcher(folder) if folder else None
-        self.fleet = Fleet(_fleet_policy(settings), definitions, clock.monotonic())
+        self.fleet = Fleet(_fleet_policy(settings), catalogue.definitions, clock.monotonic())
         self.scheduler = Scheduler(
             self.fleet,
-            _selection_policy(settings),
+            _selection_policy(settings.selection, settings.selection.weights.model_dump()),
             FairQueue(
                 bounds={priority: getattr(settings.queue.bound, priority.name.lower()) for priority in Priority},
                 timeouts={priority: getattr(settings.queue.timeout, priority.name.lower()) for priority in Priority},
@@ -92,6 +94,8 @@ class ControlPlane:
             self.metrics,
             self.scheduler.release,
         )
+        self._generation = generation
+        self._put_in_force(catalogue)
         self.servicer = OrchestratorServicer(
             orchestrator_id,
             self.fleet,
@@ -102,6 +106,24 @@ class ControlPlane:
             clock,
             self.metrics,
         )
+
+    def _put_in_force(self, catalogue: definition_files.Catalogue) -> None:
+        """New definitions and presets; running requests keep what they began with. Raises SettingsError."""
+        settings = self.settings
+        try:
+            presets = compile_presets(
+                catalogue.presets, default=settings.default_preset, default_provider=settings.default_provider
+            )
+        except ValueError as error:
+            raise SettingsError(str(error)) from None
+        selection = settings.selection
+        self.scheduler.policies = {
+            preset.name: _selection_policy(selection, {**selection.weights.model_dump(), **preset.weights})
+            for preset in presets
+            if preset.weights is not None
+        }
+        self._generation.presets = presets
+        self.fleet.define(catalogue.definitions, self.clock.monotonic())
 
     async def start(self) -> str:
         """Listen and serve; the address."""
@@ -138,9 +160,12 @@ class ControlPlane:
     async def watch_definitions(self) -> None:
         """Put changed model definitions in force."""
         while self.watcher:
-            definitions = self.watcher.poll()
-            if definitions is not None:
-                self.fleet.define(definitions, self.clock.monotonic())
+            catalogue = self.watcher.poll()
+            if catalogue is not None:
+                try:
+                    self._put_in_force(catalogue)
+                except SettingsError as error:
+                    log.error("models and presets not changed, the previous ones stay in force:\n%s", error)
             await asyncio.sleep(_FILES_INTERVAL)
 
 
@@ -206,10 +231,9 @@ def _fleet_policy(settings: ControlPlaneSettings) -> FleetPolicy:
     )
 
 
-def _selection_policy(settings: ControlPlaneSettings) -> Policy:
-    selection = settings.selection
+def _selection_policy(selection: SelectionSettings, weights: Mapping[str, float]) -> Policy:
     return Policy(
-        weights=Weights(**selection.weights.model_dump()),
+        weights=Weights(**weights),
         availability_threshold=selection.availability_threshold,
         latency_reference_s=selection.latency_reference,
         ttft_prior_s=selection.prior_ttft,

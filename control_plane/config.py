@@ -5,6 +5,7 @@ The table in README.md is generated from this module.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -124,12 +125,32 @@ class LimitSettings(Settings):
     )
 
 
+ALIASES = {"MODELS_DIR": "models_dir", "DEFAULT_MODEL_CONFIG": "default_preset", "LLM_PROVIDER": "default_provider"}
+"""Environment variables without modelyard's prefix, and the settings that they mean."""
+
+
+def with_aliases(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment, with each alias under its full name too; a full name that is set takes precedence."""
+    full = {f"MODELYARD_{SECTION}_{key}".upper(): env[alias] for alias, key in ALIASES.items() if env.get(alias)}
+    return {**full, **env}
+
+
 class ControlPlaneSettings(Settings):
     host: str = Field("127.0.0.1", description="Address to listen on. Anything but loopback opens it to the network.")
     port: Port = Field(7460, description="gRPC port; 0 takes a free one.")
     metrics_port: int = Field(7461, ge=-1, le=65535, description="Port of /metrics; 0 takes a free one, -1 turns off.")
     models_dir: Path | None = Field(
-        None, description="Folder of model definitions, one YAML file per provider. Read again when a file changes."
+        None,
+        description="Folder of model definitions, one YAML file per provider, and of presets. "
+        "Read again when a file changes. `MODELS_DIR` is understood as well.",
+    )
+    default_preset: str = Field(
+        "", description="Preset of requests that name none. `DEFAULT_MODEL_CONFIG` is understood as well."
+    )
+    default_provider: str = Field(
+        "",
+        description="Provider whose entry in a preset holds where a request names neither model nor provider. "
+        "`LLM_PROVIDER` is understood as well.",
     )
     fleet: FleetSettings = FleetSettings()
     queue: QueueSettings = QueueSettings()

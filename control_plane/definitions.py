@@ -1,4 +1,4 @@
-"""Read model definitions: one YAML file per provider, top-level key `models`.
+"""Read models_dir: model definitions, one YAML file per provider, top-level key `models`; and presets, key `presets`.
 
     # ollama.yaml: the file's name is the provider
     models:
@@ -9,21 +9,23 @@
         price: {prompt: 0, cached_prompt: 0, completion: 0}   # US dollars per million tokens
         initial: {success: 0.95, ttft: 0.4, tpot: 0.05}       # until measured
 
-Every key is optional. A mistake is refused with file, line and key.
+Every key is optional. Presets are described in presets.py. A mistake is refused with file, line and key.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from control_plane.domain.definition import Definitions, ModelDefinition
 from control_plane.domain.model import ModelName, Price, Provider
 from control_plane.domain.task import Feature, TaskType
+from control_plane.presets import PresetEntry, entries_in
 from modelyard.program.settings import Settings, SettingsError, YamlFile
 
 log = logging.getLogger(__name__)
@@ -65,8 +67,25 @@ class _Model(Settings):
         return value
 
 
-class _File(Settings):
-    models: dict[str, _Model]
+class Entries(Settings):
+    """What one file holds."""
+
+    models: dict[str, _Model] = Field(default_factory=dict)
+    presets: dict[str, PresetEntry] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _something(self) -> Entries:
+        if not self.model_fields_set:
+            raise ValueError("must have a top-level key 'models' or 'presets'")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """What a folder holds."""
+
+    definitions: Definitions
+    presets: Mapping[str, PresetEntry]
 
 
 def _names_in(names: Any, enum: Any, what: str) -> None:
@@ -76,19 +95,22 @@ def _names_in(names: Any, enum: Any, what: str) -> None:
             raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
 
 
-def read_file(path: Path) -> Iterator[ModelDefinition]:
-    """The definitions of one file. Raises SettingsError."""
+def read_entries(path: Path) -> Entries:
+    """The entries of one file. Raises SettingsError."""
     document = YamlFile(path)
     try:
-        parsed = _File.model_validate(document.data if document.data is not None else {})
+        return Entries.model_validate(document.data if document.data is not None else {})
     except ValidationError as error:
         lines = []
         for problem in error.errors(include_url=False):
             message = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
             lines.append(f"{document.where(problem['loc'])}: {message}")
         raise SettingsError("\n".join(lines)) from None
+
+
+def _definitions(path: Path, entries: Entries) -> Iterator[ModelDefinition]:
     provider = Provider(path.stem)
-    for name, model in parsed.models.items():
+    for name, model in entries.models.items():
         features = None
         if model.features is not None:
             features = Feature.NONE
@@ -109,11 +131,18 @@ def read_file(path: Path) -> Iterator[ModelDefinition]:
         )
 
 
-def read(folder: Path) -> Definitions:
-    """All definitions of a folder. Raises SettingsError naming file, line and key."""
+def read(folder: Path) -> Catalogue:
+    """Everything in a folder. Raises SettingsError naming file, line and key."""
     if not folder.is_dir():
         raise SettingsError(f"models_dir: {folder} is not a folder")
-    return Definitions(definition for path in _files(folder) for definition in read_file(path))
+    files = [(path, read_entries(path)) for path in _files(folder)]
+    try:
+        presets = entries_in((path, entries.presets) for path, entries in files)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    return Catalogue(
+        Definitions(definition for path, entries in files for definition in _definitions(path, entries)), presets
+    )
 
 
 def _files(folder: Path) -> list[Path]:
@@ -121,7 +150,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 class Watcher:
-    """Notices changed files; a bad edit keeps the previous definitions and is logged once."""
+    """Notices changed files; a bad edit keeps what was read before and is logged once."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -137,16 +166,16 @@ class Watcher:
             stamps.append((path.name, status.st_mtime_ns, status.st_size))
         return tuple(stamps)
 
-    def poll(self) -> Definitions | None:
-        """New definitions if something changed and all of it is sound, else None."""
+    def poll(self) -> Catalogue | None:
+        """Everything anew if something changed and all of it is sound, else None."""
         stamp = self._stamp()
         if stamp == self._seen:
             return None
         self._seen = stamp
         try:
-            definitions = read(self._folder)
+            catalogue = read(self._folder)
         except SettingsError as error:
-            log.error("model definitions not changed, the previous ones stay in force:\n%s", error)
+            log.error("models and presets not changed, the previous ones stay in force:\n%s", error)
             return None
-        log.info("model definitions read again from %s", self._folder)
-        return definitions
+        log.info("models and presets read again from %s", self._folder)
+        return catalogue

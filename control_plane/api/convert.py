@@ -117,6 +117,7 @@ def route_request(
         prompt_tokens=estimated_tokens(message.input),
         max_tokens=sampling.max_tokens if sampling.HasField("max_tokens") else None,
         features=features,
+        preset=message.preset,
         **_pins(requirements, model),
     )
 
@@ -143,6 +144,7 @@ def _pins(requirements: selection_pb2.Requirements, model: tuple[ModelName, Prov
         "server_id": ServerId(requirements.server_id) if requirements.server_id else None,
         "excluded": frozenset(ServerId(server_id) for server_id in requirements.excluded_server_ids),
         "min_context_length": requirements.min_context_length,
+        "labels": tuple(sorted(requirements.labels.items())),
     }
 
 

@@ -18,6 +18,7 @@ from control_plane.domain.model import ModelName, Provider
 from control_plane.domain.ports import Clock
 from control_plane.fleet.registry import Fleet, Outcome, OutcomeKind
 from control_plane.fleet.scheduler import Grant
+from control_plane.presets import Presets
 from modelyard.rpc.errors import Refusal, invalid
 from modelyard.rpc.reasons import Reason
 from modelyard.rpc.validation import check_embed_request, check_generate_request
@@ -69,6 +70,7 @@ class Generation:
         self._clock = clock
         self._metrics = metrics
         self._release = release
+        self.presets = Presets()
         # Calls that gave their result but not yet their status; dropping one would cancel it.
         self._ending: set[grpc.aio.Call] = set()
 
@@ -90,11 +92,14 @@ class Generation:
         """Serve one Generate call, writing to `context`."""
         arrived = self._clock.monotonic()
         request_id = _identify(request.request_id, context)
+        request, preset = self.presets.fill(request)
         violations = check_generate_request(request)
         if violations:
             raise invalid(violations)
         route = convert.route_request(request, request_id, self.pinned(request.requirements))
         limit = self._time_limit(context)
+        if preset is not None and preset.timeout is not None:
+            limit = min(limit, preset.timeout)
         # Fields of one message may come in any order and from several pieces: the input is
         # serialised once, the model is appended for each attempt.
         body = ModelServerGenerateRequest(

@@ -110,7 +110,7 @@ class OrchestratorServicer:
     ) -> orchestrator_pb2.ExplainSelectionResponse:
         if not request.HasField("request"):
             raise invalid([Violation("request", "is required")])
-        inner = request.request
+        inner, _ = self._generation.presets.fill(request.request)
         violations = check_generate_request(inner, path="request.")
         if violations:
             raise invalid(violations)
@@ -118,6 +118,17 @@ class OrchestratorServicer:
         return orchestrator_pb2.ExplainSelectionResponse(
             decision=convert.decision(self._scheduler.explain(route)),
             estimated_prompt_tokens=route.prompt_tokens,
+        )
+
+    @served
+    async def ListPresets(
+        self, request: orchestrator_pb2.ListPresetsRequest, context: grpc.aio.ServicerContext
+    ) -> orchestrator_pb2.ListPresetsResponse:
+        return orchestrator_pb2.ListPresetsResponse(
+            presets=[
+                orchestrator_pb2.Preset(name=preset.name, description=preset.description, defaults=preset.defaults)
+                for preset in self._generation.presets
+            ]
         )
 
     # --------------------------------------------------------------- fleet ---

@@ -26,6 +26,10 @@ class RouteRequest:
     """By the request."""
     min_context_length: int = 0
     features: Feature = Feature.NONE
+    labels: tuple[tuple[str, str], ...] = ()
+    """That the server must have."""
+    preset: str = ""
+    """Whose weights hold; empty: the selector's own."""
 
     @property
     def context_needed(self) -> int:

@@ -392,7 +392,11 @@ class Fleet:
     def _rebuild(self, now: float) -> None:
         """The set of rows changed: build the table anew and fill in what moves."""
         self.table = CandidateTable(
-            [CandidateRow(server.id, card) for server in self._servers.values() for card in server.cards]
+            [
+                CandidateRow(server.id, card, server.report.identity.labels)
+                for server in self._servers.values()
+                for card in server.cards
+            ]
         )
         for server in self._servers.values():
             self._refresh(server)

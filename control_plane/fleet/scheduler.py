@@ -61,6 +61,8 @@ class Scheduler:
     ) -> None:
         self._fleet = fleet
         self._policy = policy
+        self.policies: Mapping[str, Policy] = {}
+        """Of presets with weights of their own, by name."""
         self._queue = queue
         self._clock = clock
         self._on_selected = on_selected
@@ -76,7 +78,7 @@ class Scheduler:
 
     def explain(self, request: RouteRequest) -> DecisionRecord:
         """What would be decided now."""
-        return explain(self._fleet.table, request, self._policy)
+        return explain(self._fleet.table, request, self._policy_for(request))
 
     async def acquire(self, request: RouteRequest, avoid: frozenset[ServerId], *, explain: bool = False) -> Grant:
         """Wait for a server that is not in `avoid`; end the grant with `release`.
@@ -110,7 +112,7 @@ class Scheduler:
             self._rate += min(1.0, elapsed) * (self._granted / elapsed - self._rate)
             self._granted, self._ticked = 0, now
         for entry in self._queue.expire(now):
-            record = explain(self._fleet.table, entry.request, self._policy, entry.avoid)
+            record = explain(self._fleet.table, entry.request, self._policy_for(entry.request), entry.avoid)
             _fail(entry, queue_timeout(now - entry.enqueued_at, record.summary))
         self._pump()
 
@@ -152,12 +154,12 @@ class Scheduler:
     ) -> Grant | None:
         """A grant if a server can start the request now, None if it must wait; raises if
         waiting is no use. Without `overtake` others wait already and go first; `queued` wait behind it."""
-        table = self._fleet.table
+        table, policy = self._fleet.table, self._policy_for(request)
         started = self._clock.monotonic()
-        choice = select(table, request, self._policy, avoid, queued)
+        choice = select(table, request, policy, avoid, queued)
         self._on_selected(self._clock.monotonic() - started)
         if choice.verdict is Verdict.CHOSEN and overtake:
-            record = explain(table, request, self._policy, avoid, queued) if with_record else None
+            record = explain(table, request, policy, avoid, queued) if with_record else None
             flight = self._fleet.begin(choice.row, now)
             self._granted += 1
             self._on_granted(request.priority, now - since)
@@ -165,6 +167,9 @@ class Scheduler:
         if choice.verdict is Verdict.IMPOSSIBLE or (choice.all_away and not self._may_return()):
             raise self._refusal(choice, request, avoid, now)
         return None
+
+    def _policy_for(self, request: RouteRequest) -> Policy:
+        return self.policies.get(request.preset, self._policy) if request.preset else self._policy
 
     def _may_return(self) -> bool:
         """Whether some server is expected back at any moment."""
@@ -178,7 +183,7 @@ class Scheduler:
         left = self._fleet.warming_up(now)
         if left and not avoid:
             return fleet_warming_up(left)
-        summary = explain(self._fleet.table, request, self._policy, avoid).summary
+        summary = explain(self._fleet.table, request, self._policy_for(request), avoid).summary
         if choice.verdict is Verdict.IMPOSSIBLE:
             return no_capable_server(summary)
         return servers_away(summary, 1.0)

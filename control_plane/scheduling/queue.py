@@ -223,6 +223,7 @@ def lane_of(request: RouteRequest, avoid: Iterable[ServerId] = ()) -> LaneKey:
         request.server_id,
         request.excluded.union(avoid),
         int(request.features),
+        request.labels,
         (max(request.context_needed, 1) - 1).bit_length(),
     )
 

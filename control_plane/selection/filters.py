@@ -79,6 +79,23 @@ def _server_detail(query: Query, row: int) -> str:
     return f"server {query.table.rows[row].server_id} is not {query.request.server_id}"
 
 
+def _labels(query: Query) -> Mask | None:
+    if not query.request.labels:
+        return None
+    table = query.table
+    passing = np.zeros(len(table), dtype=np.bool_)
+    for span in table.spans.values():
+        labels = table.rows[span.start].labels
+        passing[span] = all(labels.get(key) == value for key, value in query.request.labels)
+    return passing
+
+
+def _labels_detail(query: Query, row: int) -> str:
+    labels = query.table.rows[row].labels
+    missing = [f"{key}={value}" for key, value in query.request.labels if labels.get(key) != value]
+    return f"server {query.table.rows[row].server_id} lacks the label {', '.join(missing)}"
+
+
 def _task_type(query: Query) -> Mask | None:
     return query.table.offers[query.request.task_type]
 
@@ -196,6 +213,7 @@ PERMANENT: tuple[Filter, ...] = (
     Filter(RejectionReason.MODEL_MISMATCH, _model, _model_detail),
     Filter(RejectionReason.PROVIDER_MISMATCH, _provider, _provider_detail),
     Filter(RejectionReason.SERVER_MISMATCH, _server, _server_detail),
+    Filter(RejectionReason.SERVER_MISMATCH, _labels, _labels_detail),
     Filter(RejectionReason.TASK_TYPE, _task_type, _task_type_detail),
     Filter(RejectionReason.CONTEXT_TOO_SHORT, _context, _context_detail),
     Filter(RejectionReason.FEATURE_MISSING, _features, _features_detail),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -27,6 +27,8 @@ class CandidateRow:
 
     server_id: ServerId
     card: ModelCard
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Of the server."""
 
 
 class CandidateTable:

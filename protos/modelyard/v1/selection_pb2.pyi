@@ -53,20 +53,29 @@ REJECTION_REASON_LOADING_TAKES_LONGER: RejectionReason
 REJECTION_REASON_MODEL_NOT_HERE: RejectionReason
 
 class Requirements(_message.Message):
-    __slots__ = ("model", "provider", "server_id", "excluded_server_ids", "min_context_length", "features")
+    __slots__ = ("model", "provider", "server_id", "excluded_server_ids", "min_context_length", "features", "labels")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROVIDER_FIELD_NUMBER: _ClassVar[int]
     SERVER_ID_FIELD_NUMBER: _ClassVar[int]
     EXCLUDED_SERVER_IDS_FIELD_NUMBER: _ClassVar[int]
     MIN_CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
     model: str
     provider: str
     server_id: str
     excluded_server_ids: _containers.RepeatedScalarFieldContainer[str]
     min_context_length: int
     features: _containers.RepeatedScalarFieldContainer[_fleet_pb2.ModelFeature]
-    def __init__(self, model: _Optional[str] = ..., provider: _Optional[str] = ..., server_id: _Optional[str] = ..., excluded_server_ids: _Optional[_Iterable[str]] = ..., min_context_length: _Optional[int] = ..., features: _Optional[_Iterable[_Union[_fleet_pb2.ModelFeature, str]]] = ...) -> None: ...
+    labels: _containers.ScalarMap[str, str]
+    def __init__(self, model: _Optional[str] = ..., provider: _Optional[str] = ..., server_id: _Optional[str] = ..., excluded_server_ids: _Optional[_Iterable[str]] = ..., min_context_length: _Optional[int] = ..., features: _Optional[_Iterable[_Union[_fleet_pb2.ModelFeature, str]]] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Decision(_message.Message):
     __slots__ = ("verdict", "server_id", "model", "provider", "candidates", "summary")

@@ -25,7 +25,7 @@ models:
 
 def test_a_definition_is_read_whole(tmp_path: Path) -> None:
     (tmp_path / "ollama.yaml").write_text(GOOD)
-    definitions = read(tmp_path)
+    definitions = read(tmp_path).definitions
     assert definitions.get(Provider("ollama"), ModelName("llama3.1:8b")) == ModelDefinition(
         provider=Provider("ollama"),
         name=ModelName("llama3.1:8b"),
@@ -79,7 +79,7 @@ def test_a_bad_edit_keeps_the_previous_definitions(tmp_path: Path, caplog: pytes
     path.write_text(GOOD + "  added: {}\n")
     changed = watcher.poll()
     assert changed is not None
-    assert changed.get(Provider("ollama"), ModelName("added"))
+    assert changed.definitions.get(Provider("ollama"), ModelName("added"))
 
 
 def test_the_shorter_context_length_holds() -> None:

@@ -40,5 +40,5 @@ def test_every_section_of_the_example_is_read_by_somebody() -> None:
 
 
 def test_the_example_definitions_are_sound() -> None:
-    found = definitions.read(DEPLOY / "models").get(Provider("openai"), ModelName("large-hosted-model"))
+    found = definitions.read(DEPLOY / "models").definitions.get(Provider("openai"), ModelName("large-hosted-model"))
     assert found and found.price and found.price.completion == 10.0

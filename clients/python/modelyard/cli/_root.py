@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "embed": ("generate", "embed", "Turn texts into vectors."),
     "explain": ("inspect", "explain", "Show what would be chosen for a request, and why."),
     "models": ("models", "models", "List the models of the fleet; pull, load and unload one."),
+    "presets": ("presets", "presets", "List the presets that a request may name."),
     "servers": ("inspect", "servers", "List the model servers of the fleet."),
     "drain": ("inspect", "drain", "Let a model server finish what it has and take nothing new."),
     "control-plane": ("programs", "control_plane", "Run a control plane."),

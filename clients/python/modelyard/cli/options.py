@@ -54,6 +54,7 @@ _REQUIREMENTS = (
 _ROUTING = (
     *_REQUIREMENTS,
     click.option("--task-type", type=click.Choice(TASK_TYPES), metavar="TYPE", help="The kind of work. Default: chat."),
+    click.option("--preset", metavar="NAME", help="Fills what is not given here: see `modelyard presets`."),
     click.option("--system", metavar="TEXT", help="Instructions that hold for the whole conversation."),
     click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Most tokens to generate."),
 )

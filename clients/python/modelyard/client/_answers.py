@@ -156,6 +156,26 @@ def _candidate(message: selection_pb2.Candidate) -> types.Candidate:
 # --------------------------------------------------------------------- fleet ---
 
 
+def preset(message: orchestrator_pb2.Preset) -> types.Preset:
+    defaults, wanted = message.defaults, message.defaults.requirements
+    return types.Preset(
+        name=message.name,
+        description=message.description,
+        task_type=names.TASK_TYPE.name(defaults.task_type),
+        priority=names.PRIORITY.name(defaults.priority),
+        system="".join(part.text for each in defaults.input.messages for part in each.content),
+        sampling={
+            field.name: list(value) if field.name == "stop" else value
+            for field, value in defaults.input.sampling.ListFields()
+        },
+        model=wanted.model,
+        provider=wanted.provider,
+        min_context_length=wanted.min_context_length,
+        features=names.FEATURE.each(wanted.features),
+        labels=dict(wanted.labels),
+    )
+
+
 def model(message: fleet_pb2.Model) -> types.Model:
     return types.Model(
         name=message.name,

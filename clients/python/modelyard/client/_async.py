@@ -26,6 +26,7 @@ from modelyard.client._types import (
     Health,
     Model,
     ModelProgress,
+    Preset,
     ServerStatus,
 )
 from modelyard.rpc.channels import channel
@@ -136,6 +137,11 @@ class AsyncClient:
         """Every model that a server offers or a definition names, by name."""
         response = await self._call("ListModels", orchestrator_pb2.ListModelsRequest(), timeout)
         return tuple(answers.model(model) for model in response.models)
+
+    async def presets(self, *, timeout: float | None = None) -> tuple[Preset, ...]:
+        """Every preset that a request may name, by name."""
+        response = await self._call("ListPresets", orchestrator_pb2.ListPresetsRequest(), timeout)
+        return tuple(answers.preset(preset) for preset in response.presets)
 
     async def model(self, name: str, *, timeout: float | None = None) -> Model:
         """One model by "name" or "provider/name"; raises UnknownModel."""

@@ -35,7 +35,7 @@ class Requirements(TypedDict, total=False):
     """Least context length in tokens."""
     features: Sequence[str]
     """Features that the model must have: see `FEATURES`."""
-    priority: str
+    priority: str | None
     """See `PRIORITIES`; default "normal"."""
     request_id: str | None
     """To find the request in logs; made up by the control plane if not given."""
@@ -48,7 +48,9 @@ class GenerateOptions(Requirements, total=False):
     """Continue the text as it stands, without a chat template."""
     system: str | None
     """Instructions, put before the messages."""
-    task_type: str
+    preset: str | None
+    """Fills what is left out here: see `Client.presets`."""
+    task_type: str | None
     """The kind of work: see `TASK_TYPES`; default "chat"."""
     max_tokens: int | None
     temperature: float | None
@@ -88,8 +90,9 @@ def generate_request(
     *,
     raw_prompt: bool = False,
     system: str | None = None,
-    task_type: str = "chat",
-    priority: str = "normal",
+    task_type: str | None = None,
+    priority: str | None = None,
+    preset: str | None = None,
     request_id: str | None = None,
     explain: bool = False,
     model: str | None = None,
@@ -137,11 +140,12 @@ def generate_request(
             tools=[_tool(tool) for tool in tools],
             tool_choice=_tool_choice(tool_choice),
         ),
-        task_type=names.TASK_TYPE.number(task_type),  # type: ignore[arg-type]
-        priority=names.PRIORITY.number(priority),  # type: ignore[arg-type]
+        task_type=names.TASK_TYPE.number(task_type) if task_type else 0,  # type: ignore[arg-type]
+        priority=names.PRIORITY.number(priority) if priority else 0,  # type: ignore[arg-type]
         requirements=_requirements(model, provider, server_id, excluded_server_ids, min_context_length, features),
         explain=explain,
         request_id=request_id or "",
+        preset=preset or "",
     )
 
 

@@ -24,6 +24,7 @@ from modelyard.client._types import (
     Health,
     Model,
     ModelProgress,
+    Preset,
     ServerStatus,
 )
 
@@ -183,6 +184,10 @@ class Client:
     def models(self, *, timeout: float | None = None) -> tuple[Model, ...]:
         """Every model that a server offers or a definition names, by name."""
         return self._run(self._client.models(timeout=timeout))
+
+    def presets(self, *, timeout: float | None = None) -> tuple[Preset, ...]:
+        """Every preset that a request may name, by name."""
+        return self._run(self._client.presets(timeout=timeout))
 
     def model(self, name: str, *, timeout: float | None = None) -> Model:
         """One model by "name" or "provider/name"; raises UnknownModel."""

@@ -368,6 +368,24 @@ class ModelProgress(Value):
 
 
 @dataclass(frozen=True, slots=True)
+class Preset(Value):
+    """A named bundle of parameters and requirements; empty and missing values leave the request's own."""
+
+    name: str
+    description: str
+    task_type: str
+    priority: str
+    system: str
+    sampling: Mapping[str, Any]
+    """Parameters of `generate`, such as temperature and max_tokens."""
+    model: str
+    provider: str
+    min_context_length: int
+    features: tuple[str, ...]
+    labels: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class ServerStatus(Value):
     """A model server as the control plane sees it."""
 
