@@ -9,6 +9,11 @@ _PACKAGES: dict[str, tuple[str, ...]] = {
     "cli": ("click", "rich", "yaml"),
     "server": ("grpc_health", "grpc_reflection", "numpy", "prometheus_client", "pydantic"),
     "mlx": ("llguidance", "mlx", "mlx_lm"),
+    "vllm": ("aiohttp",),
+    "openai": ("aiohttp",),
+    "ollama": ("ollama",),
+    "anthropic": ("anthropic",),
+    "bedrock": ("boto3",),
 }
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from modelyard.cli.discover import Offer, choose
 from modelyard.cli.errors import USAGE, CliError
 from modelyard.cli.extras import missing
 from modelyard.cli.fleet_process import Program
@@ -47,9 +48,20 @@ class Plan:
 
 
 def make_plan(
-    config: Path | None, *, port: int | None, metrics_port: int | None, servers: Sequence[str], no_servers: bool
+    config: Path | None,
+    *,
+    port: int | None,
+    metrics_port: int | None,
+    servers: Sequence[str],
+    no_servers: bool,
+    offers: Callable[[], Sequence[Offer]] = tuple,
+    wanted: Sequence[str] = (),
 ) -> Plan:
-    """The plan of `up`. Raises CliError naming what does not fit."""
+    """The plan of `up`. Raises CliError naming what does not fit.
+
+    `offers` looks for engines on this machine, and is asked where nobody says what to start; `wanted` are the hosted
+    ones among them that may be used.
+    """
     arguments = list(_config(config))
     if port is not None:
         arguments += ["--port", str(port)]
@@ -68,9 +80,25 @@ def make_plan(
         if "servers" in part:
             entries = _entries(part["servers"], f"{config}: up.servers")
         else:
-            entry, remarks = default_server()
-            entries = [entry]
+            entries, remarks = found_servers(offers(), wanted)
     return Plan(tuple(arguments), name_servers(entries), config, remarks)
+
+
+def found_servers(offers: Sequence[Offer], wanted: Sequence[str]) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+    """A server beside each engine found; the bundled model where no engine on this machine was found."""
+    absent = sorted(set(wanted) - {offer.name for offer in offers})
+    if absent:
+        raise CliError(
+            f"--with {absent[0]}: not found on this machine; found: {', '.join(o.name for o in offers) or 'nothing'}",
+            USAGE,
+            "USAGE",
+        )
+    chosen, remarks = choose(offers, wanted)
+    entries = [dict(offer.entry) for offer in chosen]
+    if all(offer.hosted for offer in chosen):
+        entry, more = default_server()
+        return [entry, *entries], (*remarks, *more)
+    return entries, tuple(remarks)
 
 
 def default_server() -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import click
 
+from modelyard.cli import service_unit
 from modelyard.cli.errors import CliError
 from modelyard.cli.extras import cure
 
@@ -23,6 +24,14 @@ def command(module: str, arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
+def _run(name: str, module: str, arguments: Sequence[str]) -> None:
+    kind, rest = service_unit.split(arguments)
+    if kind is not None:
+        click.echo(service_unit.unit(kind, name, module, rest), nl=False)
+    else:
+        _become(f"modelyard {name}", module, rest)
+
+
 def _become(what: str, module: str, arguments: Sequence[str]) -> NoReturn:
     problem = cure(what, "server")
     if problem:
@@ -35,11 +44,11 @@ def _become(what: str, module: str, arguments: Sequence[str]) -> NoReturn:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def control_plane(arguments: tuple[str, ...]) -> None:
     """Run a control plane; see `modelyard control-plane --help` for its settings."""
-    _become("modelyard control-plane", "control_plane", arguments)
+    _run("control-plane", "control_plane", arguments)
 
 
 @click.command("model-server", context_settings=_PASS_ON, add_help_option=False)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def model_server(arguments: tuple[str, ...]) -> None:
     """Run a model server; see `modelyard model-server --help` for its settings."""
-    _become("modelyard model-server", "model_servers", arguments)
+    _run("model-server", "model_servers", arguments)

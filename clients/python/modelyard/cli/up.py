@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from modelyard.cli.attachment import until_attached
+from modelyard.cli.discover import discover
 from modelyard.cli.errors import FAILED, INTERRUPTED, CliError
 from modelyard.cli.extras import cure
 from modelyard.cli.fleet_process import FleetProcess
@@ -33,6 +34,14 @@ _LAST_WORDS = 1.0
     help="A model server with settings of its engine; `id` names it. May be repeated; replaces up.servers.",
 )
 @click.option("--no-servers", is_flag=True, help="The control plane only; model servers attach from elsewhere.")
+@click.option("--no-discover", is_flag=True, help="Do not look for engines on this machine.")
+@click.option(
+    "--with",
+    "wanted",
+    multiple=True,
+    metavar="PROVIDER",
+    help="Also use this hosted provider, found by its key in the environment. May be repeated.",
+)
 @as_json
 @click.pass_obj
 def up(
@@ -42,10 +51,13 @@ def up(
     metrics_port: int | None,
     servers: tuple[str, ...],
     no_servers: bool,
+    no_discover: bool,
+    wanted: tuple[str, ...],
 ) -> int:
     """Run a control plane and model servers on this machine.
 
-    Without settings: one MLX server with the bundled model. Ctrl-C lets running requests finish; a second one ends
+    Without settings: a model server beside each engine that is found on this machine (a running Ollama or vLLM, an
+    MLX model in the cache), or else one with the bundled model. Ctrl-C lets running requests finish; a second one ends
     everything at once. With --json, what happens is printed as one JSON object a line.
 
     \b
@@ -61,6 +73,8 @@ def up(
         metrics_port=metrics_port,
         servers=servers,
         no_servers=no_servers,
+        offers=tuple if no_discover else discover,
+        wanted=wanted,
     )
     return asyncio.run(_up(plan, view_for(as_json=session.json)))
 
