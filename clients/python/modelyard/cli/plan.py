@@ -45,6 +45,8 @@ class Plan:
     config: Path | None = None
     remarks: tuple[str, ...] = ()
     """What people should know about the choice."""
+    pulls: tuple[str, ...] = ()
+    """Models to fetch and load once the servers are there."""
 
 
 def make_plan(
@@ -56,6 +58,7 @@ def make_plan(
     no_servers: bool,
     offers: Callable[[], Sequence[Offer]] = tuple,
     wanted: Sequence[str] = (),
+    pulls: Sequence[str] = (),
 ) -> Plan:
     """The plan of `up`. Raises CliError naming what does not fit.
 
@@ -81,7 +84,7 @@ def make_plan(
             entries = _entries(part["servers"], f"{config}: up.servers")
         else:
             entries, remarks = found_servers(offers(), wanted)
-    return Plan(tuple(arguments), name_servers(entries), config, remarks)
+    return Plan(tuple(arguments), name_servers(entries), config, remarks, tuple(pulls))
 
 
 def found_servers(offers: Sequence[Offer], wanted: Sequence[str]) -> tuple[list[dict[str, Any]], tuple[str, ...]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,11 +15,14 @@ from modelyard.cli.attachment import until_attached
 from modelyard.cli.discover import discover
 from modelyard.cli.errors import FAILED, INTERRUPTED, CliError
 from modelyard.cli.extras import cure
-from modelyard.cli.fleet_process import FleetProcess
+from modelyard.cli.fleet_process import Child, FleetProcess
 from modelyard.cli.options import as_json
 from modelyard.cli.plan import Plan, make_plan
 from modelyard.cli.session import Session, configuration_file
 from modelyard.cli.up_view import UpView, view_for
+
+if TYPE_CHECKING:
+    from modelyard.client import ServerStatus
 
 _LAST_WORDS = 1.0
 
@@ -42,6 +47,13 @@ _LAST_WORDS = 1.0
     metavar="PROVIDER",
     help="Also use this hosted provider, found by its key in the environment. May be repeated.",
 )
+@click.option(
+    "--pull",
+    "pulls",
+    multiple=True,
+    metavar="MODEL",
+    help="Fetch this model and load it, where a model server can, before anything else. May be repeated.",
+)
 @as_json
 @click.pass_obj
 def up(
@@ -53,6 +65,7 @@ def up(
     no_servers: bool,
     no_discover: bool,
     wanted: tuple[str, ...],
+    pulls: tuple[str, ...],
 ) -> int:
     """Run a control plane and model servers on this machine.
 
@@ -75,6 +88,7 @@ def up(
         no_servers=no_servers,
         offers=tuple if no_discover else discover,
         wanted=wanted,
+        pulls=pulls,
     )
     return asyncio.run(_up(plan, view_for(as_json=session.json)))
 
@@ -135,6 +149,27 @@ async def _reason(work: asyncio.Task[str]) -> CliError:
         return error
 
 
+async def _attached(
+    address: str, supervisors: Mapping[str, asyncio.Task[Child]], pulls: Sequence[str], view: UpView
+) -> tuple[ServerStatus, ...]:
+    """The servers, once they are there and have fetched and loaded what they should."""
+    servers = await until_attached(address, supervisors)
+    if not pulls:
+        return servers
+    from modelyard.client import AsyncClient, ModelyardError
+
+    async with AsyncClient(address) as client:
+        for name in pulls:
+            try:
+                with view.progress(name) as progress:
+                    for order in (client.pull_model, client.load_model):
+                        async for step in order(name):
+                            progress.step(step)
+            except ModelyardError as error:
+                view.remark(f"{name}: {error.message}")
+        return await client.servers()
+
+
 async def _serve(fleet: FleetProcess, plan: Plan, view: UpView) -> str:
     """Start everything and wait for the end of the control plane; how it ended."""
     for remark in plan.remarks:
@@ -145,7 +180,7 @@ async def _serve(fleet: FleetProcess, plan: Plan, view: UpView) -> str:
         server.server_id: fleet.start_server(server.program(address, plan.config)) for server in plan.servers
     }
     end = asyncio.create_task(fleet.control_plane_end(), name="control-plane-end")
-    attached = asyncio.create_task(until_attached(address, supervisors), name="attached")
+    attached = asyncio.create_task(_attached(address, supervisors, plan.pulls, view), name="attached")
     try:
         await asyncio.wait({end, attached}, return_when=asyncio.FIRST_COMPLETED)
         if attached.done() and attached.exception():

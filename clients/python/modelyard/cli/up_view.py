@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modelyard.cli.fleet_process import CONTROL_PLANE, Event
 from modelyard.cli.output import Column, is_terminal, print_table, printable
+from modelyard.cli.progress_view import Bar, Lines, ProgressView
 
 if TYPE_CHECKING:
-    from modelyard.client import ServerStatus
+    from modelyard.client import ModelProgress, ServerStatus
 
 
 class UpView:
@@ -31,6 +32,10 @@ class UpView:
 
     def remark(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
+
+    def progress(self, name: str) -> ProgressView:
+        """How a model is shown while it is fetched and loaded."""
+        return Lines(name)
 
     def up(self, facts: Mapping[str, Any], servers: Sequence[ServerStatus]) -> None:
         """Everything is ready."""
@@ -99,6 +104,10 @@ class TerminalView(UpView):
     def remark(self, text: str) -> None:
         self._console.print(printable(text), style="yellow", soft_wrap=True)
 
+    def progress(self, name: str) -> ProgressView:
+        self.close()  # two moving lines would tear each other up
+        return Bar(name)
+
     def up(self, facts: Mapping[str, Any], servers: Sequence[ServerStatus]) -> None:
         self.close()
         super().up(facts, servers)
@@ -129,6 +138,9 @@ class JsonView(UpView):
     def remark(self, text: str) -> None:
         self._print({"event": "remark", "message": text.strip()})
 
+    def progress(self, name: str) -> ProgressView:
+        return _Steps(self._print, name)
+
     def up(self, facts: Mapping[str, Any], servers: Sequence[ServerStatus]) -> None:
         ready = {"event": "up", "address": facts["address"], "metrics": facts.get("metrics")}
         self._print({**ready, "servers": [server.to_dict() for server in servers]})
@@ -141,6 +153,17 @@ class JsonView(UpView):
 
     def _print(self, facts: Mapping[str, Any]) -> None:
         print(json.dumps(facts, ensure_ascii=False), flush=True)
+
+
+class _Steps(ProgressView):
+    """Each step as an event."""
+
+    def __init__(self, show: Callable[[Mapping[str, Any]], None], name: str) -> None:
+        self._show = show
+        self._name = name
+
+    def step(self, step: ModelProgress) -> None:
+        self._show({"event": "model", "model": self._name, **step.to_dict()})
 
 
 def view_for(*, as_json: bool) -> UpView:
