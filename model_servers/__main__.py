@@ -39,18 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return _USAGE
     try:
-        return run(_serve(settings, engine))
+        return run(_serve(settings, engine, metered=plugin.metered))
     except OSError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
 
 
-async def _serve(settings: ModelServerSettings, engine: Engine) -> int:
+async def _serve(settings: ModelServerSettings, engine: Engine, *, metered: bool) -> int:
     def announce(program: str, **facts: str | int) -> None:
         settle_memory()
         announce_ready(program, **facts)
 
-    return await ModelServer(settings, engine).run(told_to_stop(watch_parent=settings.watch_parent), announce)
+    server = ModelServer(settings, engine, metered=metered)
+    return await server.run(told_to_stop(watch_parent=settings.watch_parent), announce)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,16 @@ import grpc.aio
 
 from model_servers import config, convert
 from model_servers.admission import Admission
+from model_servers.condition import Condition
 from model_servers.config import ModelServerSettings
 from model_servers.description import SelfDescription
 from model_servers.engine import Engine, EngineFailed, Health
 from model_servers.lifecycle import Lifecycle
+from model_servers.models import Keeper
 from model_servers.performance import Recorder
 from model_servers.reporter import Reporter
 from model_servers.servicer import SERVICE, ModelServerServicer
+from model_servers.watchdog import Watchdog
 from modelyard.rpc.server import HealthHandle, bind, create_server, enable_standard_services, service_handler
 
 _log = logging.getLogger(__name__)
@@ -31,6 +34,8 @@ _TELL_SECONDS = 0.5
 """How long stopping waits for the control planes to hear of it."""
 _FAIL_SECONDS = 2.0
 """How long requests that the closed engine has failed may take to say so."""
+_LOCAL_STALL_SECONDS, _METERED_STALL_SECONDS = 10.0, 120.0
+"""Silence that is a stall where nothing else is set. Hosted models may think for a minute and send nothing."""
 
 
 class Announce(Protocol):
@@ -43,8 +48,14 @@ class ModelServer:
     """One model server process around one engine."""
 
     def __init__(
-        self, settings: ModelServerSettings, engine: Engine, *, clock: Callable[[], float] = time.monotonic
+        self,
+        settings: ModelServerSettings,
+        engine: Engine,
+        *,
+        metered: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`metered`: see EnginePlugin."""
         self._settings = settings
         self._engine = engine
         self._clock = clock
@@ -56,6 +67,26 @@ class ModelServer:
             draining=lambda: self._lifecycle.draining,
             clock=clock,
         )
+        self._keeper = Keeper(
+            engine,
+            keep_warm=settings.keep_warm,
+            idle_unload_seconds=settings.idle_unload_seconds,
+            memory_limit_bytes=settings.memory_limit_bytes,
+            paused=lambda: self._lifecycle.draining or self._watchdog.ailing,
+            clock=clock,
+        )
+        self._watchdog = Watchdog(
+            engine,
+            self._keeper,
+            self._recorder,
+            stall_seconds=settings.stall_seconds or (_METERED_STALL_SECONDS if metered else _LOCAL_STALL_SECONDS),
+            canary_seconds=settings.canary_seconds,
+            metered=metered,
+            draining=lambda: self._lifecycle.draining,
+            stuck=self._stuck,
+            clock=clock,
+        )
+        self._condition = Condition(engine, self._keeper, self._watchdog)
         self._reporters: list[Reporter] = []
         self._started = False
         self._over: asyncio.Future[tuple[str, int]] | None = None
@@ -73,12 +104,23 @@ class ModelServer:
             labels=settings.labels,
             version=_own_version(),
         )
-        description = SelfDescription(identity, self._engine, self._admission, self._lifecycle, self._recorder)
+        description = SelfDescription(
+            identity,
+            self._condition,
+            self._admission,
+            self._lifecycle,
+            self._recorder,
+            manages_models=self._keeper.manages,
+        )
         servicer = ModelServerServicer(
             self._engine,
+            self._condition,
             description,
             self._admission,
             self._recorder,
+            self._keeper,
+            self._watchdog,
+            draining=lambda: self._lifecycle.draining,
             max_seconds=settings.max_generation_seconds,
             slow_reader_seconds=settings.slow_reader_seconds,
             clock=self._clock,
@@ -103,6 +145,9 @@ class ModelServer:
                     group.create_task(self._wait_for(stop), name="stop-signal"),
                     group.create_task(self._watch_engine(health, description), name="engine-watch"),
                     group.create_task(come_up(), name="engine-start"),
+                    group.create_task(self._keeper.run(), name="model-upkeep"),
+                    group.create_task(self._watchdog.watch(), name="watchdog"),
+                    group.create_task(self._watchdog.tend(), name="watchdog-mend"),
                     *(group.create_task(self._report(each), name=f"report-{each.target}") for each in self._reporters),
                 ]
                 why, status = await self._over
@@ -111,6 +156,7 @@ class ModelServer:
                 for task in side:
                     task.cancel()
         finally:
+            await self._keeper.close()
             await self._engine.close()
             await server.stop(0)
         return status
@@ -134,6 +180,10 @@ class ModelServer:
         if not self._reporters:
             self._end("a newer instance with this server id has taken over at every control plane", 1)
 
+    def _stuck(self, why: str) -> None:
+        if self._settings.exit_when_stuck:
+            self._end(f"the engine is stuck: {why}", 1)
+
     def _end(self, why: str, status: int) -> None:
         if self._over is not None and not self._over.done():
             self._over.set_result((why, status))
@@ -143,7 +193,7 @@ class ModelServer:
         changes = self._lifecycle.changes
         known = description.news()
         while True:
-            ready = self._engine.status().health is Health.READY and self._started and not self._lifecycle.draining
+            ready = self._condition.status().health is Health.READY and self._started and not self._lifecycle.draining
             await health.set_serving(SERVICE.full_name, ready)
             seen = changes.version
             try:

@@ -62,6 +62,34 @@ class ModelServerSettings(Settings):
     slow_reader_seconds: float = Field(
         10.0, gt=0, description="How long a caller may leave a piece of its answer unread before it is cut off."
     )
+    keep_warm: tuple[str, ...] = Field(
+        (), description="Models that are loaded at the start, after a restart of the engine, and when found cold."
+    )
+    idle_unload_seconds: float = Field(
+        0.0, ge=0, description="Unload a model that nobody has used for so long; 0: never. Not those kept warm."
+    )
+    memory_limit_bytes: int = Field(
+        0, ge=0, description="Memory that warm models may take together; idle ones make room for another. 0: no limit."
+    )
+    stall_seconds: float | None = Field(
+        None,
+        gt=0,
+        description=(
+            "Silence of a model with work in hand, beyond what its prompts need, after which the engine is unhealthy. "
+            "Empty: 10, or 120 for engines whose tokens cost money, which may think unheard."
+        ),
+    )
+    canary_seconds: float = Field(
+        20.0,
+        ge=0,
+        description="Generate one token on a warm model that nobody has used for so long, to see that it works; "
+        "0: never. Never with engines whose tokens cost money.",
+    )
+    exit_when_stuck: bool = Field(
+        False,
+        description="End the process, status 1, when the engine stopped producing tokens and cannot be restarted "
+        "inside it; for a supervisor that starts it again.",
+    )
     drain_grace: float = Field(
         30.0, ge=0, description="Seconds that running requests have to end when the server is stopped."
     )

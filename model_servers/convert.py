@@ -21,6 +21,7 @@ from model_servers.engine import (
     Image,
     Message,
     OutOfMemory,
+    Progress,
     RateLimited,
     Role,
     Sampling,
@@ -30,6 +31,7 @@ from model_servers.engine import (
     UnknownModel,
     Unsupported,
 )
+from model_servers.fingerprint import fingerprint
 from model_servers.performance import Means, Timing
 from modelyard.rpc.errors import Refusal, Violation
 from modelyard.rpc.reasons import Reason
@@ -168,6 +170,15 @@ def embed_response(embeddings: Embeddings) -> model_server_pb2.ModelServerEmbedR
     return response
 
 
+def model_progress(progress: Progress) -> fleet_pb2.ModelProgress:
+    return fleet_pb2.ModelProgress(
+        state=int(progress.state),  # type: ignore[arg-type]
+        detail=progress.detail,
+        completed_bytes=progress.completed_bytes,
+        total_bytes=progress.total_bytes,
+    )
+
+
 def _nanoseconds(seconds: float) -> int:
     return max(0, round(seconds * 1e9))
 
@@ -236,6 +247,7 @@ def server_report(
     load: Load,
     means: Mapping[str, Means],
     *,
+    manages_models: bool,
     draining: bool,
     lease_epoch: int,
 ) -> fleet_pb2.ServerReport:
@@ -247,7 +259,7 @@ def server_report(
             labels=identity.labels,
             version=identity.version,
         ),
-        engine=fleet_pb2.EngineInfo(name=status.engine, version=status.version),
+        engine=fleet_pb2.EngineInfo(name=status.engine, version=status.version, manages_models=manages_models),
         hardware=fleet_pb2.HardwareInfo(
             device=status.device,
             memory_bytes=status.memory_bytes,
@@ -271,11 +283,13 @@ def server_report(
         pool = status.pool
         report.pool.size, report.pool.in_use = pool.size, pool.in_use
         report.pool.opened, report.pool.reused = pool.opened, pool.reused
-    report.models.extend(_model_info(model, means.get(model.name)) for model in status.models)
+    report.models.extend(
+        _model_info(model, means.get(model.name), fingerprint(status, model)) for model in status.models
+    )
     return report
 
 
-def _model_info(model: EngineModel, means: Means | None) -> fleet_pb2.ModelInfo:
+def _model_info(model: EngineModel, means: Means | None, fingerprint: str) -> fleet_pb2.ModelInfo:
     info = fleet_pb2.ModelInfo(
         name=model.name,
         provider=model.provider,
@@ -285,6 +299,7 @@ def _model_info(model: EngineModel, means: Means | None) -> fleet_pb2.ModelInfo:
         state=int(model.state),  # type: ignore[arg-type]
         state_detail=model.state_detail,
         memory_bytes=model.memory_bytes,
+        fingerprint=fingerprint,
     )
     if model.load_seconds is not None:
         info.load_time.FromNanoseconds(_nanoseconds(model.load_seconds))

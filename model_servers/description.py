@@ -9,7 +9,8 @@ from collections.abc import Hashable
 
 from model_servers import convert
 from model_servers.admission import Admission
-from model_servers.engine import Engine, EngineStatus
+from model_servers.condition import Condition
+from model_servers.engine import EngineStatus
 from model_servers.lifecycle import Lifecycle
 from model_servers.performance import Recorder
 from modelyard.v1 import fleet_pb2
@@ -25,21 +26,24 @@ class SelfDescription:
     def __init__(
         self,
         identity: convert.Identity,
-        engine: Engine,
+        condition: Condition,
         admission: Admission,
         lifecycle: Lifecycle,
         recorder: Recorder,
+        *,
+        manages_models: bool,
     ) -> None:
         self.identity = identity
         self._host = this_host()
-        self._engine = engine
+        self._condition = condition
         self._admission = admission
         self._lifecycle = lifecycle
         self._recorder = recorder
+        self._manages_models = manages_models
 
     def report(self, orchestrator_id: str = "", lease_epoch: int = 0) -> fleet_pb2.ServerReport:
         """The whole state, as it is told to that control plane (empty: to nobody in particular)."""
-        status = self._engine.status()
+        status = self._condition.status()
         means = {model.name: found for model in status.models if (found := self._recorder.means(model.name))}
         return convert.server_report(
             self.identity,
@@ -47,6 +51,7 @@ class SelfDescription:
             status,
             self._load(status, orchestrator_id),
             means,
+            manages_models=self._manages_models,
             draining=self._lifecycle.draining,
             lease_epoch=lease_epoch,
         )
@@ -63,6 +68,6 @@ class SelfDescription:
 
     def news(self) -> Hashable:
         """What is worth a report at once when it changes: not load, which changes all the time."""
-        status = self._engine.status()
-        models = tuple((m.provider, m.name, m.context_length, m.features) for m in status.models)
+        status = self._condition.status()
+        models = tuple((m.provider, m.name, m.context_length, m.features, m.state) for m in status.models)
         return status.health, status.health_detail, status.load.slots, models

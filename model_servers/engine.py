@@ -149,6 +149,10 @@ class Tool:
     """JSON Schema; empty means no arguments."""
 
 
+CANARY_ID = "canary"
+"""GenerationRequest.request_id of what nobody asked for: see model_servers.watchdog."""
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """Exactly one of `messages` and `prompt` is given; values were validated at the edge."""
@@ -293,6 +297,9 @@ class EngineStatus:
     memory_used_bytes: int = 0
     """Of `memory_bytes`, what the models take now; 0: not known."""
     pool: Pool | None = None
+    progress: int = 0
+    """Grows with every step that the engine computes, prefill and tokens that are held back included;
+    0: the engine does not tell, and is judged by what it sends."""
 
 
 # ------------------------------------------------------------------ errors ---

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import replace
 
 import grpc.aio
 
 from model_servers import convert
 from model_servers.admission import Admission
+from model_servers.condition import Condition
 from model_servers.description import SelfDescription
 from model_servers.engine import (
     Delta,
@@ -22,11 +24,13 @@ from model_servers.engine import (
     GenerationRequest,
     Health,
 )
+from model_servers.models import Keeper, Step
 from model_servers.performance import Recorder, Timing
+from model_servers.watchdog import Run, Watchdog, prompt_tokens, text_tokens
 from modelyard.rpc import validation
-from modelyard.rpc.errors import Refusal, invalid
+from modelyard.rpc.errors import Refusal, Violation, invalid
 from modelyard.rpc.reasons import Reason
-from modelyard.v1 import model_server_pb2
+from modelyard.v1 import fleet_pb2, model_server_pb2
 
 _log = logging.getLogger(__name__)
 
@@ -42,18 +46,26 @@ class ModelServerServicer:
     def __init__(
         self,
         engine: Engine,
+        condition: Condition,
         description: SelfDescription,
         admission: Admission,
         recorder: Recorder,
+        keeper: Keeper,
+        watchdog: Watchdog,
         *,
+        draining: Callable[[], bool],
         max_seconds: float,
         slow_reader_seconds: float,
         clock: Callable[[], float],
     ) -> None:
         self._engine = engine
+        self._condition = condition
         self._description = description
         self._admission = admission
         self._recorder = recorder
+        self._keeper = keeper
+        self._watchdog = watchdog
+        self._draining = draining
         self._max_seconds = max_seconds
         self._slow_reader_seconds = slow_reader_seconds
         self._clock = clock
@@ -82,14 +94,17 @@ class ModelServerServicer:
         with self._admission.place(request.orchestrator_id):
             self._check(request.model, Feature.EMBEDDING)
             embeddings: Embeddings
+            run: Run | None = None
             try:
                 async with asyncio.timeout(self._limit(context)) as scope:
                     with _translated("inputs"):
-                        embeddings = await self._engine.embed(request.model, tuple(request.inputs))
+                        async with self._at_work(request.model, text_tokens(request.inputs), scope) as run:
+                            embeddings = await self._engine.embed(request.model, tuple(request.inputs))
+                            run.at = self._clock()
             except TimeoutError:
                 if not scope.expired():
                     raise
-                raise self._too_late() from None
+                raise self._too_late(run) from None
         return convert.embed_response(embeddings)
 
     async def CountTokens(
@@ -103,9 +118,49 @@ class ModelServerServicer:
             tokens = await self._engine.count_tokens(generation)
         return model_server_pb2.CountTokensResponse(prompt_tokens=tokens)
 
+    async def PullModel(
+        self, request: model_server_pb2.ModelServerPullModelRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[model_server_pb2.ModelServerPullModelResponse, None]:
+        async with aclosing(self._take_step(Step.PULL, request.model)) as steps:
+            async for progress in steps:
+                yield model_server_pb2.ModelServerPullModelResponse(progress=progress)
+
+    async def LoadModel(
+        self, request: model_server_pb2.ModelServerLoadModelRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[model_server_pb2.ModelServerLoadModelResponse, None]:
+        async with aclosing(self._take_step(Step.LOAD, request.model)) as steps:
+            async for progress in steps:
+                yield model_server_pb2.ModelServerLoadModelResponse(progress=progress)
+
+    async def UnloadModel(
+        self, request: model_server_pb2.ModelServerUnloadModelRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[model_server_pb2.ModelServerUnloadModelResponse, None]:
+        async with aclosing(self._take_step(Step.UNLOAD, request.model)) as steps:
+            async for progress in steps:
+                yield model_server_pb2.ModelServerUnloadModelResponse(progress=progress)
+
+    async def _take_step(self, step: Step, model: str) -> AsyncGenerator[fleet_pb2.ModelProgress, None]:
+        if not model:
+            raise invalid((Violation("model", "is required"),))
+        self._refuse_when_draining()
+        if self._engine.status().health is Health.STARTING:
+            raise Refusal(Reason.SERVER_BUSY, "the engine is still starting", retry_after=1.0)
+        try:
+            with _translated("model"):
+                async with aclosing(self._keeper.follow(step, model)) as steps:
+                    async for progress in steps:
+                        yield convert.model_progress(progress)
+        except Refusal:
+            self._refuse_when_draining()  # what ends with the server did not fail
+            raise
+
+    def _refuse_when_draining(self) -> None:
+        if self._draining():
+            raise Refusal(Reason.DRAINING, "this model server is draining; its models stay as they are")
+
     def _check(self, name: str, needed: Feature) -> None:
         """Refuse what the engine cannot do at all, or not now."""
-        status = self._engine.status()
+        status = self._condition.status()
         model = next((model for model in status.models if model.name == name), None)
         if status.health is Health.STARTING:
             raise Refusal(Reason.SERVER_BUSY, "the engine is still starting", retry_after=1.0)
@@ -122,19 +177,51 @@ class ModelServerServicer:
         remaining = context.time_remaining()
         return self._max_seconds if remaining is None else min(remaining, self._max_seconds)
 
-    def _too_late(self) -> Refusal:
+    def _too_late(self, run: Run | None) -> Refusal:
+        """Why a request whose time was cut off has ended."""
+        if run is not None and run.stalled:
+            return Refusal(Reason.ENGINE_FAILED, f"the engine stopped working: {run.stalled}")
         return Refusal(
             Reason.DEADLINE_EXCEEDED,
             f"the request took longer than its deadline or the server's {self._max_seconds:g} s allow",
         )
 
+    @asynccontextmanager
+    async def _at_work(
+        self,
+        model: str,
+        tokens: int,
+        scope: asyncio.Timeout,
+        *,
+        blocked: Callable[[], bool] = lambda: False,
+        holds_back: bool = False,
+    ) -> AsyncIterator[Run]:
+        """Use a model, loaded first if it is cold, under the eyes of the watchdog, which may end the scope."""
+        waited = await self._keeper.enter(model)
+        run = self._watchdog.begin(
+            model, tokens, end=lambda: _expire(scope), blocked=blocked, holds_back=holds_back, waited=waited
+        )
+        try:
+            yield run
+        finally:
+            self._watchdog.end(run)
+            self._keeper.leave(model)
+
     async def _generate(self, request: GenerationRequest, received: float, context: grpc.aio.ServicerContext) -> None:
         reader: _Reader | None = None
+        run: Run | None = None
         try:
             async with asyncio.timeout(self._limit(context)) as scope:
                 reader = _Reader(context, scope, self._slow_reader_seconds)
                 with _translated("input"):
-                    await self._stream(request, received, reader)
+                    async with self._at_work(
+                        request.model,
+                        prompt_tokens(request),
+                        scope,
+                        blocked=reader.blocked,
+                        holds_back=bool(request.tools),
+                    ) as run:
+                        await self._stream(request, received, reader, run)
         except TimeoutError:
             if not scope.expired():
                 raise
@@ -144,12 +231,12 @@ class ModelServerServicer:
                 raise Refusal(
                     Reason.SLOW_READER, f"a piece of the answer was not read for {self._slow_reader_seconds:g} s"
                 ) from None
-            raise self._too_late() from None
+            raise self._too_late(run) from None
         finally:
             if reader is not None:
                 reader.close()
 
-    async def _stream(self, request: GenerationRequest, received: float, reader: _Reader) -> None:
+    async def _stream(self, request: GenerationRequest, received: float, reader: _Reader, run: Run) -> None:
         clock = self._clock
         write = reader.write
         encode = convert.delta_bytes
@@ -163,7 +250,7 @@ class ModelServerServicer:
             async with aclosing(self._engine.generate(request)) as items:
                 async for item in items:
                     if type(item) is Delta:
-                        last = clock()
+                        last = run.at = clock()
                         if not deltas:
                             first = last
                         deltas += 1
@@ -171,17 +258,18 @@ class ModelServerServicer:
                         await write(encode(item))
                     else:
                         finished = item  # type: ignore[assignment]
+                        run.at = clock()
             if finished is None:
                 raise Refusal(Reason.ENGINE_FAILED, "the engine ended its answer without a result")
             if finished.last is not None:
-                last = clock()
+                last = run.at
                 if not deltas:
                     first = last
                 deltas += 1
                 tokens += finished.last.tokens
             generated = finished.usage.completion_tokens
             timing = Timing(
-                queued=finished.queued,
+                queued=finished.queued + run.waited,
                 ttft=first - received if deltas else None,
                 tpot=(last - first) / (tokens - 1) if tokens > 1 and deltas > 1 else None,
                 total=clock() - received,
@@ -192,6 +280,9 @@ class ModelServerServicer:
                 self._recorder.end(request.model, None)
             else:
                 computed = finished.usage.prompt_tokens - finished.usage.cached_prompt_tokens
+                if run.waited and timing.ttft is not None:
+                    # What loading took is told by itself: it says nothing of the next request.
+                    timing = replace(timing, queued=finished.queued, ttft=timing.ttft - run.waited)
                 self._recorder.end(request.model, timing, computed=computed, generated=generated)
 
 
@@ -221,18 +312,28 @@ class _Reader:
         await self._write(message)
         self._pending = False
 
+    def blocked(self) -> bool:
+        """Whether a piece is being written, so that the engine is not asked for the next."""
+        return self._pending
+
     def _look(self) -> None:
         # Stuck means: the very write that was pending at the first of several looks still is.
         self._looks = self._looks + 1 if self._pending and self._seen == self._writes else 0
         self._seen = self._writes
         if self._looks >= _LOOKS:
             self.too_slow = True
-            self._scope.reschedule(self._loop.time())
+            _expire(self._scope)
         else:
             self._timer = self._loop.call_later(self._patience / _LOOKS, self._look)
 
     def close(self) -> None:
         self._timer.cancel()
+
+
+def _expire(scope: asyncio.Timeout) -> None:
+    """End what runs in the scope, unless its end has come already."""
+    if not scope.expired():
+        scope.reschedule(asyncio.get_running_loop().time())
 
 
 @contextmanager

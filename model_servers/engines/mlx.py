@@ -14,15 +14,19 @@ What holds, and what does not:
 - A consumer that does not read is not waited for: one sequence of a batch cannot be paused. What is queued for it is
   bounded by the answer's length; closing the generator ends it.
 - A forced tool call is exactly one call. JSON output beside optional tools: the JSON, or calls.
+- Unloading frees the weights and every cache; tokenizer and grammar stay, so that prompts can be counted. Loading
+  cannot be interrupted, and neither can a step of MLX: a thread that is stuck in one is left behind (see `restart`).
 - An answer that was cut off (FinishReason.LENGTH) is not valid JSON just because a schema was asked for.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 
 from model_servers.engine import (
@@ -39,12 +43,14 @@ from model_servers.engine import (
     Finished,
     GenerationRequest,
     Health,
+    ModelState,
+    Progress,
     TaskType,
     UnknownModel,
     Unsupported,
 )
 from model_servers.engines._mlx.jobs import EmbedJob, Job
-from model_servers.engines._mlx.loading import Model, load
+from model_servers.engines._mlx.loading import Model, describe, load
 from model_servers.engines._mlx.prompting import embedding_tokens, make_plan, make_prompt
 from model_servers.engines._mlx.settings import (
     BUNDLED,
@@ -58,11 +64,16 @@ __all__ = ["MlxEngine", "MlxSettings", "plugin"]
 
 T = TypeVar("T")
 
+_log = logging.getLogger(__name__)
+
+_THREAD_SECONDS = 10.0
+"""How long the engine thread may take to end after its current step."""
+
 _TASK_TYPES = {task.name.lower(): task for task in TaskType}
 
 
 class MlxEngine:
-    """Implements `model_servers.engine.Engine`."""
+    """Implements `Engine`, `ManagesModels` and `Restarts` of `model_servers.engine`."""
 
     def __init__(
         self,
@@ -70,9 +81,14 @@ class MlxEngine:
         *,
         clock: Callable[[], float] = time.monotonic,
         loader: Callable[[MlxSettings], Model] = load,
+        thread_seconds: float = _THREAD_SECONDS,
     ) -> None:
-        """`clock` (seconds, monotonic) and `loader` are also called on the engine thread."""
+        """`clock` (seconds, monotonic) and `loader` are also called on the engine thread.
+
+        `thread_seconds`: after how long a thread that does not end counts as stuck.
+        """
         self._loader = loader
+        self._thread_seconds = thread_seconds
         self._settings = settings or MlxSettings()
         self._clock = clock
         self._worker: Worker | None = None
@@ -89,14 +105,17 @@ class MlxEngine:
     # ----------------------------------------------------------- lifecycle ---
 
     async def start(self) -> None:
-        """Loads the model. Raises EngineFailed with a cure. May be called again once the engine has failed."""
+        """Loads the model, or with `lazy` describes it. Raises EngineFailed with a cure.
+
+        May be called again once the engine has failed.
+        """
         if self._closed or (self._worker is not None and not self._worker.gauges.failure):
             raise EngineFailed("the MLX engine was started or closed before")
         unknown = set(self._settings.capabilities or ()) - set(_TASK_TYPES)
         if unknown:
             raise EngineFailed(f"unknown capabilities {sorted(unknown)}; known are {', '.join(_TASK_TYPES)}")
         self._model = None  # of a thread that died
-        self._worker = Worker(self._settings, asyncio.get_running_loop(), self._clock, self._loader)
+        self._worker = Worker(self._settings, asyncio.get_running_loop(), self._clock, self._loader, describe)
         model = await self._worker.start()
         if self._closed:
             raise EngineFailed("the MLX engine was closed while it started")
@@ -107,18 +126,57 @@ class MlxEngine:
         """Ends the thread after its current step and frees the model. Idempotent."""
         self._closed = True
         self._model = None
-        if self._worker is not None:
-            self._worker.stop()
-            thread = self._worker.thread
-            if thread.ident is not None:
-                await asyncio.get_running_loop().run_in_executor(None, thread.join)
+        if self._worker is not None and not await self._end_thread(self._worker):
+            _log.error("the MLX engine thread is stuck in a computation and is left behind")
         self._text.shutdown(wait=False)
+
+    async def _end_thread(self, worker: Worker) -> bool:
+        """Whether the thread has ended."""
+        worker.stop()
+        if worker.thread.ident is not None:
+            await asyncio.get_running_loop().run_in_executor(None, worker.thread.join, self._thread_seconds)
+        return not worker.thread.is_alive()
+
+    async def restart(self) -> None:
+        """See Restarts: a new thread, and the model loaded anew. A thread that is stuck cannot be ended from here."""
+        if self._closed:
+            raise EngineFailed("the MLX engine was closed")
+        if self._worker is not None and not await self._end_thread(self._worker):
+            raise EngineFailed(
+                "the MLX engine thread is stuck in a computation and cannot be ended; restart the model server "
+                "(with exit_when_stuck it ends by itself, for a supervisor to start it again)"
+            )
+        await self.start()
+
+    # -------------------------------------------------------------- models ---
+
+    async def pull(self, model: str) -> AsyncGenerator[Progress, None]:
+        """See ManagesModels. The one model is here, or the engine had not started."""
+        worker = self._known(model)
+        yield Progress(ModelState.WARM if worker.gauges.warm else ModelState.COLD)
+
+    async def load(self, model: str) -> AsyncGenerator[Progress, None]:
+        """See ManagesModels."""
+        worker = self._known(model)
+        yield Progress(ModelState.LOADING, total_bytes=worker.gauges.model_bytes)
+        await worker.change(warm=True)
+        size = worker.gauges.model_bytes
+        yield Progress(ModelState.WARM, completed_bytes=size, total_bytes=size)
+
+    async def unload(self, model: str) -> AsyncGenerator[Progress, None]:
+        """See ManagesModels. Raises EngineFailed if requests are running."""
+        await self._known(model).change(warm=False)
+        yield Progress(ModelState.COLD)
+
+    def _known(self, model: str) -> Worker:
+        return self._ready(model)[0]
 
     def status(self) -> EngineStatus:
         """See Engine.status. Memory is what models can use on the device, in bytes."""
         worker, model = self._worker, self._model
         health, detail = self._health()
         load = EngineLoad(slots=self._settings.slots)
+        models, used, steps = self._described, 0, 0
         if worker is not None and model is not None:
             gauges = worker.gauges
             load = EngineLoad(
@@ -127,15 +185,23 @@ class MlxEngine:
                 waiting=self._preparing + worker.waiting,
                 kv_cache_utilization=min(1.0, gauges.kv_tokens / (self._settings.slots * model.context_length)),
             )
+            state = ModelState.WARM if gauges.warm else ModelState.LOADING if gauges.loading else ModelState.COLD
+            models = tuple(
+                replace(each, state=state, memory_bytes=gauges.model_bytes, load_seconds=gauges.load_seconds)
+                for each in models
+            )
+            used, steps = gauges.memory_used, gauges.steps
         return EngineStatus(
             engine="mlx",
             version=model.version if model else "",
             device=model.device if model else "",
             memory_bytes=model.memory_bytes if model else 0,
-            models=self._described,
+            models=models,
             load=load,
             health=health,
             health_detail=detail,
+            memory_used_bytes=used,
+            progress=steps,
         )
 
     def _health(self) -> tuple[Health, str]:
@@ -149,7 +215,7 @@ class MlxEngine:
         if self._model is None:
             return Health.STARTING, "loading the model"
         silent = self._clock() - gauges.progress_at
-        if gauges.busy and silent > self._settings.stall_seconds:
+        if gauges.busy and not gauges.loading and silent > self._settings.stall_seconds:
             return Health.UNHEALTHY, f"no progress for {silent:.0f} s with work in hand"
         return Health.READY, ""
 

@@ -100,6 +100,7 @@ async def model_server(
     *,
     engine_settings: dict[str, Any] | None = None,
     wait_ready: bool = True,
+    metered: bool = False,
     **settings: Any,
 ) -> AsyncIterator[Running]:
     """A server with the simulated engine in instant mode, if nothing else is said."""
@@ -118,7 +119,7 @@ async def model_server(
     def announce(program: str, **facts: str | int) -> None:
         ready.set_result(facts)
 
-    task = asyncio.create_task(ModelServer(validated, engine).run(stop(), announce))
+    task = asyncio.create_task(ModelServer(validated, engine, metered=metered).run(stop(), announce))
     try:
         if wait_ready:
             await asyncio.wait({ready, task}, timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED)

@@ -35,6 +35,8 @@ class Batch:
             settings.prompt_cache_entries, settings.prompt_cache_bytes, can_trim_prompt_cache, trim_prompt_cache
         )
         self._failed_steps = 0
+        self.steps = 0
+        """Steps that computed something."""
         self.running: dict[int, Job] = {}
         """By the generator's id of the sequence."""
 
@@ -57,6 +59,10 @@ class Batch:
     def kv_tokens(self) -> int:
         """Tokens whose keys and values running sequences hold, or will hold once their prompt is computed."""
         return sum(len(job.plan.prompt) + job.made for job in self.running.values())
+
+    @property
+    def memory_used(self) -> int:
+        return int(mx.get_active_memory())
 
     def remove(self, job: Job) -> None:
         """Takes a sequence out wherever it is, prefill included; its slot is free at once."""
@@ -103,7 +109,7 @@ class Batch:
         Raises what MLX raised when that has happened too often in a row.
         """
         try:
-            _, responses = self._generator.next()
+            prompts, responses = self._generator.next()
         except Exception as error:
             # The batch is one computation: which sequence is to blame cannot be told, and its caches are lost.
             log.exception("a generation step failed")
@@ -118,6 +124,7 @@ class Batch:
             self._generator = self._new_generator()
             return
         self._failed_steps = 0
+        self.steps += bool(prompts or responses)
         for response in responses:
             current = self.running.get(response.uid)
             if current is not None:

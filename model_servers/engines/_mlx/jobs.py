@@ -54,6 +54,14 @@ class EmbedJob:
         return [self.vectors[i] for i in range(len(self.inputs))]
 
 
+@dataclass(eq=False, slots=True)
+class Change:
+    """The model is to come into memory, or to leave it. Its sink receives None or an EngineError."""
+
+    warm: bool
+    sink: asyncio.Queue[Any]
+
+
 @dataclass(slots=True)
 class Gauges:
     """What the thread shows of itself. Written by it alone, one whole value at a time; read by anyone."""
@@ -64,6 +72,16 @@ class Gauges:
     progress_at: float = 0.0
     """When the last step ended, or work arrived after idling."""
     busy: bool = False
+    steps: int = 0
+    """Grows with everything computed: tokens, pieces of prompts, groups of texts to embed."""
+    warm: bool = False
+    loading: bool = False
+    memory_used: int = 0
+    """Bytes that MLX holds, its cache for reuse not counted."""
+    load_seconds: float | None = None
+    """What the last load took."""
+    model_bytes: int = 0
+    """What the weights take, measured when they were loaded."""
     failure: str = ""
     """Why the thread ended; empty while it lives."""
 

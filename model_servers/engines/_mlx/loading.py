@@ -9,7 +9,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class Model:
     """A loaded model and what was found out about it."""
 
     network: Any
-    """mlx_lm model: (tokens [batch, length], cache) -> logits [batch, length, vocabulary]."""
+    """mlx_lm model: (tokens [batch, length], cache) -> logits [batch, length, vocabulary]. None: not in memory."""
     tokenizer: Any
     """mlx_lm TokenizerWrapper."""
     name: str
@@ -48,6 +48,9 @@ class Model:
     version: str
     device: str
     memory_bytes: int
+    """Of the device."""
+    weight_bytes: int = 0
+    """Of the weights: as computed from their shapes, or as measured when they were loaded."""
     texts: dict[int, str] = field(default_factory=dict)
 
     def text_of(self, token: int) -> str:
@@ -61,8 +64,27 @@ class Model:
 def load(settings: MlxSettings) -> Model:
     """Imports MLX and loads what the settings name. Raises EngineFailed with a cure."""
     mx = import_mlx(fast_blas=settings.fast_blas)
+    before = mx.get_active_memory()
+    model = _open(mx, settings)
+    try:
+        # Evaluated, and computed with: what cannot compute one token must not report itself ready.
+        mx.eval(model.network.parameters(), model.network(mx.array([[0]])))
+    except Exception as error:
+        raise EngineFailed(f"cannot load the weights of the MLX model {model.name}: {error}") from error
+    return replace(model, weight_bytes=max(mx.get_active_memory() - before, 0) or model.weight_bytes)
+
+
+def describe(settings: MlxSettings) -> Model:
+    """As `load`, but the weights are not read: `network` is None."""
+    model = _open(import_mlx(fast_blas=settings.fast_blas), settings)
+    return replace(model, network=None)
+
+
+def _open(mx: Any, settings: MlxSettings) -> Model:
+    """Everything about a model. MLX computes when asked for a value: until then no weight is read."""
     folder, name = locate(settings)
     import mlx_lm
+    from mlx.utils import tree_flatten
     from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.utils import load as load_folder
 
@@ -70,7 +92,7 @@ def load(settings: MlxSettings) -> Model:
         mx.set_memory_limit(settings.memory_limit_bytes)
     try:
         network, tokenizer, config = load_folder(
-            str(folder), tokenizer_config={"trust_remote_code": False}, return_config=True
+            str(folder), tokenizer_config={"trust_remote_code": False}, return_config=True, lazy=True
         )
     except Exception as error:
         raise EngineFailed(f"cannot load the MLX model in {folder}: {error}") from error
@@ -79,11 +101,9 @@ def load(settings: MlxSettings) -> Model:
     quantization = _quantization(config)
     if dtype is not None:
         network.set_dtype(getattr(mx, dtype))
-        mx.eval(network.parameters())
     if not all(hasattr(layer, "merge") for layer in make_prompt_cache(network)):
         raise EngineFailed(f"the architecture {config.get('model_type')!r} of {name} cannot generate in batches")
     probe = network(mx.array([[0]]))
-    mx.eval(probe)  # what cannot compute one token must not report itself ready
     vocabulary = int(probe.shape[-1])
     eos = frozenset(int(token) for token in tokenizer.eos_token_ids)
     grammar_tokenizer = _grammar_tokenizer(tokenizer, vocabulary, eos)
@@ -115,6 +135,7 @@ def load(settings: MlxSettings) -> Model:
         version=f"mlx-lm {mlx_lm.__version__}, mlx {mx.__version__}",
         device=str(info.get("device_name", "GPU")) if gpu else f"{platform.machine()} CPU",
         memory_bytes=_gpu_memory(info) if gpu else _ram(),
+        weight_bytes=sum(array.nbytes for _, array in tree_flatten(network.parameters())),
     )
 
 

@@ -56,6 +56,8 @@ class MlxSettings(BaseModel):
     """Folder in Hugging Face layout, hub id of a model, or "bundled" for the model that ships with modelyard."""
     allow_download: bool = False
     """Fetch a hub id that is not in the local cache. Off: nothing is ever fetched."""
+    lazy: bool = False
+    """Load the model with the first request (or LoadModel), not at the start."""
     name: str = ""
     """Public name. Empty: the folder's name, the hub id, or the bundled model's own name."""
     provider: str = "mlx"

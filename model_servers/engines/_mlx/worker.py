@@ -15,13 +15,13 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from model_servers.engine import EngineError, EngineFailed
 from model_servers.engines._mlx.embedding import embed_group
-from model_servers.engines._mlx.jobs import EmbedJob, Gauges, Job, Outbox, deliver
+from model_servers.engines._mlx.jobs import Change, EmbedJob, Gauges, Job, Outbox, deliver
 from model_servers.engines._mlx.loading import Model
 from model_servers.engines._mlx.settings import MlxSettings
 
@@ -43,14 +43,18 @@ class _State:
     """Owned by the thread."""
 
     model: Model
-    batch: Any
-    """batch.Batch, which cannot be imported before MLX is set up."""
+    batch: Any = None
+    """batch.Batch, which cannot be imported before MLX is set up; None while the model is not in memory."""
     waiting: deque[Job] = field(default_factory=deque)
     embeds: deque[EmbedJob] = field(default_factory=deque)
 
     @property
     def idle(self) -> bool:
-        return not (self.waiting or self.batch.running or self.embeds)
+        return not (self.waiting or self.embeds or self.running)
+
+    @property
+    def running(self) -> tuple[Job, ...]:
+        return () if self.batch is None else tuple(self.batch.running.values())
 
 
 class Worker:
@@ -62,11 +66,13 @@ class Worker:
         loop: asyncio.AbstractEventLoop,
         clock: Callable[[], float],
         loader: Callable[[MlxSettings], Model],
+        describer: Callable[[MlxSettings], Model],
     ) -> None:
         self._settings = settings
         self._loop = loop
         self._clock = clock
         self._loader = loader
+        self._describer = describer
         self._commands: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._closing = threading.Lock()
         self._ended = ""
@@ -77,7 +83,10 @@ class Worker:
     # ------------------------------------------------- from the event loop ---
 
     async def start(self) -> Model:
-        """Starts the thread and waits until the model is loaded. Raises EngineFailed."""
+        """Starts the thread and waits until the model is loaded, or with `lazy` described. Raises EngineFailed.
+
+        What is returned has no network: that stays with the thread, which may have to let it go.
+        """
         loaded: asyncio.Future[Model] = self._loop.create_future()
         self._loaded = loaded
         self.thread.start()
@@ -89,6 +98,17 @@ class Worker:
     def submit(self, job: Job | EmbedJob) -> None:
         """Raises EngineFailed if the thread has ended."""
         self._put(job)
+
+    async def change(self, *, warm: bool) -> None:
+        """Brings the model into memory, or takes it out if nothing runs. Raises EngineFailed.
+
+        Cancelling ends the wait, not the work: what MLX does cannot be interrupted.
+        """
+        change = Change(warm, asyncio.Queue())
+        self._put(change)
+        outcome = await change.sink.get()
+        if outcome is not None:
+            raise outcome
 
     def cancel(self, job: Job | EmbedJob) -> None:
         """Stops the work on `job` before the next step; nothing happens if it has ended."""
@@ -120,7 +140,7 @@ class Worker:
         reason = "the MLX engine was closed"
         try:
             state = self._prepare()
-            self._post(partial(self._announce, state.model))
+            self._post(partial(self._announce, replace(state.model, network=None)))
             while self._take_commands(state):
                 self._work(state)
         except EngineError as error:
@@ -139,11 +159,64 @@ class Worker:
             self._loaded.set_result(model)
 
     def _prepare(self) -> _State:
+        if self._settings.lazy:
+            model = self._describer(self._settings)
+            self.gauges.model_bytes = model.weight_bytes
+            return _State(model)
+        began = self._clock()
         model = self._loader(self._settings)
+        state = _State(model)
+        self._take_in(state, model, began)
+        return state
+
+    def _take_in(self, state: _State, model: Model, began: float) -> None:
         # Only now: loading has found MLX and set it up.
         from model_servers.engines._mlx.batch import Batch
 
-        return _State(model, Batch(model, self._settings, self._clock))
+        # What was announced at the start stays: prompts are made with that tokenizer.
+        state.model = replace(state.model, network=model.network)
+        state.batch = Batch(state.model, self._settings, self._clock)
+        gauges = self.gauges
+        gauges.load_seconds = self._clock() - began
+        gauges.model_bytes, gauges.memory_used = model.weight_bytes, state.batch.memory_used
+        gauges.warm = True
+
+    def _warm(self, state: _State) -> None:
+        """Raises what the loader raises."""
+        if state.batch is not None:
+            return
+        self.gauges.loading = True
+        try:
+            began = self._clock()
+            self._take_in(state, self._loader(self._settings), began)
+        finally:
+            self.gauges.loading = False
+
+    def _cool(self, state: _State) -> None:
+        """Raises EngineFailed if requests run."""
+        if not state.idle:
+            raise EngineFailed("the model has running requests")
+        if state.batch is not None:
+            state.batch.close()
+            state.batch = None
+            state.model = replace(state.model, network=None)
+            self.gauges.warm = False
+            self.gauges.memory_used = _release()
+
+    def _change(self, state: _State, change: Change) -> None:
+        outcome: EngineError | None = None
+        try:
+            if change.warm:
+                self._warm(state)
+            else:
+                self._cool(state)
+        except EngineError as error:
+            outcome = error
+        except Exception as error:
+            log.exception("the model could not be %s", "loaded" if change.warm else "unloaded")
+            outcome = EngineFailed(f"the MLX model could not be {'loaded' if change.warm else 'unloaded'}: {error}")
+        self._show(state)
+        self._post(partial(deliver, [(change.sink, outcome)]))
 
     def _take_commands(self, state: _State) -> bool:
         """Takes what has come in, sleeping if there is nothing else to do. False: stop."""
@@ -163,6 +236,8 @@ class Worker:
                 return False
             if isinstance(command, _Cancel):
                 self._cancel(state, command.job)
+            elif isinstance(command, Change):
+                self._change(state, command)
             elif command.cancelled:
                 pass
             elif isinstance(command, Job):
@@ -176,22 +251,40 @@ class Worker:
                 state.embeds.remove(job)
         elif job in state.waiting:
             state.waiting.remove(job)
-        else:
+        elif state.batch is not None:
             state.batch.remove(job)
         self._show(state)
 
     def _work(self, state: _State) -> None:
         """One step of everything: admit, one token for each sequence, one group of texts to embed."""
         outbox: Outbox = []
-        while state.waiting and not state.batch.full:
-            state.batch.admit(state.waiting.popleft(), outbox)
-        if state.batch.running:
-            state.batch.step(outbox)
-        if state.embeds:
-            self._embed(state, outbox)
+        if state.batch is None and not state.idle:
+            self._warm_for_requests(state, outbox)
+        if state.batch is not None:
+            while state.waiting and not state.batch.full:
+                state.batch.admit(state.waiting.popleft(), outbox)
+            before = state.batch.steps
+            if state.batch.running:
+                state.batch.step(outbox)
+            self.gauges.steps += state.batch.steps - before
+            if state.embeds:
+                self._embed(state, outbox)
+                self.gauges.steps += 1
         self._show(state)
         if outbox:
             self._post(partial(deliver, outbox))
+
+    def _warm_for_requests(self, state: _State, outbox: Outbox) -> None:
+        """Load for who waits; if that fails, they have failed."""
+        try:
+            self._warm(state)
+        except Exception as error:
+            log.exception("the model could not be loaded")
+            failed = error if isinstance(error, EngineError) else EngineFailed(f"the model does not load: {error}")
+            left: tuple[Job | EmbedJob, ...] = (*state.waiting, *state.embeds)
+            outbox += [(job.sink, failed) for job in left]
+            state.waiting.clear()
+            state.embeds.clear()
 
     def _embed(self, state: _State, outbox: Outbox) -> None:
         job = state.embeds[0]
@@ -210,9 +303,12 @@ class Worker:
 
     def _show(self, state: _State) -> None:
         gauges = self.gauges
-        gauges.running = len(state.batch.running)
+        batch = state.batch
+        gauges.running = 0 if batch is None else len(batch.running)
         gauges.waiting = len(state.waiting) + len(state.embeds)
-        gauges.kv_tokens = state.batch.kv_tokens
+        gauges.kv_tokens = 0 if batch is None else batch.kv_tokens
+        if batch is not None:
+            gauges.memory_used = batch.memory_used
         gauges.progress_at = self._clock()
 
     def _end(self, state: _State | None, reason: str) -> None:
@@ -226,12 +322,13 @@ class Worker:
                 if not isinstance(command, _Stop | _Cancel):
                     outbox.append((command.sink, EngineFailed(reason)))
         if state is not None:
-            left: tuple[Job | EmbedJob, ...] = (*state.batch.running.values(), *state.waiting, *state.embeds)
+            left: tuple[Job | EmbedJob, ...] = (*state.running, *state.waiting, *state.embeds)
             outbox += [(job.sink, EngineFailed(reason)) for job in left]
-            with contextlib.suppress(Exception):
-                state.batch.close()
+            if state.batch is not None:
+                with contextlib.suppress(Exception):
+                    state.batch.close()
         self.gauges.running = self.gauges.waiting = self.gauges.kv_tokens = 0
-        self.gauges.busy = False
+        self.gauges.busy = self.gauges.warm = False
         self.gauges.failure = reason
 
         def tell() -> None:
@@ -247,8 +344,10 @@ class Worker:
             self._loop.call_soon_threadsafe(call)
 
 
-def _release() -> None:
+def _release() -> int:
+    """Gives back what nothing refers to any more; returns the bytes that MLX still holds."""
     import mlx.core as mx
 
     gc.collect()
     mx.clear_cache()
+    return int(mx.get_active_memory())

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
 from model_servers.engine import (
+    CANARY_ID,
     ContextTooLong,
     Delta,
     Embeddings,
@@ -23,6 +26,9 @@ from model_servers.engine import (
     Finished,
     GenerationRequest,
     Health,
+    ModelState,
+    OutOfMemory,
+    Progress,
     UnknownModel,
     Unsupported,
     Usage,
@@ -36,6 +42,8 @@ from model_servers.engines.simulated.text import count_tokens, embed, fingerprin
 
 VERSION = "1"
 CRASH_STATUS = 70
+_STEPS = 10
+"""In which the progress of a pull or a load is told."""
 
 
 class SimulatedEngine:
@@ -45,9 +53,15 @@ class SimulatedEngine:
         self._settings = settings
         self._scale = 0.0 if settings.instant else settings.time_scale
         self._models = {model.name: model.describe(settings.context_length) for model in settings.models}
+        self._scripts = {model.name: model for model in settings.models}
+        self._one_step: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._faults = FaultScript(settings.faults, settings.seed)
         self._slots = Slots(settings.slots)
         self._pauses = Pauses()
+        self._stalled = False
+        self._stall_ends: asyncio.TimerHandle | None = None
+        self._frozen = Pauses()
+        """Those who wait for the end of a stall."""
         self._cache = PrefixCache(settings.cache_blocks)
         self._prefill_free_at = 0.0
         self._decoding = 0
@@ -73,7 +87,8 @@ class SimulatedEngine:
             engine="simulated",
             version=VERSION,
             device="simulated",
-            memory_bytes=0,
+            memory_bytes=self._settings.memory_bytes,
+            memory_used_bytes=self._memory_used(),
             models=tuple(self._models.values()),
             load=EngineLoad(
                 slots=slots.size,
@@ -85,12 +100,106 @@ class SimulatedEngine:
             health_detail=self._detail,
         )
 
+    # -------------------------------------------------------------- models ---
+
+    async def pull(self, model: str) -> AsyncGenerator[Progress, None]:
+        """See ManagesModels."""
+        async with self._one_step[self._model(model).name]:
+            if self._models[model].state is ModelState.ABSENT:
+                seconds = self._scripts[model].pull_seconds
+                async for progress in self._pass(model, ModelState.PULLING, ModelState.COLD, seconds):
+                    yield progress
+            else:
+                yield Progress(self._models[model].state)
+
+    async def load(self, model: str) -> AsyncGenerator[Progress, None]:
+        """See ManagesModels."""
+        async with self._one_step[self._model(model).name]:
+            known = self._models[model]
+            if known.state is ModelState.ABSENT:
+                raise UnknownModel(f"model {model!r} is not here; pull it first")
+            if known.state is ModelState.WARM:
+                yield Progress(ModelState.WARM)
+                return
+            total, used = self._settings.memory_bytes, self._memory_used()
+            if total and used + known.memory_bytes > total:
+                raise OutOfMemory(f"model {model!r} takes {known.memory_bytes} bytes, {total - used} are free")
+            if self._faults.refuses_load(model):
+                raise EngineFailed(f"model {model!r} does not load (simulated)")
+            seconds = self._scripts[model].load_seconds
+            async for progress in self._pass(model, ModelState.LOADING, ModelState.WARM, seconds):
+                yield progress
+
+    async def unload(self, model: str) -> AsyncGenerator[Progress, None]:
+        """See ManagesModels."""
+        async with self._one_step[self._model(model).name]:
+            if self._models[model].state is ModelState.WARM:
+                self._set(model, ModelState.COLD)
+            yield Progress(self._models[model].state)
+
+    async def _pass(
+        self, model: str, through: ModelState, to: ModelState, seconds: float
+    ) -> AsyncGenerator[Progress, None]:
+        """From one state to another; back to where it was if that is not finished."""
+        before = self._models[model].state
+        size = self._models[model].memory_bytes
+        self._set(model, through)
+        try:
+            for step in range(_STEPS if seconds and self._scale else 1):
+                yield Progress(through, f"{through.name.lower()} (simulated)", size * step // _STEPS, size)
+                if seconds and self._scale:
+                    await self._pauses.sleep(seconds * self._scale / _STEPS)
+        except BaseException:
+            self._set(model, before)
+            raise
+        self._set(model, to)
+        yield Progress(to, completed_bytes=size, total_bytes=size)
+
+    def _set(self, model: str, state: ModelState) -> None:
+        self._models[model] = replace(self._models[model], state=state)
+
+    def _memory_used(self) -> int:
+        return sum(model.memory_bytes for model in self._models.values() if model.state is ModelState.WARM)
+
+    async def _warm(self, name: str) -> EngineModel:
+        """The model, loaded if it is not."""
+        if self._model(name).state is not ModelState.WARM:
+            async with aclosing(self.load(name)) as steps:
+                async for _ in steps:
+                    pass
+        return self._models[name]
+
+    async def restart(self) -> None:
+        """See Restarts. What was pulled stays; other models are as at the start."""
+        if self._closed:
+            raise EngineFailed("the engine was closed")
+        self._health, self._detail = Health.STARTING, "restarting"
+        self._break("the engine was restarted")
+        self._thaw()
+        for name, script in self._scripts.items():
+            if self._models[name].state is not ModelState.ABSENT:
+                self._set(name, ModelState.WARM if script.state == "warm" else ModelState.COLD)
+        await self.start()
+
+    def _thaw(self) -> None:
+        self._stalled = False
+        if self._stall_ends is not None:
+            self._stall_ends.cancel()
+            self._stall_ends = None
+        self._frozen.wake_all()
+
+    async def _until_thawed(self) -> None:
+        while self._stalled:
+            await self._frozen.sleep(None)
+
+    # ---------------------------------------------------------------- work ---
+
     async def count_tokens(self, request: GenerationRequest) -> int:
         self._model(request.model)
         return count_tokens(render_prompt(request))
 
     async def embed(self, model: str, inputs: Sequence[str]) -> Embeddings:
-        known = self._model(model)
+        known = await self._warm(model)
         if Feature.EMBEDDING not in known.features:
             raise Unsupported(f"model {model!r} does not embed")
         tokens = [count_tokens(text) for text in inputs]
@@ -114,7 +223,7 @@ class SimulatedEngine:
         self._break("the engine was closed")
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta | Finished, None]:
-        model = self._model(request.model)
+        model = await self._warm(request.model)
         prompt = render_prompt(request)
         prompt_tokens = count_tokens(prompt)
         room = model.context_length - prompt_tokens
@@ -132,7 +241,7 @@ class SimulatedEngine:
         caching = Feature.PREFIX_CACHE in model.features and self._settings.cache_blocks > 0
         block = self._settings.block_tokens
         keys = block_keys(model.name, prompt, block) if caching else ()
-        fault = self._faults.next(model.name)
+        fault = None if request.request_id == CANARY_ID else self._faults.next(model.name)
         generation = self._generation
         loop = asyncio.get_running_loop()
         arrived = loop.time()
@@ -172,6 +281,7 @@ class SimulatedEngine:
 
     async def _prefill(self, tokens: int, factor: float) -> None:
         """Prompts are computed one after the other, as a busy accelerator would."""
+        await self._until_thawed()
         speed = self._settings.prefill_tokens_per_second
         if not speed or not self._scale:
             return
@@ -201,6 +311,7 @@ class SimulatedEngine:
         while True:
             if sent == strike_at:
                 await self._strike(fault, generation)
+            await self._until_thawed()
             if generation != self._generation:
                 raise EngineFailed("the engine lost its running requests")
             if sent >= answer.tokens:
@@ -230,6 +341,11 @@ class SimulatedEngine:
             return
         if fault.kind == "hang":
             await self._pauses.sleep(None)
+        elif fault.kind == "stall":
+            self._stalled = True
+            if fault.seconds:
+                self._stall_ends = asyncio.get_running_loop().call_later(fault.seconds, self._thaw)
+            await self._until_thawed()
         elif fault.kind == "crash":
             os._exit(CRASH_STATUS)
         elif fault.kind == "disconnect":
@@ -244,6 +360,7 @@ class SimulatedEngine:
         """Fail everything that runs or waits."""
         self._generation += 1
         self._pauses.fail_all(lambda: EngineFailed(why))
+        self._frozen.fail_all(lambda: EngineFailed(why))
         self._slots.fail_waiting(lambda: EngineFailed(why))
 
     def _recover(self) -> None:

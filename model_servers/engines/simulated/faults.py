@@ -12,7 +12,8 @@ class FaultScript:
     """Counts requests and picks the first fault whose conditions all hold."""
 
     def __init__(self, faults: Sequence[Fault], seed: int) -> None:
-        self._faults = tuple(fault for fault in faults if fault.kind != "refuse_start")
+        self._faults = tuple(fault for fault in faults if fault.kind not in ("refuse_start", "refuse_load"))
+        self._load_faults = {fault: fault.times for fault in faults if fault.kind == "refuse_load"}
         self._struck = [0] * len(self._faults)
         self._random = random.Random(seed)
         self._requests = 0
@@ -28,6 +29,14 @@ class FaultScript:
                 self._struck[index] += 1
                 return fault
         return None
+
+    def refuses_load(self, model: str) -> bool:
+        """Whether the next load of that model fails."""
+        for fault, left in self._load_faults.items():
+            if (not fault.model or fault.model == model) and (left or not fault.times):
+                self._load_faults[fault] = left - 1
+                return True
+        return False
 
     def _holds(self, fault: Fault, model: str) -> bool:
         number = self._requests

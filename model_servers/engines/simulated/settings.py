@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from model_servers.engine import EngineModel, Feature, TaskType
+from model_servers.engine import EngineModel, Feature, ModelState, TaskType
 from modelyard.program.settings import Settings
 
 _TASK_TYPES = tuple(kind.name.lower() for kind in TaskType)
@@ -36,6 +36,12 @@ class SimulatedModel(Settings):
     )
     price: SimulatedPrice = Field(SimulatedPrice(), description="Price of its tokens.")
     quantization: str = Field("", description="For example 4bit.")
+    state: Literal["absent", "cold", "warm"] = Field(
+        "warm", description="At the start: to be pulled, to be loaded, or in memory."
+    )
+    pull_seconds: float = Field(0.0, ge=0, description="How long pulling it takes.")
+    load_seconds: float = Field(0.0, ge=0, description="How long loading it takes.")
+    memory_bytes: int = Field(0, ge=0, description="Memory that it takes while it is warm; 0: not known.")
 
     @field_validator("capabilities")
     @classmethod
@@ -67,18 +73,25 @@ class SimulatedModel(Settings):
             features=features,
             price=(self.price.prompt, self.price.cached_prompt, self.price.completion),
             quantization=self.quantization,
+            state=ModelState[self.state.upper()],
+            memory_bytes=self.memory_bytes,
+            load_seconds=self.load_seconds or None,
         )
 
 
 class Fault(Settings):
     """One scripted fault. Without a condition it strikes every request; with several, all must hold."""
 
-    kind: Literal["hang", "error", "error_after_tokens", "crash", "slow", "refuse_start", "disconnect"] = Field(
+    kind: Literal[
+        "hang", "stall", "error", "error_after_tokens", "crash", "slow", "refuse_start", "refuse_load", "disconnect"
+    ] = Field(
         "error",
         description=(
-            "hang: no more tokens, until cancelled; error, error_after_tokens: the request fails; crash: the process "
-            "ends at once; slow: everything takes `factor` times as long; refuse_start: the engine does not start; "
-            "disconnect: all running requests fail and the engine is unhealthy for `seconds`."
+            "hang: no more tokens, until cancelled; stall: no more tokens for any request, until `seconds` have "
+            "passed (0: never) or the engine is restarted, and it does not say so; error, error_after_tokens: the "
+            "request fails; crash: the process ends at once; slow: everything takes `factor` times as long; "
+            "refuse_start: the engine does not start; refuse_load: a model does not load, `times` times; disconnect: "
+            "all running requests fail and the engine is unhealthy for `seconds`."
         ),
     )
     at_request: int | None = Field(None, ge=1, description="Only the n-th request, from 1.")
@@ -89,7 +102,7 @@ class Fault(Settings):
     model: str = Field("", description="Only requests for this model; empty: any.")
     tokens: int = Field(0, ge=0, description="Strikes after that many tokens of the answer.")
     factor: float = Field(10.0, gt=0, description="With slow: how many times as long.")
-    seconds: float = Field(1.0, ge=0, description="With disconnect: how long the engine is unhealthy.")
+    seconds: float = Field(1.0, ge=0, description="With disconnect and stall: how long it lasts.")
 
 
 class SimulatedSettings(Settings):
@@ -111,6 +124,9 @@ class SimulatedSettings(Settings):
     instant: bool = Field(False, description="All speeds infinite, no sleep anywhere: for load tests.")
     time_scale: float = Field(1.0, ge=0, description="Every duration is multiplied with this.")
     start_seconds: float = Field(0.0, ge=0, description="How long starting takes.")
+    memory_bytes: int = Field(
+        0, ge=0, description="Memory of the host: what does not fit beside warm models does not load; 0: no limit."
+    )
     context_length: int = Field(32768, ge=1, description="Context length of models that do not say their own.")
     answer_tokens: int = Field(
         0, ge=0, description="Tokens of a free-text answer; 0: 40 to 200, depending on prompt and seed."

@@ -60,7 +60,7 @@ class Slots:
 
 
 class Pauses:
-    """Sleeps that can all be ended with an error."""
+    """Sleeps that can all be ended early, in peace or with an error."""
 
     def __init__(self) -> None:
         self._asleep: set[asyncio.Future[None]] = set()
@@ -77,6 +77,10 @@ class Pauses:
             if timer is not None:
                 timer.cancel()
             self._asleep.discard(waking)
+
+    def wake_all(self) -> None:
+        for waking in tuple(self._asleep):
+            _wake(waking)
 
     def fail_all(self, error: Callable[[], Exception]) -> None:
         for waking in tuple(self._asleep):

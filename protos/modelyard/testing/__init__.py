@@ -8,8 +8,8 @@ async with FakeOrchestrator() as fake:
     assert [call.method for call in fake.calls] == ["Generate", "Generate"]
 """
 
-from modelyard.testing.model_server import FakeModelServer, model_info
+from modelyard.testing.model_server import FakeModelServer, model_info, model_progress
 from modelyard.testing.orchestrator import FakeOrchestrator
 from modelyard.testing.server import Call, FakeServer, Gate
 
-__all__ = ["Call", "FakeModelServer", "FakeOrchestrator", "FakeServer", "Gate", "model_info"]
+__all__ = ["Call", "FakeModelServer", "FakeOrchestrator", "FakeServer", "Gate", "model_info", "model_progress"]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
 
 from grpc.aio import ServicerContext
 
 from modelyard.rpc.channels import channel
+from modelyard.rpc.errors import Refusal
+from modelyard.rpc.reasons import Reason
 from modelyard.testing.server import FakeServer, ScriptItem, play
 from modelyard.v1 import fleet_pb2, generation_pb2, model_server_pb2, orchestrator_pb2_grpc, task_pb2
 
@@ -29,8 +31,34 @@ def model_info(name: str = "fake", provider: str = "fake", **overrides: object) 
     return fleet_pb2.ModelInfo(**{**values, **overrides})  # type: ignore[arg-type]
 
 
+StepItem = fleet_pb2.ModelProgress | asyncio.Event | Refusal
+"""One step of a scripted pull, load or unload: progress is sent, an event is waited for, a refusal raised."""
+
+
+def model_progress(state: fleet_pb2.ModelState, completed: int = 0, total: int = 0) -> fleet_pb2.ModelProgress:
+    """Progress in bytes."""
+    return fleet_pb2.ModelProgress(state=state, completed_bytes=completed, total_bytes=total)
+
+
+_STEPS: Mapping[str, tuple[StepItem, ...]] = {
+    "PullModel": (
+        model_progress(fleet_pb2.MODEL_STATE_PULLING, 0, 100),
+        model_progress(fleet_pb2.MODEL_STATE_PULLING, 50, 100),
+        model_progress(fleet_pb2.MODEL_STATE_COLD, 100, 100),
+    ),
+    "LoadModel": (
+        model_progress(fleet_pb2.MODEL_STATE_LOADING),
+        model_progress(fleet_pb2.MODEL_STATE_WARM),
+    ),
+    "UnloadModel": (model_progress(fleet_pb2.MODEL_STATE_COLD),),
+}
+
+
 class FakeModelServer(FakeServer):
     """Answers Generate by script, embeds a text as (length, 1), counts a token per four bytes.
+
+    PullModel, LoadModel and UnloadModel play a script, too (see `steps`); each state on the way becomes that of the
+    model and is reported.
 
     `attach` reports to a control plane as a real one does. `models`, `load`, `status` and `state`
     may be changed at any time; `report_now` tells.
@@ -55,12 +83,17 @@ class FakeModelServer(FakeServer):
         """Every directive received, in order."""
         self._script: tuple[ScriptItem, ...] = ("Hello", ", ", "world")
         self._result = True
+        self._steps = dict(_STEPS)
         self._due = asyncio.Event()
         self._attaching: asyncio.Task[None] | None = None
 
     def answer(self, *items: ScriptItem, result: bool = True) -> None:
         """Script of all Generate calls from now on; without `result` the stream just ends."""
         self._script, self._result = items, result
+
+    def steps(self, method: str, *items: StepItem) -> None:
+        """Script of all calls of PullModel, LoadModel or UnloadModel from now on."""
+        self._steps[method] = items
 
     def report(self) -> fleet_pb2.ServerReport:
         """The whole state now."""
@@ -69,7 +102,7 @@ class FakeModelServer(FakeServer):
             identity=fleet_pb2.ServerIdentity(
                 server_id=self.server_id, instance_id=self.instance_id, endpoint=self.address
             ),
-            engine=fleet_pb2.EngineInfo(name="fake"),
+            engine=fleet_pb2.EngineInfo(name="fake", manages_models=True),
             models=self.models,
             load=self.load,
             health=self.status,
@@ -166,6 +199,41 @@ class FakeModelServer(FakeServer):
     ) -> model_server_pb2.CountTokensResponse:
         async with self._received("CountTokens", context, request):
             return model_server_pb2.CountTokensResponse(prompt_tokens=_tokens(request.input))
+
+    async def PullModel(
+        self, request: model_server_pb2.ModelServerPullModelRequest, context: ServicerContext
+    ) -> AsyncIterator[model_server_pb2.ModelServerPullModelResponse]:
+        async with self._received("PullModel", context, request):
+            async for progress in self._take("PullModel", request.model):
+                yield model_server_pb2.ModelServerPullModelResponse(progress=progress)
+
+    async def LoadModel(
+        self, request: model_server_pb2.ModelServerLoadModelRequest, context: ServicerContext
+    ) -> AsyncIterator[model_server_pb2.ModelServerLoadModelResponse]:
+        async with self._received("LoadModel", context, request):
+            async for progress in self._take("LoadModel", request.model):
+                yield model_server_pb2.ModelServerLoadModelResponse(progress=progress)
+
+    async def UnloadModel(
+        self, request: model_server_pb2.ModelServerUnloadModelRequest, context: ServicerContext
+    ) -> AsyncIterator[model_server_pb2.ModelServerUnloadModelResponse]:
+        async with self._received("UnloadModel", context, request):
+            async for progress in self._take("UnloadModel", request.model):
+                yield model_server_pb2.ModelServerUnloadModelResponse(progress=progress)
+
+    async def _take(self, method: str, model: str) -> AsyncIterator[fleet_pb2.ModelProgress]:
+        info = next((info for info in self.models if info.name == model), None)
+        if info is None:
+            raise Refusal(Reason.UNKNOWN_MODEL, f"no model is called {model!r}")
+        for item in self._steps[method]:
+            if isinstance(item, Refusal):
+                raise item
+            if isinstance(item, asyncio.Event):
+                await item.wait()
+            else:
+                info.state = item.state
+                self.report_now()
+                yield item
 
 
 def _tokens(given: generation_pb2.GenerationInput) -> int:

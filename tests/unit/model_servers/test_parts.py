@@ -41,6 +41,7 @@ class Clock:
         (engine.FinishReason, generation_pb2.FinishReason, "FINISH_REASON_"),
         (engine.ToolChoiceMode, generation_pb2.ToolChoiceMode, "TOOL_CHOICE_MODE_"),
         (engine.Health, fleet_pb2.ServerHealth, "SERVER_HEALTH_"),
+        (engine.ModelState, fleet_pb2.ModelState, "MODEL_STATE_"),
         (engine.TaskType, task_pb2.TaskType, "TASK_TYPE_"),
     ],
 )
