@@ -152,7 +152,7 @@ def generate_request(
 def embed_request(
     inputs: str | Sequence[str],
     *,
-    priority: str = "normal",
+    priority: str | None = None,
     request_id: str | None = None,
     model: str | None = None,
     provider: str | None = None,
@@ -165,7 +165,7 @@ def embed_request(
     return orchestrator_pb2.EmbedRequest(
         inputs=[inputs] if isinstance(inputs, str) else inputs,
         requirements=_requirements(model, provider, server_id, excluded_server_ids, min_context_length, features),
-        priority=names.PRIORITY.number(priority),  # type: ignore[arg-type]
+        priority=names.PRIORITY.number(priority) if priority else 0,  # type: ignore[arg-type]
         request_id=request_id or "",
     )
 
