@@ -30,7 +30,6 @@ from model_servers.engine import (
     ContextTooLong,
     Engine,
     EngineError,
-    EngineFailed,
     EngineModel,
     EngineStatus,
     GenerationRequest,
@@ -337,9 +336,12 @@ class Watchdog:
         except Unsupported as error:
             _log.warning("the engine cannot be restarted: %s", error)
             self._restarts = None
-        except EngineFailed as error:
+        except EngineError as error:
             _log.error("restarting the engine failed: %s", error)
             self._stuck(str(error))
+        except Exception as error:  # a bug of a plug-in must not end the server
+            _log.exception("restarting the engine failed")
+            self._stuck(f"{type(error).__name__} in its restart")
         else:
             self._unhealthy_since = None
             self._silence.clear()

@@ -66,7 +66,7 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
-_THREAD_SECONDS = 10.0
+_THREAD_SECONDS = 5.0
 """How long the engine thread may take to end after its current step."""
 
 _TASK_TYPES = {task.name.lower(): task for task in TaskType}

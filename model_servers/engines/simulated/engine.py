@@ -53,6 +53,7 @@ class SimulatedEngine:
         self._settings = settings
         self._scale = 0.0 if settings.instant else settings.time_scale
         self._models = {model.name: model.describe(settings.context_length) for model in settings.models}
+        self._memory_used = self._warm_bytes()
         self._scripts = {model.name: model for model in settings.models}
         self._one_step: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._faults = FaultScript(settings.faults, settings.seed)
@@ -88,7 +89,7 @@ class SimulatedEngine:
             version=VERSION,
             device="simulated",
             memory_bytes=self._settings.memory_bytes,
-            memory_used_bytes=self._memory_used(),
+            memory_used_bytes=self._memory_used,
             models=tuple(self._models.values()),
             load=EngineLoad(
                 slots=slots.size,
@@ -121,7 +122,7 @@ class SimulatedEngine:
             if known.state is ModelState.WARM:
                 yield Progress(ModelState.WARM)
                 return
-            total, used = self._settings.memory_bytes, self._memory_used()
+            total, used = self._settings.memory_bytes, self._memory_used
             if total and used + known.memory_bytes > total:
                 raise OutOfMemory(f"model {model!r} takes {known.memory_bytes} bytes, {total - used} are free")
             if self._faults.refuses_load(model):
@@ -157,8 +158,9 @@ class SimulatedEngine:
 
     def _set(self, model: str, state: ModelState) -> None:
         self._models[model] = replace(self._models[model], state=state)
+        self._memory_used = self._warm_bytes()
 
-    def _memory_used(self) -> int:
+    def _warm_bytes(self) -> int:
         return sum(model.memory_bytes for model in self._models.values() if model.state is ModelState.WARM)
 
     async def _warm(self, name: str) -> EngineModel:
