@@ -47,7 +47,13 @@ class Plan:
 
 
 def make_plan(
-    config: Path | None, *, port: int | None, metrics_port: int | None, servers: Sequence[str], no_servers: bool
+    config: Path | None,
+    *,
+    port: int | None,
+    metrics_port: int | None,
+    gateway_port: int | None = None,
+    servers: Sequence[str],
+    no_servers: bool,
 ) -> Plan:
     """The plan of `up`. Raises CliError naming what does not fit."""
     arguments = list(_config(config))
@@ -55,6 +61,8 @@ def make_plan(
         arguments += ["--port", str(port)]
     if metrics_port is not None:
         arguments += ["--metrics-port", str(metrics_port)]
+    if gateway_port is not None:
+        arguments += ["--gateway.port", str(gateway_port)]
     remarks: tuple[str, ...] = ()
     if no_servers:
         entries: list[dict[str, Any]] = []
