@@ -8,6 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
+from typing import TYPE_CHECKING
 
 from prometheus_client import start_http_server
 
@@ -34,6 +35,9 @@ from modelyard.program.process import announce_ready, settle_memory, told_to_sto
 from modelyard.program.settings import SettingsError
 from modelyard.rpc.server import bind, create_server, drain, enable_standard_services, service_handler
 from modelyard.v1 import orchestrator_pb2
+
+if TYPE_CHECKING:
+    from control_plane.gateway.server import HttpServer
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +110,7 @@ class ControlPlane:
             clock,
             self.metrics,
         )
+        self.gateway: HttpServer | None = None
 
     def _put_in_force(self, catalogue: definition_files.Catalogue) -> None:
         """New definitions and presets; running requests keep what they began with. Raises SettingsError."""
@@ -125,6 +130,25 @@ class ControlPlane:
         self._generation.presets = presets
         self.fleet.define(catalogue.definitions, self.clock.monotonic())
 
+    def open_gateway(self) -> None:
+        """Listen for HTTP, if the settings want it. Raises OSError."""
+        settings = self.settings.gateway
+        if settings.port < 0:
+            return
+        # Imported only where it is wanted: the HTTP stack takes memory and time.
+        from control_plane.gateway.routes import Gateway
+        from control_plane.gateway.server import HttpServer
+
+        app = Gateway(
+            self.servicer, self.clock, self.metrics, self.settings.limits.max_request_bytes, settings.body_timeout
+        ).app
+        self.gateway = HttpServer(app, settings.host, settings.port, self.settings.drain_grace)
+
+    async def serve_gateway(self) -> None:
+        """Answer HTTP requests until the drain is over."""
+        if self.gateway:
+            await self.gateway.serve()
+
     async def start(self) -> str:
         """Listen and serve; the address."""
         settings, limit = self.settings, self.settings.limits.max_request_bytes
@@ -142,11 +166,18 @@ class ControlPlane:
         await drain(
             self._server,
             self._health,
-            stop_accepting=self.servicer.stop_accepting,
+            stop_accepting=self._stop_accepting,
             in_flight=self.servicer.in_flight,
             grace=self.settings.drain_grace,
         )
+        if self.gateway:
+            await self.gateway.ended()
         await self.upstreams.close()
+
+    def _stop_accepting(self) -> None:
+        self.servicer.stop_accepting()
+        if self.gateway:
+            self.gateway.stop_accepting()
 
     async def tick_forever(self) -> None:
         """Let time pass for fleet and queue."""
@@ -182,6 +213,8 @@ async def running(
             group.create_task(plane.watch_definitions(), name="definitions"),
         ]
         try:
+            plane.open_gateway()
+            background.append(group.create_task(plane.serve_gateway(), name="gateway"))
             address = await plane.start()
             try:
                 yield plane, address
@@ -196,6 +229,8 @@ async def serve(settings: ControlPlaneSettings) -> int:
     """Run a control plane until it is told to stop; the exit status."""
     async with running(settings) as (plane, address):
         facts: dict[str, str | int] = {"address": address}
+        if plane.gateway:
+            facts["gateway"] = plane.gateway.url
         if settings.metrics_port >= 0:
             where = f"{settings.host}:{settings.metrics_port}"
             try:

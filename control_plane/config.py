@@ -135,10 +135,19 @@ def with_aliases(env: Mapping[str, str]) -> dict[str, str]:
     return {**full, **env}
 
 
+class GatewaySettings(Settings):
+    host: str = Field(
+        "127.0.0.1", description="Address of the OpenAI-compatible gateway. Anything but loopback opens it."
+    )
+    port: int = Field(7462, ge=-1, le=65535, description="HTTP port of the gateway; 0 takes a free one, -1 turns off.")
+    body_timeout: PositiveSeconds = Field(30.0, description="Seconds in which the body of an HTTP request must arrive.")
+
+
 class ControlPlaneSettings(Settings):
     host: str = Field("127.0.0.1", description="Address to listen on. Anything but loopback opens it to the network.")
     port: Port = Field(7460, description="gRPC port; 0 takes a free one.")
     metrics_port: int = Field(7461, ge=-1, le=65535, description="Port of /metrics; 0 takes a free one, -1 turns off.")
+    gateway: GatewaySettings = GatewaySettings()
     models_dir: Path | None = Field(
         None,
         description="Folder of model definitions, one YAML file per provider, and of presets. "

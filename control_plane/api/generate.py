@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable
+from typing import Protocol
 
 import grpc
 
@@ -16,7 +17,7 @@ from control_plane.config import LimitSettings
 from control_plane.domain.errors import fleet_warming_up, unknown_model
 from control_plane.domain.model import ModelName, Provider
 from control_plane.domain.ports import Clock
-from control_plane.fleet.registry import Fleet, Outcome, OutcomeKind
+from control_plane.fleet.registry import Fleet, Flight, Outcome, OutcomeKind
 from control_plane.fleet.scheduler import Grant
 from control_plane.presets import Presets
 from modelyard.rpc.errors import Refusal, invalid
@@ -46,6 +47,25 @@ _DELTA_TAG = 0x12
 _STATUS_WITHIN = 1.0
 
 REQUEST_ID_KEY = "modelyard-request-id"
+
+
+class Sink(Protocol):
+    """Where an answer goes: a gRPC context, or the gateway's own.
+
+    One that also has `chosen(flight, attempts)` hears of each attempt as it begins.
+    """
+
+    async def write(self, message: bytes, /) -> None:
+        """Send a serialised GenerateResponse."""
+        ...
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the caller's deadline; None without one."""
+        ...
+
+    def set_trailing_metadata(self, trailing_metadata: tuple[tuple[str, str], ...], /) -> None:
+        """What goes with the status."""
+        ...
 
 
 class Generation:
@@ -88,7 +108,7 @@ class Generation:
 
     # ------------------------------------------------------------ Generate ---
 
-    async def generate(self, request: GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+    async def generate(self, request: GenerateRequest, context: Sink) -> None:
         """Serve one Generate call, writing to `context`."""
         arrived = self._clock.monotonic()
         request_id = _identify(request.request_id, context)
@@ -117,7 +137,7 @@ class Generation:
 
     # --------------------------------------------------------------- Embed ---
 
-    async def embed(self, request: EmbedRequest, context: grpc.aio.ServicerContext) -> EmbedResponse:
+    async def embed(self, request: EmbedRequest, context: Sink) -> EmbedResponse:
         """Serve one Embed call."""
         arrived = self._clock.monotonic()
         request_id = _identify(request.request_id, context)
@@ -129,11 +149,15 @@ class Generation:
         message = ModelServerEmbedRequest(
             inputs=request.inputs, orchestrator_id=self._orchestrator_id, request_id=request_id
         )
+        history: list[Attempt] = []
+        chosen: Callable[[Flight, int], None] | None = getattr(context, "chosen", None)
 
         async def attempt(grant: Grant, progress: Progress) -> tuple[EmbedResponse, Outcome]:
             flight = grant.flight
             message.model = flight.model
             started = self._clock.monotonic()
+            if chosen is not None:
+                chosen(flight, len(history))
             call = self._upstreams.get(flight.endpoint).embed(
                 message.SerializeToString(), timeout=max(0.0, arrived + limit - started)
             )
@@ -157,7 +181,7 @@ class Generation:
 
         try:
             async with asyncio.timeout(limit):
-                return await self._attempts.run(route, attempt, [])
+                return await self._attempts.run(route, attempt, history)
         except TimeoutError:
             raise _out_of_time(limit) from None
 
@@ -172,7 +196,7 @@ class Generation:
 
         call.add_done_callback(ended)
 
-    def _time_limit(self, context: grpc.aio.ServicerContext) -> float:
+    def _time_limit(self, context: Sink) -> float:
         remaining = context.time_remaining()
         longest = self._limits.max_generation
         return longest if remaining is None else min(remaining, longest)
@@ -184,7 +208,7 @@ class _Relay:
     def __init__(
         self,
         owner: Generation,
-        context: grpc.aio.ServicerContext,
+        context: Sink,
         body: bytes,
         arrived: float,
         deadline: float,
@@ -198,6 +222,7 @@ class _Relay:
         self._deadline = deadline
         self._request_id = request_id
         self._history = history
+        self._chosen: Callable[[Flight, int], None] | None = getattr(context, "chosen", None)
         self._queued = 0.0
         self._slow = False
         self._blocked_since: float | None = None
@@ -244,6 +269,8 @@ class _Relay:
         clock = owner._clock.monotonic
         self._queued += grant.queued
         started = clock()
+        if self._chosen is not None:
+            self._chosen(flight, len(self._history))
         call = owner._upstreams.get(flight.endpoint).generate(
             self._body + ModelServerGenerateRequest(model=flight.model).SerializeToString(),
             timeout=max(0.0, self._deadline - started),
@@ -321,7 +348,7 @@ class _Relay:
         return response.SerializeToString()
 
 
-def _identify(given: str, context: grpc.aio.ServicerContext) -> str:
+def _identify(given: str, context: Sink) -> str:
     """The request's id, sent back in the trailing metadata: with the status, refusals included,
     where initial metadata would cost a write of its own. An id that is no header value is a
     violation, so it is not sent."""

@@ -29,11 +29,14 @@ T = TypeVar("T")
 
 
 def served(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
-    """Around every method: domain errors become refusals, the outcome is counted."""
+    """Around every method: domain errors become refusals, the outcome is counted, under the name of
+    the method unless the caller knows a better one."""
     name = method.__name__
 
     @functools.wraps(method)
-    async def wrapped(self: OrchestratorServicer, request: Any, context: grpc.aio.ServicerContext) -> T:
+    async def wrapped(
+        self: OrchestratorServicer, request: Any, context: grpc.aio.ServicerContext, *, counted_as: str = name
+    ) -> T:
         outcome = "ok"
         try:
             return await method(self, request, context)
@@ -50,7 +53,7 @@ def served(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
             outcome = Reason.INTERNAL
             raise
         finally:
-            self.metrics.finished(name, outcome)
+            self.metrics.finished(counted_as, outcome)
 
     return wrapped
 
@@ -84,6 +87,11 @@ class OrchestratorServicer:
     def stop_accepting(self) -> None:
         """Refuse new work from now on."""
         self._stopping.set()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether new work is refused."""
+        return self._stopping.is_set()
 
     def _admit(self) -> InFlight:
         if self._stopping.is_set():

@@ -51,7 +51,7 @@ class Fleet:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def fleet() -> AsyncIterator[Fleet]:
     process = await asyncio.create_subprocess_exec(
-        BIN / "modelyard", "up", "--json", "--port", "0", "--metrics-port", "0",
+        BIN / "modelyard", "up", "--json", "--port", "0", "--metrics-port", "0", "--gateway-port", "0",
         cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
     )  # fmt: skip
     assert process.stdout

@@ -201,10 +201,11 @@ def ready(status: fleet_pb2.ModelServerStatus) -> bool:
 
 
 def settings(**given: Any) -> ControlPlaneSettings:
-    """Free ports, no metrics, no warm-up, short intervals; `given` takes precedence, sections are merged."""
+    """Free ports, no metrics, gateway or warm-up, short intervals; `given` takes precedence, sections are merged."""
     values: dict[str, Any] = {
         "port": 0,
         "metrics_port": -1,
+        "gateway": {"port": -1},
         "drain_grace": 1.0,
         "fleet": {"report_interval": 0.2, "lease_duration": 10.0, "warm_up": 0.0},
         "retry": {"base": 0.001, "cap": 0.01},

@@ -81,7 +81,7 @@ async def program(module: str, *argv: str) -> AsyncIterator[Program]:
 
 @asynccontextmanager
 async def control_plane(*argv: str) -> AsyncIterator[Program]:
-    async with program("control_plane", "--port", "0", "--metrics-port", "0", *argv) as running:
+    async with program("control_plane", "--port", "0", "--metrics-port", "0", "--gateway.port", "0", *argv) as running:
         yield running
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -80,7 +81,7 @@ class Up:
 @contextmanager
 def up(*arguments: str, port: str = "0", ready: bool = True, cwd: Path | None = None) -> Iterator[Up]:
     process = subprocess.Popen(
-        [*CLI, "up", "--json", "--port", port, "--metrics-port", "-1", *arguments],
+        [*CLI, "up", "--json", "--port", port, "--metrics-port", "-1", "--gateway-port", "-1", *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -463,14 +464,25 @@ def test_a_port_in_use_is_told() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = modelyard("up", "--port", str(port), "--no-servers", "--metrics-port", "-1")
+        done = modelyard("up", "--port", str(port), "--no-servers", "--metrics-port", "-1", "--gateway-port", "-1")
     assert done.returncode == 2
     assert f"127.0.0.1:{port} is in use" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
 
 
 def test_wrong_settings_of_a_server_are_told(tmp_path: Path) -> None:
-    done = modelyard("up", "--port", "0", "--metrics-port", "-1", "--server", "simulated:slots=many", cwd=tmp_path)
+    done = modelyard(
+        "up",
+        "--port",
+        "0",
+        "--metrics-port",
+        "-1",
+        "--gateway-port",
+        "-1",
+        "--server",
+        "simulated:slots=many",
+        cwd=tmp_path,
+    )
     assert done.returncode == 2
     assert "engine_settings.slots" in done.stderr
     assert "Traceback" not in done.stderr
@@ -478,7 +490,9 @@ def test_wrong_settings_of_a_server_are_told(tmp_path: Path) -> None:
 
 def test_an_engine_that_does_not_start_is_told(tmp_path: Path) -> None:
     server = "simulated:faults=[{kind: refuse_start}]"
-    done = modelyard("up", "--port", "0", "--metrics-port", "-1", "--server", server, cwd=tmp_path)
+    done = modelyard(
+        "up", "--port", "0", "--metrics-port", "-1", "--gateway-port", "-1", "--server", server, cwd=tmp_path
+    )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith("remove the fault 'refuse_start'")
     assert "modelyard: simulated-1 ended with status 1" in done.stderr
@@ -503,7 +517,7 @@ def test_the_fleet_of_the_configuration_file(tmp_path: Path) -> None:
 
 def test_up_for_people_prints_where_it_is() -> None:
     process = subprocess.Popen(
-        [*CLI, "up", "--port", "0", "--metrics-port", "0", "--server", FAST],
+        [*CLI, "up", "--port", "0", "--metrics-port", "0", "--gateway-port", "0", "--server", FAST],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -519,6 +533,7 @@ def test_up_for_people_prints_where_it_is() -> None:
         text = "".join(lines)
         assert "modelyard is up at 127.0.0.1:" in text
         assert "metrics at http://127.0.0.1:" in text
+        assert re.search(r"OpenAI's API at http://127\.0\.0\.1:\d+/v1$", text, re.MULTILINE)
         assert "swift" in text
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0

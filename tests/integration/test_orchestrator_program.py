@@ -26,9 +26,10 @@ CANARY = "zanzibar-4711-xylophone"
 async def run_to_end(*argv: str, cwd: Path | None = None, **variables: str) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of a control plane that is expected to end by itself."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("MODELYARD_")}
+    env = {**env, "MODELYARD_CONTROL_PLANE_GATEWAY__PORT": "-1", **variables}
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "control_plane", *argv,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env={**env, **variables}, cwd=cwd,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=env, cwd=cwd,
     )  # fmt: skip
     try:
         output, errors = await asyncio.wait_for(process.communicate(), 60)
@@ -80,11 +81,16 @@ async def test_a_port_in_use_says_what_to_do():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        grpc_port, metrics_port = await asyncio.gather(
+        grpc_port, metrics_port, gateway_port = await asyncio.gather(
             run_to_end("--port", str(port), "--metrics-port", "-1"),
             run_to_end("--port", "0", "--metrics-port", str(port)),
+            run_to_end("--port", "0", "--metrics-port", "-1", "--gateway.port", str(port)),
         )
-    for (status, output, errors), flag in ((grpc_port, "--port"), (metrics_port, "--metrics-port")):
+    for (status, output, errors), flag in (
+        (grpc_port, "--port"),
+        (metrics_port, "--metrics-port"),
+        (gateway_port, "--gateway.port"),
+    ):
         assert (status, output) == (2, ""), errors
         assert str(port) in errors and "in use" in errors and flag in errors, errors
         assert "Traceback" not in errors

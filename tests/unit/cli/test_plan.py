@@ -93,8 +93,8 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert [server.engine for server in plan(path).servers] == ["simulated", "mlx"]
     assert [server.engine for server in plan(path, servers=("vllm",)).servers] == ["vllm"]
     assert plan(path, no_servers=True).servers == ()
-    arguments = plan(path, port=0, metrics_port=-1).control_plane
-    assert arguments == ("--config", str(path), "--port", "0", "--metrics-port", "-1")
+    arguments = plan(path, port=0, metrics_port=-1, gateway_port=0).control_plane
+    assert arguments == ("--config", str(path), "--port", "0", "--metrics-port", "-1", "--gateway.port", "0")
 
 
 def test_one_server_without_settings(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 from modelyard.cli.extras import missing
 from modelyard.cli.plan import ServerPlan, bundled_model
 
-CONTROL_PLANE = ("--port", "0", "--metrics-port", "-1", "--log-level", "warning", "--fleet.warm-up", "0")
+CONTROL_PLANE = (
+    "--port", "0", "--metrics-port", "-1", "--gateway.port", "-1", "--log-level", "warning", "--fleet.warm-up", "0"
+)  # fmt: skip
 
 _BIG: dict[str, Any] = {
     "models": [

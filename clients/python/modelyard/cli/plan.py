@@ -59,6 +59,7 @@ def make_plan(
     offers: Callable[[], Sequence[Offer]] = tuple,
     wanted: Sequence[str] = (),
     pulls: Sequence[str] = (),
+    gateway_port: int | None = None,
 ) -> Plan:
     """The plan of `up`. Raises CliError naming what does not fit.
 
@@ -70,6 +71,8 @@ def make_plan(
         arguments += ["--port", str(port)]
     if metrics_port is not None:
         arguments += ["--metrics-port", str(metrics_port)]
+    if gateway_port is not None:
+        arguments += ["--gateway.port", str(gateway_port)]
     remarks: tuple[str, ...] = ()
     if no_servers:
         entries: list[dict[str, Any]] = []

@@ -31,6 +31,7 @@ _LAST_WORDS = 1.0
 @click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="Configuration file, section `up`.")
 @click.option("--port", type=click.IntRange(0, 65535), help="gRPC port of the control plane; 0 takes a free one.")
 @click.option("--metrics-port", type=click.IntRange(-1, 65535), help="Port of /metrics; 0: a free one, -1: none.")
+@click.option("--gateway-port", type=click.IntRange(-1, 65535), help="Port of OpenAI's API; 0: a free one, -1: none.")
 @click.option(
     "--server",
     "servers",
@@ -61,6 +62,7 @@ def up(
     config: Path | None,
     port: int | None,
     metrics_port: int | None,
+    gateway_port: int | None,
     servers: tuple[str, ...],
     no_servers: bool,
     no_discover: bool,
@@ -84,6 +86,7 @@ def up(
         configuration_file(config or session.config),
         port=port,
         metrics_port=metrics_port,
+        gateway_port=gateway_port,
         servers=servers,
         no_servers=no_servers,
         offers=tuple if no_discover else discover,

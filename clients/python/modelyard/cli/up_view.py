@@ -40,6 +40,8 @@ class UpView:
     def up(self, facts: Mapping[str, Any], servers: Sequence[ServerStatus]) -> None:
         """Everything is ready."""
         print(f"\nmodelyard is up at {facts['address']}")
+        if "gateway" in facts:
+            print(f"OpenAI's API at {facts['gateway']}/v1")
         if "metrics" in facts:
             print(f"metrics at {facts['metrics']}")
         if servers:
@@ -142,7 +144,8 @@ class JsonView(UpView):
         return _Steps(self._print, name)
 
     def up(self, facts: Mapping[str, Any], servers: Sequence[ServerStatus]) -> None:
-        ready = {"event": "up", "address": facts["address"], "metrics": facts.get("metrics")}
+        ready = {"event": "up", "address": facts["address"]}
+        ready |= {name: facts.get(name) for name in ("gateway", "metrics")}
         self._print({**ready, "servers": [server.to_dict() for server in servers]})
 
     def draining(self, signal_name: str) -> None:
