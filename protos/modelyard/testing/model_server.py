@@ -76,6 +76,8 @@ class FakeModelServer(FakeServer):
         self.load = fleet_pb2.ServerLoad(slots=slots)
         self.status: fleet_pb2.ServerHealth = fleet_pb2.SERVER_HEALTH_READY
         self.state: fleet_pb2.DesiredState = fleet_pb2.DESIRED_STATE_SERVE
+        self.manages_models = False
+        """Whether the report says that models can be pulled, loaded and unloaded; the methods answer in any case."""
         self.on_generate: Callable[[model_server_pb2.ModelServerGenerateRequest], tuple[ScriptItem, ...]] | None = None
         """Makes the script of a request; takes precedence over `answer`."""
         self.finish_reason: generation_pb2.FinishReason = generation_pb2.FINISH_REASON_STOP
@@ -102,7 +104,7 @@ class FakeModelServer(FakeServer):
             identity=fleet_pb2.ServerIdentity(
                 server_id=self.server_id, instance_id=self.instance_id, endpoint=self.address
             ),
-            engine=fleet_pb2.EngineInfo(name="fake", manages_models=True),
+            engine=fleet_pb2.EngineInfo(name="fake", manages_models=self.manages_models),
             models=self.models,
             load=self.load,
             health=self.status,
