@@ -259,6 +259,7 @@ class OllamaEngine:
                         patience, setting = settings.stall_seconds, "stall_seconds"
                         work.answered()
                         if line.done:
+                            await self._connection.drain(lines)
                             break
                         yield line, 0.0
                 if work.cold and line.load_duration:
@@ -338,6 +339,7 @@ class OllamaEngine:
                     completed, total = map(sum, zip(*layers.values(), strict=True)) if layers else (0, 0)
                     step.detail = f"{completed / total:.0%} of {total / 1e9:.2f} GB" if total else status
                     yield Progress(ModelState.PULLING, status, completed, total)
+                await self._connection.drain(lines)
             await self._read_models()
         if name not in self._catalogue.here:
             raise EngineFailed(f"Ollama says that {name!r} is pulled, but does not list it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from model_servers.engine import EngineError, Pool
@@ -21,6 +21,7 @@ T = TypeVar("T")
 _WORK = ("/api/chat", "/api/generate", "/api/embed", "/api/pull")
 _IDLE_SECONDS = 60.0
 """How long a connection that nobody uses stays open."""
+_END_SECONDS = 0.2
 
 
 class PoolCount:
@@ -81,7 +82,11 @@ class Connection:
 
         class CountedTransport(httpx.AsyncHTTPTransport):
             async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-                return await count.send(request, super().handle_async_request)
+                response = await count.send(request, super().handle_async_request)
+                if response.status_code == 429:  # a proxy's, or the cloud's; the client's error loses the header
+                    await response.aclose()
+                    raise faults.rate_limited(response.headers.get("retry-after", ""))
+                return response
 
         limits = httpx.Limits(
             max_connections=settings.connections,
@@ -145,6 +150,14 @@ class Connection:
         async with aclosing(lines):
             async for line in lines:
                 yield line
+
+    @staticmethod
+    async def drain(lines: AsyncGenerator[Any, None]) -> None:
+        """Reads on to the end, which has come with the last line: only then can the connection be used again."""
+        with suppress(Exception):
+            async with asyncio.timeout(_END_SECONDS):
+                async for _ in lines:
+                    pass
 
     def translate(self, error: Exception, model: str, *, started: bool = False) -> EngineError:
         """The engine's error for what the client raised. `started`: see faults.from_response."""

@@ -26,6 +26,7 @@ _CONTEXT = re.compile(
 _QUOTED = re.compile(r"[\"'`{\[<\n]|raw=|content=")
 """Where Ollama begins to quote what it was given or has generated."""
 _LONGEST = 160
+_LONGEST_RETRY = 3600.0
 
 
 class NoConnection(EngineFailed):
@@ -60,7 +61,7 @@ def _refusal(text: str, status: int, model: str) -> EngineError:
     if status == 503 or "maximum pending requests" in low:
         return Busy("Ollama's queue is full")
     if status == 429:
-        return RateLimited("Ollama limits the rate")
+        return rate_limited("")
     if status in (401, 403):
         return CredentialsRejected(
             "Ollama, or a proxy before it, wants credentials: set OLLAMA_API_KEY, or run `ollama signin` on its host"
@@ -74,6 +75,15 @@ def _refusal(text: str, status: int, model: str) -> EngineError:
     if status == 400:
         return Unsupported(f"Ollama refuses the request: {said}")
     return EngineFailed(f"Ollama failed: {said}")
+
+
+def rate_limited(retry_after: str) -> RateLimited:
+    """`retry_after`: the header, seconds as a number or anything else."""
+    said = "Ollama, or a proxy before it, limits the rate"
+    try:
+        return RateLimited(said, min(max(float(retry_after), 0.0), _LONGEST_RETRY))
+    except ValueError:
+        return RateLimited(said)
 
 
 def no_connection(url: str) -> NoConnection:
