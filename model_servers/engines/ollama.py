@@ -114,6 +114,8 @@ class OllamaEngine:
         """Models that could not be provided: when to try again (clock), and the pause after that."""
         self._resting: set[str] = set()
         """Models to keep warm that were unloaded on purpose, until someone asks for them."""
+        self._stale = False
+        """The list of models must be read again."""
         self._closed = False
 
     # ----------------------------------------------------------- lifecycle ---
@@ -173,16 +175,24 @@ class OllamaEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta | Finished, None]:
         """See Engine.generate."""
-        name = await self._provided(request.model)
-        running = self._catalogue.running(name)
-        call = wire.make_call(request, running)
-        reader = wire.Reader(call, running)
-        async with aclosing(self._answer(name, call, reader)) as lines:
-            async for line, queued in lines:
-                if line.done:
-                    yield reader.finish(line, queued)
-                elif delta := reader.delta(line):
-                    yield delta
+        retry = True
+        while True:
+            name = await self._provided(request.model)
+            running = self._catalogue.running(name)
+            call = wire.make_call(request, running)
+            reader = wire.Reader(call, running)
+            try:
+                async with aclosing(self._answer(name, call, reader)) as lines:
+                    async for line, queued in lines:
+                        if line.done:
+                            yield reader.finish(line, queued)
+                        elif delta := reader.delta(line):
+                            yield delta
+                return
+            except UnknownModel:
+                if not (retry and self._may_pull(name)):
+                    raise
+                retry = False  # it was here a moment ago: pull it again
 
     async def embed(self, model: str, inputs: Sequence[str]) -> Embeddings:
         """See Engine.embed."""
@@ -234,12 +244,16 @@ class OllamaEngine:
         name = short_name(model)
         if name in self._catalogue.here:
             return name
-        if not (self._settings.auto_pull and name in self._catalogue.wanted):
+        if not self._may_pull(name):
             raise UnknownModel(f"Ollama does not have {name!r}: fetch it with `ollama pull {name}`, or set auto_pull")
         async with aclosing(self.pull(name)) as steps:
             async for _ in steps:
                 pass
         return name
+
+    def _may_pull(self, name: str) -> bool:
+        """Only what the settings name is ever fetched because of a request."""
+        return self._settings.auto_pull and name in self._catalogue.wanted
 
     async def _answer(
         self, name: str, call: wire.Call, reader: wire.Reader
@@ -295,7 +309,8 @@ class OllamaEngine:
             return EngineFailed(self._health_detail)
         found = self._connection.translate(error, name, started=started)
         if isinstance(found, UnknownModel):
-            self._catalogue.here.pop(name, None)  # removed behind our back
+            self._catalogue.here.pop(name, None)  # removed behind our back, or so it seems
+            self._stale = True
         if isinstance(found, (UnknownModel, EngineFailed)):
             self._wake.set()  # look now
         return found
@@ -428,6 +443,7 @@ class OllamaEngine:
                 continue
             here[name] = shown(digest, int(model.size or 0), answer)
         self._catalogue.here = here
+        self._stale = False
 
     async def _read_running(self) -> None:
         running = await self._connection.ask(lambda client: client.ps(), _LOOK_SECONDS, "poll_seconds")
@@ -456,9 +472,10 @@ class OllamaEngine:
             self._wake.clear()
             looks += 1
             try:
-                await self._look(full=bool(misses) or looks % _FULL_LOOK_EVERY == 0)
+                await self._look(full=self._stale or looks % _FULL_LOOK_EVERY == 0)
             except EngineError as error:
                 misses += 1
+                self._stale = True
                 if misses > 1 or isinstance(error, faults.NoConnection):
                     self._lose(str(error))
             else:
