@@ -243,10 +243,8 @@ class OllamaStandIn:
 
     @web.middleware
     async def _around(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        body = await request.json() if request.can_read_body else {}
-        request["body"] = body
         if request.path in _WORK:
-            self.requests.append(Recorded(request.path, body))
+            self.requests.append(Recorded(request.path, await request.json()))
         fault = self.fault
         if fault and (fault.everywhere or request.path in _WORK):
             if fault.kind == "hang":
@@ -314,7 +312,7 @@ class OllamaStandIn:
         return runner.model.size + 1000 * runner.num_ctx * self.parallel
 
     async def _show(self, request: web.Request) -> web.Response:
-        model = self._model(request["body"])
+        model = self._model(await request.json())
         answer = {
             "modelfile": f"FROM {model.name}", "template": "{{ .Prompt }}", "details": model.details,
             "parameters": "num_keep                       24\n"
@@ -337,13 +335,13 @@ class OllamaStandIn:
         return self.present[name]
 
     async def _delete(self, request: web.Request) -> web.Response:
-        model = self._model(request["body"])
+        model = self._model(await request.json())
         del self.present[model.name]
         self._drop(model.name)
         return web.Response()
 
     async def _pull(self, request: web.Request) -> web.StreamResponse:
-        name = str(request["body"]["model"]).removesuffix(":latest")
+        name = str((await request.json())["model"]).removesuffix(":latest")
 
         async def steps() -> AsyncGenerator[dict[str, Any], None]:
             yield {"status": "pulling manifest"}
@@ -414,6 +412,14 @@ class OllamaStandIn:
             loop = asyncio.get_running_loop()
             runner.timer = loop.call_later(runner.keep_alive, lambda: runner.users or self._drop(name))
 
+    def _let_go(self, name: str) -> None:
+        """Unloads as soon as no request uses it."""
+        runner = self._runners.get(name)
+        if runner and runner.users:
+            runner.keep_alive = 0
+        else:
+            self._drop(name)
+
     def _drop(self, name: str) -> None:
         runner = self._runners.pop(name, None)
         if runner and runner.timer:
@@ -428,12 +434,12 @@ class OllamaStandIn:
         return await self._complete(request, chat=False)
 
     async def _complete(self, request: web.Request, *, chat: bool) -> web.StreamResponse:
-        body = request["body"]
+        body = await request.json()
         began = time.monotonic()
         model = self._model(body)
         empty = not body.get("messages") if chat else not body.get("prompt")
         if empty and body.get("keep_alive") == 0:
-            self._drop(model.name)
+            self._let_go(model.name)
             return web.json_response(self._end(model, chat, "unload"))
         if "completion" not in model.abilities:
             raise _Refused(400, f'"{model.name}" does not support {"chat" if chat else "generate"}')
@@ -539,8 +545,8 @@ class OllamaStandIn:
                     filled = time.monotonic()
                     computed = 0
                     for piece in pieces:
-                        await asyncio.sleep(self.token_seconds)
                         computed += 1
+                        await asyncio.sleep(max(0.0, filled + computed * self.token_seconds - time.monotonic()))
                         self.generated += 1
                         line = self._line(model, chat, piece)
                         if body.get("logprobs") and "text" in piece and self._at_least(0, 12, 11):
@@ -576,7 +582,7 @@ class OllamaStandIn:
         return self._line(model, chat, {}) | {"done": True, "done_reason": reason}
 
     async def _embed(self, request: web.Request) -> web.Response:
-        body = request["body"]
+        body = await request.json()
         began = time.monotonic()
         model = self._model(body)
         inputs = [body["input"]] if isinstance(body["input"], str) else body["input"]

@@ -14,7 +14,7 @@ def short_name(name: str) -> str:
 
 def is_remote(name: str) -> bool:
     """Whether Ollama hands requests for this model on to its cloud, where they may cost money."""
-    _, _, tag = name.rpartition(":")
+    tag = name.partition(":")[2]
     return tag == "cloud" or tag.endswith("-cloud")
 
 

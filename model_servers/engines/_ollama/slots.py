@@ -10,8 +10,9 @@ from contextlib import asynccontextmanager
 START = 2
 """Slots before anything is known: the least with which something can be learned."""
 
-_LONG, _SHORT = 0.3, 0.1
-"""A wait of that part of the work's own time is clearly a queue, or clearly none; between them it is neither."""
+_LONG, _SHORT = 0.3, 0.03
+"""Beside n others a place is free after about one n-th of what the work itself takes. A wait of that part of it is
+clearly a queue, or clearly none; between them it is neither."""
 _LEAST_LONG, _MOST_SHORT = 0.02, 0.01
 """Seconds: what is below or above them is a queue, or none, whatever the work takes."""
 _FORGET = 50
@@ -51,12 +52,13 @@ class SlotEstimate:
         at_once = beside + 1
         if worked <= 0:
             return
-        if waited >= max(_LONG * worked, _LEAST_LONG):
+        typical = worked / at_once
+        if waited >= max(_LONG * typical, _LEAST_LONG):
             if at_once > 1:  # alone and yet waiting: behind somebody else's request
                 self._refuted = at_once if self._refuted is None else min(self._refuted, at_once)
                 self._proven = min(self._proven, at_once - 1)
                 self._calm = 0
-        elif waited <= max(_SHORT * worked, _MOST_SHORT):
+        elif waited <= max(_SHORT * typical, _MOST_SHORT):
             self._proven = max(self._proven, at_once)
             if self._refuted is not None:
                 self._calm = self._calm + 1 if at_once == self._refuted - 1 else self._calm
