@@ -350,12 +350,12 @@ class OllamaStandIn:
                 yield {"error": "pull model manifest: file does not exist"}
                 return
             for digest, total in model.layers:
-                yield {"status": f"pulling {digest[7:19]}", "digest": digest, "total": total}
+                line = {"status": f"pulling {digest[7:19]}", "digest": digest, "total": total}
+                yield line | ({"completed": self._fetched[digest]} if self._fetched[digest] else {})
                 while self._fetched[digest] < total:
                     await asyncio.sleep(self.pull_seconds / 10)
                     self._fetched[digest] = min(total, self._fetched[digest] + -(-total // 5))
-                    status = f"pulling {digest[7:19]}"
-                    yield {"status": status, "digest": digest, "total": total, "completed": self._fetched[digest]}
+                    yield line | {"completed": self._fetched[digest]}
             yield {"status": "verifying sha256 digest"}
             yield {"status": "writing manifest"}
             self.present[name] = model
