@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -93,11 +94,13 @@ class Connection:
             max_keepalive_connections=settings.connections,
             keepalive_expiry=_IDLE_SECONDS,
         )
+        # Reading the certificates of the world takes a tenth of a second. Without any, every one is refused.
+        verify = True if settings.url.startswith("https:") else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         # Waiting for an answer has bounds of its own, which know what is waited for.
         self._client = ollama.AsyncClient(
             settings.url,
             timeout=httpx.Timeout(None, connect=settings.connect_seconds),
-            transport=CountedTransport(limits=limits),
+            transport=CountedTransport(limits=limits, verify=verify),
         )
 
     def pool(self) -> Pool:

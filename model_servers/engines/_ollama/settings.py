@@ -12,7 +12,8 @@ from model_servers.engine import TaskType
 from model_servers.engines._ollama.names import short_name
 from modelyard.program.settings import Settings
 
-_DURATION = re.compile(r"-?\d+(\.\d+)?|(\d+(\.\d+)?(ms|s|m|h))+")
+_NUMBER = re.compile(r"-?\d+(\.\d+)?")
+_DURATION = re.compile(rf"{_NUMBER.pattern}|(\d+(\.\d+)?(ms|s|m|h))+")
 _TASK_TYPES = tuple(kind.name.lower() for kind in TaskType)
 
 DEFAULT_CAPABILITIES: dict[str, float] = {
@@ -128,7 +129,8 @@ class OllamaSettings(Settings):
     def _duration(cls, value: str | float) -> str | float:
         if not _DURATION.fullmatch(str(value)):
             raise ValueError("must be seconds, or a duration such as 90s, 10m or 24h, or -1")
-        return value
+        # As text, Ollama wants a unit.
+        return float(value) if _NUMBER.fullmatch(str(value)) else value
 
     @field_validator("capabilities")
     @classmethod

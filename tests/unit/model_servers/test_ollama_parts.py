@@ -71,6 +71,7 @@ def test_the_plugin_and_its_settings() -> None:
         assert not [name for name, field in model.model_fields.items() if not field.description]
     settings = OllamaSettings.model_validate({"models": ["a:latest", {"name": "b:7b"}], "warm": ["a", "a:latest"]})
     assert [model.name for model in settings.models] == ["a", "b:7b"] and settings.warm == ("a",)
+    assert [OllamaSettings(keep_alive=each).keep_alive for each in ("-1", 60, "1h30m")] == [-1.0, 60.0, "1h30m"]
     assert OllamaSettings(url="host:1").url == "http://host:1"
 
 
