@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from model_servers.config import SECTION, ModelServerSettings
+from model_servers.engines._ollama.settings import OllamaModel, OllamaSettings
 from model_servers.engines.simulated.settings import Fault, SimulatedModel, SimulatedSettings
 from modelyard.program.documents import renew
 from modelyard.program.settings import keys, table
@@ -40,6 +41,8 @@ def tables() -> dict[Path, dict[str, str]]:
             "simulated": engine_table(SimulatedSettings),
             "simulated models": engine_table(SimulatedModel),
             "simulated faults": engine_table(Fault),
+            "ollama": engine_table(OllamaSettings),
+            "ollama models": engine_table(OllamaModel),
         },
     }
 

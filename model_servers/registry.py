@@ -20,6 +20,7 @@ GROUP = "modelyard.engines"
 BUILT_IN = {
     "simulated": "model_servers.engines.simulated:plugin",
     "mlx": "model_servers.engines.mlx:plugin",
+    "ollama": "model_servers.engines.ollama:plugin",
 }
 
 

@@ -29,7 +29,7 @@ OLLAMA = {
 def test_a_running_ollama_is_found() -> None:
     (offer,) = ollama({}, web(OLLAMA))
     assert offer.what == "Ollama 0.9.0 at http://127.0.0.1:11434 with m0, m1, m2 and 2 more"
-    assert offer.entry == {"engine": "ollama", "engine_settings": {"base_url": "http://127.0.0.1:11434"}}
+    assert offer.entry == {"engine": "ollama", "engine_settings": {"url": "http://127.0.0.1:11434"}}
     assert not offer.hosted
 
 

@@ -98,7 +98,7 @@ def ollama(env: Mapping[str, str], get: Get) -> Iterable[Offer]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return
     what = f"Ollama {version} at {url} with {_listed(models)}"
-    yield Offer("ollama", what, {"engine": "ollama", "engine_settings": {"base_url": url}}, extra="ollama")
+    yield Offer("ollama", what, {"engine": "ollama", "engine_settings": {"url": url}}, extra="ollama")
 
 
 def vllm(env: Mapping[str, str], get: Get) -> Iterable[Offer]:
