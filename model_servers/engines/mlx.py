@@ -14,6 +14,7 @@ What holds, and what does not:
 - A consumer that does not read is not waited for: one sequence of a batch cannot be paused. What is queued for it is
   bounded by the answer's length; closing the generator ends it.
 - A forced tool call is exactly one call. JSON output beside optional tools: the JSON, or calls.
+- A call that the model makes of a tool that was not offered is passed on as text, not as a call.
 - An answer that was cut off (FinishReason.LENGTH) is not valid JSON just because a schema was asked for.
 """
 

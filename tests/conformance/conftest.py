@@ -23,7 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--model", default="", help="with --endpoint: the model to use; the first reported if absent")
     group.addoption("--embedding-model", default="", help="with --endpoint: the model for Embed; --model if absent")
     group.addoption("--vision-model", default="", help="with --endpoint: the model for images; --model if absent")
-    group.addoption("--lacks", action="append", default=[], choices=LACKS, help="what the engine cannot give; see README")
+    group.addoption(
+        "--lacks", action="append", default=[], choices=LACKS, help="what the engine cannot give; see README"
+    )
 
 
 def _option(config: pytest.Config, name: str) -> str:
@@ -50,7 +52,10 @@ def _targets(config: pytest.Config) -> list[Target]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" in metafunc.fixturenames:
-        metafunc.parametrize("target", _targets(metafunc.config), ids=lambda t: t.name, indirect=True, scope="module")
+        targets = _targets(metafunc.config)
+        if getattr(metafunc.module, "NEEDS_FAULTS", False):
+            targets = [target for target in targets if target.faults is not None]
+        metafunc.parametrize("target", targets, ids=lambda t: t.name, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")

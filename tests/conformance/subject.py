@@ -37,7 +37,7 @@ LACKS = ("seed",)
 
 GREETING = "What is modelyard?"
 COUNTING = "Count from 1 to 1000. Write every number, and nothing else."
-_LONG_SCHEMA = '{"type": "array", "items": {"type": "integer"}, "minItems": 400}'
+_ENDLESS = '{"type": "array", "items": {"type": "integer"}, "minItems": 400}'
 _LONG_ENOUGH = 100
 
 
@@ -48,7 +48,9 @@ def says(
     messages = [text if isinstance(text, generation_pb2.Message) else message(text) for text in said]
     content = generation_pb2.GenerationInput(messages=messages, **more)
     # Greedy and bounded where a test does not care: quick, and as repeatable as the model can be.
-    content.sampling.CopyFrom(generation_pb2.SamplingParams(**{"max_tokens": 48, "temperature": 0.0, **(sampling or {})}))
+    content.sampling.CopyFrom(
+        generation_pb2.SamplingParams(**{"max_tokens": 48, "temperature": 0.0, **(sampling or {})})
+    )
     return content
 
 
@@ -140,6 +142,25 @@ class Answer:
         assert timings.HasField("ttft") or not self.deltas, "the first delta came, but not the time it took"
 
 
+@dataclass(frozen=True)
+class Long:
+    """A request with a long answer."""
+
+    asked: generation_pb2.GenerationInput
+    seconds: float
+    """About what its answer takes when nothing else runs."""
+
+    @property
+    def noticeably_less(self) -> float:
+        """Seconds: if it is over by then, somebody ended it."""
+        return min(PROMPTLY, max(0.5, self.seconds / 2))
+
+    def must_take(self, seconds: float) -> None:
+        """Skips the test where the answer is there sooner."""
+        if self.seconds < seconds:
+            pytest.skip("the model is too quick for that")
+
+
 class Subject:
     """The server of one target."""
 
@@ -215,7 +236,7 @@ class Subject:
                 answer.arrivals.append(time.perf_counter() - began)
                 answer.responses.append(response)
         except grpc.aio.AioRpcError as error:
-            raise _refusal(error) from error
+            raise refusal_of(error) from error
         answer.check()
         return answer
 
@@ -227,45 +248,47 @@ class Subject:
         request = model_server_pb2.CountTokensRequest(model=model or self.model, input=asked)
         return (await call(self.stub.CountTokens(request, timeout=PATIENCE))).prompt_tokens
 
-    async def long_input(self, max_tokens: int = 0) -> generation_pb2.GenerationInput:
+    async def long(self, max_tokens: int = 0) -> Long:
         """Something that this model answers at length; the test is skipped if nothing is found.
 
         `max_tokens` 0: as many as there is room for, at most 1,500.
         """
-        cached = _long_inputs.get(self.target.name)
-        if cached is None:
-            candidates = [says(COUNTING, sampling={"max_tokens": 300})]
-            if self.has("JSON_SCHEMA"):
-                schema = schema_format(_LONG_SCHEMA)
-                candidates.insert(0, says(COUNTING, sampling={"max_tokens": 300}, response_format=schema))
-            for candidate in candidates:
-                try:
-                    answer = await self.generate(candidate)
-                except Refusal:  # a schema that this vendor does not take
-                    continue
-                if answer.usage.completion_tokens >= _LONG_ENOUGH:
-                    cached = _long_inputs[self.target.name] = candidate
-                    break
-            else:
-                pytest.skip("the model gives no long answers")
-        found = generation_pb2.GenerationInput()
-        found.CopyFrom(cached)
-        found.sampling.max_tokens = max_tokens or max(_LONG_ENOUGH, min(1500, self.info().context_length // 2))
-        return found
+        if self.target.name not in _long:
+            _long[self.target.name] = await self._find_long()
+        found = _long[self.target.name]
+        asked = generation_pb2.GenerationInput()
+        asked.CopyFrom(found.asked)
+        tokens = max_tokens or max(_LONG_ENOUGH, min(1500, self.info().context_length // 2))
+        asked.sampling.max_tokens = tokens
+        return Long(asked, found.seconds / found.asked.sampling.max_tokens * tokens)
+
+    async def _find_long(self) -> Long:
+        candidates = [says(COUNTING, sampling={"max_tokens": 300})]
+        if self.has("JSON_SCHEMA"):
+            # Whatever the model wants, this goes on.
+            candidates.insert(0, says(COUNTING, sampling={"max_tokens": 300}, response_format=schema_format(_ENDLESS)))
+        for asked in candidates:
+            try:
+                answer = await self.generate(asked)
+            except Refusal:  # a schema that this vendor does not take
+                continue
+            if answer.usage.completion_tokens >= _LONG_ENOUGH:
+                asked.sampling.max_tokens = answer.usage.completion_tokens
+                return Long(asked, answer.arrivals[-1])
+        pytest.skip("the model gives no long answers")
 
     # -------------------------------------------------------------- faults ---
 
     def set_fault(self, fault: Fault | None) -> None:
         """Skips the test where the target cannot have that fault."""
-        if self.target.faults is None:
-            pytest.skip("the target has no faults")
+        assert self.target.faults is not None
         try:
             self.target.faults(self._endpoint, fault)
         except NotImplementedError:
-            pytest.skip(f"what stands behind the server cannot have the fault {fault}")
+            pytest.skip("what stands behind the server cannot have this fault")
 
 
-_long_inputs: dict[str, generation_pb2.GenerationInput] = {}
+_long: dict[str, Long] = {}
 """By target: what was found to be answered at length."""
 
 
@@ -274,10 +297,10 @@ async def call(awaitable: Awaitable[T]) -> T:
     try:
         return await awaitable
     except grpc.aio.AioRpcError as error:
-        raise _refusal(error) from error
+        raise refusal_of(error) from error
 
 
-def _refusal(error: grpc.aio.AioRpcError) -> Refusal:
+def refusal_of(error: grpc.aio.AioRpcError) -> Refusal:
     refusal = from_rpc_error(error)
     if not refusal.transport:
         assert refusal.code is CODES[refusal.reason], f"{refusal.reason} belongs to {CODES[refusal.reason]}"

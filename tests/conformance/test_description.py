@@ -27,8 +27,10 @@ async def test_the_report_lists_the_model(subject: Subject) -> None:
     names = {model.name for model in report.models}
     assert {subject.model, subject.embedding_model, subject.vision_model} <= names
     for model in report.models:
-        assert model.memory_bytes == 0 or model.memory_bytes <= report.hardware.memory_bytes or (
-            report.hardware.memory_bytes == 0
+        assert (
+            model.memory_bytes == 0
+            or model.memory_bytes <= report.hardware.memory_bytes
+            or (report.hardware.memory_bytes == 0)
         ), "a model that is here fits into the memory there is"
 
 

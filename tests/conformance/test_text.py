@@ -37,7 +37,7 @@ async def test_a_question_is_answered(subject: Subject) -> None:
 
 async def test_a_long_answer_arrives_as_it_is_made(subject: Subject) -> None:
     subject.needs("STREAMING")
-    answer = await subject.generate(await subject.long_input(300))
+    answer = await subject.generate((await subject.long(300)).asked)
     assert len(answer.deltas) >= 4, "a hundred tokens and more, in hardly any message"
     assert len(answer.pieces) >= 4
     timings = answer.result.timings

@@ -85,6 +85,10 @@ class SimulatedEngine:
             health_detail=self._detail,
         )
 
+    def set_faults(self, faults: Sequence[Fault]) -> None:
+        """Another script from now on, counting requests anew; for tests."""
+        self._faults = FaultScript(faults, self._settings.seed)
+
     async def count_tokens(self, request: GenerationRequest) -> int:
         self._model(request.model)
         return count_tokens(render_prompt(request))

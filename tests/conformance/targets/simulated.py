@@ -38,7 +38,15 @@ def _target(name: str, features: list[str]) -> Target:
 
 
 def _set_fault(endpoint: Endpoint, fault: Fault | None) -> None:
-    raise NotImplementedError
+    scripted: list[simulated.Fault] = []
+    if fault is not None:
+        if fault.kind == "status" and fault.status == 500:
+            scripted = [simulated.Fault(kind="error")]
+        elif fault.kind == "reset":
+            scripted = [simulated.Fault(kind="disconnect", tokens=fault.pieces, seconds=0.1)]
+        else:
+            raise NotImplementedError  # there is no vendor whose key or rate could be refused
+    _engines[endpoint.address].set_faults(scripted)
 
 
 TARGETS = [_target("simulated", _ALL), _target("simulated (text only)", [])]
