@@ -16,7 +16,7 @@ import pytest_asyncio
 from modelyard.rpc.errors import Refusal
 from modelyard.rpc.reasons import Reason
 from modelyard.v1 import fleet_pb2
-from tests.conformance.subject import GREETING, Subject, refused_with, says
+from tests.conformance.subject import GREETING, Subject, eventually, refusal_of, refused_with, says
 from tests.conformance.target import Fault
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

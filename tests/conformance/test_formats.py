@@ -45,7 +45,7 @@ _TOOLS = [
     generation_pb2.Tool(name="get_time", description="The time of day."),
 ]
 _SCHEMAS = {"get_weather": _WEATHER, "get_time": {"type": "object"}}
-_ROOM = {"max_tokens": 300}
+_ROOM = {"max_tokens": 120}
 
 
 def fits(value: Any, schema: dict[str, Any]) -> bool:

@@ -56,7 +56,7 @@ async def test_load_is_reported_while_there_is_some(subject: Subject) -> None:
 
 async def test_callers_that_leave_free_their_slots(subject: Subject) -> None:
     long = await subject.long()
-    long.must_take(1.0)
+    long.must_take(0.6)
     slots = min(subject.report.load.slots, _MOST)
     calls = [subject.start(long.asked) for _ in range(slots + 1)]  # one of them may have to wait
     await calls[0].read()
@@ -70,7 +70,7 @@ async def test_callers_that_leave_free_their_slots(subject: Subject) -> None:
 
 async def test_a_passed_deadline_ends_the_work(subject: Subject) -> None:
     long = await subject.long()
-    long.must_take(1.0)
+    long.must_take(0.6)
     allowed = 0.25
     began = time.perf_counter()
     refusal = await refused(subject.generate(long.asked, timeout=allowed))
@@ -118,7 +118,7 @@ async def test_slow_readers_do_not_hold_up_others(subject: Subject) -> None:
 
 async def test_a_connection_that_breaks_frees_its_slot(subject: Subject) -> None:
     long = await subject.long()
-    long.must_take(1.0)
+    long.must_take(0.6)
     async with channel(subject.address, own_connection=True) as connection:
         stub = model_server_pb2_grpc.ModelServerStub(connection)
         request = model_server_pb2.ModelServerGenerateRequest(model=subject.model, input=long.asked)

@@ -25,8 +25,8 @@ def _target(name: str, features: list[str]) -> Target:
                     "answer_tokens": 2000,
                     "context_length": 4096,
                     "prefill_tokens_per_second": 0,
-                    "decode_tokens_per_second": 1000,
-                    "aggregate_tokens_per_second": 4000,
+                    "decode_tokens_per_second": 2000,
+                    "aggregate_tokens_per_second": 6000,
                 }
             )
         )
