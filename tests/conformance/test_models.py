@@ -114,10 +114,10 @@ async def test_a_cold_model_still_counts_embeds_and_is_listed(managed: Subject) 
 
 
 async def test_unloading_waits_for_running_requests(managed: Subject) -> None:
-    call = managed.start((await managed.long(200)).asked)
-    await call.read()
+    answering = aiter(managed.start((await managed.long(200)).asked))
+    await anext(answering)
     unloading = asyncio.create_task(_do(managed, "Unload", managed.model))
-    answers = [answer async for answer in call]
+    answers = [answer async for answer in answering]
     assert answers[-1].HasField("result"), "the request that ran was not cut off"
     assert (await unloading)[-1].state == _COLD
 
