@@ -11,6 +11,7 @@ What holds, and what does not:
   In float32 (the default on a CPU) that is about one part in a million; in 16 bits it is visible.
 - Log-probabilities are the model's own: natural, before penalties, grammar and temperature.
 - Absent sampling parameters come from the model's generation_config.json; without one, decoding is greedy.
+- A call that the model makes of a tool that was not offered is passed on as text, not as a call.
 - A consumer that does not read is not waited for: one sequence of a batch cannot be paused. What is queued for it is
   bounded by the answer's length; closing the generator ends it.
 - A forced tool call is exactly one call. JSON output beside optional tools: the JSON, or calls.

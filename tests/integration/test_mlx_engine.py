@@ -139,6 +139,8 @@ async def run(engine: MlxEngine, request: GenerationRequest) -> Result:
     assert isinstance(items[-1], Finished)
     deltas = [item for item in items if isinstance(item, Delta)]
     assert len(deltas) == len(items) - 1
+    if items[-1].last is not None:
+        deltas.append(items[-1].last)
     assert sum(delta.tokens for delta in deltas) <= items[-1].usage.completion_tokens
     return Result(deltas, items[-1])
 
@@ -173,6 +175,18 @@ async def test_greedy_answers_repeat_and_are_counted(engine: MlxEngine) -> None:
     assert one.text == two.text
     assert one.usage.prompt_tokens == await engine.count_tokens(ask())
     assert 1 <= one.usage.completion_tokens <= 40
+
+
+async def test_the_last_piece_comes_together_with_the_end(engine: MlxEngine) -> None:
+    (only,) = [item async for item in engine.generate(ask(sampling=Sampling(max_tokens=1, temperature=0.0)))]
+    assert isinstance(only, Finished)
+    assert only.last is not None
+    assert only.last.text
+    assert only.last.tokens == only.usage.completion_tokens == 1
+    free = await run(engine, ask())
+    # A stop string that never becomes whole: what was held back for it is still said, and in the right order.
+    near = Sampling(max_tokens=40, temperature=0.0, stop=(free.text[-9:] + "\0",))
+    assert (await run(engine, ask(sampling=near))).text == free.text
 
 
 async def test_max_tokens_cuts_with_length(engine: MlxEngine) -> None:

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
-from model_servers.engine import EngineError, EngineFailed, Finished, FinishReason, Usage
+from model_servers.engine import Delta, EngineError, EngineFailed, Finished, FinishReason, Usage
 from model_servers.engines._mlx import sampling
 from model_servers.engines._mlx.jobs import Job, Outbox
 from model_servers.engines._mlx.loading import Model
@@ -140,20 +140,21 @@ class Batch:
             self._drop(response, failed, outbox)
             return
         job.made += 1
-        stopped = False
+        delta, stopped = None, False
         if response.finish_reason != "stop":  # "stop" is the end-of-text token, which has no text
             entry = None if job.recorder is None else job.recorder.take(response.token)
             delta, stopped = job.plan.answer.push(response.token, entry)
-            if delta is not None:
-                outbox.append((job.sink, delta))
         constraint = job.plan.constraint
         complete = constraint is not None and constraint.finished
         if response.finish_reason is None and not stopped and not complete:
+            if delta is not None:
+                outbox.append((job.sink, delta))
             return
         ended = stopped or complete or response.finish_reason == "stop"
-        self._finish(job, response, FinishReason.STOP if ended else FinishReason.LENGTH, outbox)
+        self._finish(job, response, FinishReason.STOP if ended else FinishReason.LENGTH, delta, outbox)
 
-    def _finish(self, job: Job, response: Any, reason: FinishReason, outbox: Outbox) -> None:
+    def _finish(self, job: Job, response: Any, reason: FinishReason, last: Delta | None, outbox: Outbox) -> None:
+        """`last`: what the last token completed."""
         del self.running[response.uid]
         if response.finish_reason is not None:
             cache, tokens = response.prompt_cache, response.all_tokens
@@ -164,16 +165,19 @@ class Batch:
             self._generator.remove([response.uid])
             cache, tokens = None, []
         answer = job.plan.answer
-        delta, reason = answer.finish(reason)
-        if delta is not None:
-            outbox.append((job.sink, delta))
+        held_back, reason = answer.finish(reason)
+        if held_back is not None:
+            if last is not None:
+                outbox.append((job.sink, last))
+            last = held_back
         usage = Usage(
             prompt_tokens=len(job.plan.prompt),
             cached_prompt_tokens=job.cached,
             completion_tokens=job.made,
             reasoning_tokens=answer.reasoning_tokens,
         )
-        outbox.append((job.sink, Finished(reason, usage, queued=max(0.0, job.started - job.submitted))))
+        queued = max(0.0, job.started - job.submitted)
+        outbox.append((job.sink, Finished(reason, usage, queued=queued, last=last)))
         if cache is not None and self._prefixes.enabled:
             # Evaluated, or the entry would keep the whole batch's arrays alive.
             mx.eval([layer.state for layer in cache])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -145,9 +145,18 @@ def _string(literal: str) -> str | None:
 class MarkupReader:
     """Splits the raw text of an answer into visible text, reasoning and tool calls."""
 
-    def __init__(self, marks: Marks, *, in_reasoning: bool = False, in_call: bool = False) -> None:
-        """`in_reasoning`, `in_call`: the prompt already ends with that start tag."""
+    def __init__(
+        self,
+        marks: Marks,
+        *,
+        offered: Collection[str] | None = None,
+        in_reasoning: bool = False,
+        in_call: bool = False,
+    ) -> None:
+        """`offered`: tools that may be called, None: any. `in_reasoning`, `in_call`: the prompt already ends with
+        that start tag."""
         self._marks = marks
+        self._offered = offered
         self._state = _State.REASONING if in_reasoning else _State.CALL if in_call else _State.TEXT
         self._held = ""
         self._arguments: _JsonObjectEnd | None = None
@@ -229,7 +238,7 @@ class MarkupReader:
         if self._arguments is None and not self._streamed and self._marks.parse_call is None:
             head = _CALL_HEAD.match(self._held)
             name = _string(head[1]) if head else None
-            if head and name is not None:
+            if head and name is not None and self._may_call(name):
                 events.append(CallBegins(name))
                 self._held = self._held[head.end() :]
                 self._arguments, self._streamed = _JsonObjectEnd(), True
@@ -255,8 +264,14 @@ class MarkupReader:
         self._state, self._streamed, self._strip = _State.TEXT, False, True
         return True
 
+    def _may_call(self, name: str) -> bool:
+        return self._offered is None or name in self._offered
+
     def _whole_call(self, inner: str, events: list[Event]) -> None:
-        """A call that could not be streamed. What cannot be read as one is passed on as text, without its tags."""
+        """A call that could not be streamed.
+
+        What cannot be read as one, and a call of a tool that was not offered, is passed on as text, without its tags.
+        """
         try:
             parsed = (self._marks.parse_call or json.loads)(inner.strip())
             found = [
@@ -264,6 +279,8 @@ class MarkupReader:
                 for call in (parsed if isinstance(parsed, list) else [parsed])
             ]
         except Exception:  # a parser of another package, fed by a model: anything may be wrong
+            found = []
+        if not found or not all(self._may_call(name) for name, _ in found):
             self._text(inner.strip(), events)
             return
         for name, arguments in found:

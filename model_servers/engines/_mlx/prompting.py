@@ -60,7 +60,8 @@ def make_plan(model: Model, request: GenerationRequest) -> Plan:
     markup = None
     if _offers_tools(request) or model.marks.think_start:
         marks = model.marks if _offers_tools(request) else dataclasses.replace(model.marks, call_start="")
-        markup = MarkupReader(marks, in_reasoning=prompt.in_reasoning, in_call=prompt.in_call)
+        offered = frozenset(tool.name for tool in request.tools)
+        markup = MarkupReader(marks, offered=offered, in_reasoning=prompt.in_reasoning, in_call=prompt.in_call)
     return Plan(
         prompt=prompt.tokens,
         max_tokens=min(room, sampling.max_tokens or room),

@@ -74,6 +74,10 @@ class SimulatedEngine:
         self._closed = False
         self._largest_context = max(model.context_length for model in self._models.values())
 
+    def set_faults(self, faults: Sequence[Fault]) -> None:
+        """Another script from now on, counting requests anew; for tests."""
+        self._faults = FaultScript(faults, self._settings.seed)
+
     async def start(self) -> None:
         if self._faults.refuses_start:
             self._health, self._detail = Health.UNHEALTHY, "the script says so"

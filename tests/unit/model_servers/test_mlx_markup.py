@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -89,7 +90,7 @@ def test_possible_prefix() -> None:
 # -------------------------------------------------------------- tool calls ---
 
 
-def read(parts: list[str], marks: Marks = HERMES, *, complete: bool = True, **begin: bool) -> tuple[list[Event], int]:
+def read(parts: list[str], marks: Marks = HERMES, *, complete: bool = True, **begin: Any) -> tuple[list[Event], int]:
     """Events with neighbours of one kind joined, and the number of complete calls."""
     reader, events = MarkupReader(marks, **begin), list[Event]()
     for part in parts:
@@ -159,6 +160,16 @@ def test_a_call_that_is_cut_off_is_neither_text_nor_complete() -> None:
     assert events[0] == CallBegins("go")
     assert not any(isinstance(event, Text) for event in events)
     assert read(["<tool_call>{", '"na'], complete=False) == ([], 0)
+
+
+def test_a_tool_that_was_not_offered_is_not_called() -> None:
+    inner = CALL.removeprefix("<tool_call>").removesuffix("</tool_call>").strip()
+    whole = '<tool_call>{"arguments": {}, "name": "go"}</tool_call>'
+    for parts in ([CALL], list(CALL)):
+        assert read(parts, offered={"stay"}) == ([Text(inner)], 0)
+        assert read(parts, offered={"stay", "go"}) == (GO, 1)
+    assert read([whole], offered={"stay"}) == ([Text('{"arguments": {}, "name": "go"}')], 0)
+    assert read([CALL, whole.replace("go", "stay")], offered={"stay"})[1] == 1
 
 
 def test_a_prompt_may_begin_a_call_or_the_reasoning() -> None:
