@@ -20,6 +20,8 @@ GROUP = "modelyard.engines"
 BUILT_IN = {
     "simulated": "model_servers.engines.simulated:plugin",
     "mlx": "model_servers.engines.mlx:plugin",
+    "anthropic": "model_servers.engines.anthropic:plugin",
+    "bedrock": "model_servers.engines.bedrock:plugin",
 }
 
 
