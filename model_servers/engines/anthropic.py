@@ -55,7 +55,7 @@ from model_servers.engines._hosted.conversation import (
     system_text,
     turns,
 )
-from model_servers.engines._hosted.engine import TOO_LONG, HostedEngine, Known
+from model_servers.engines._hosted.engine import TOO_LONG, HostedEngine, Known, retry_seconds
 from model_servers.engines._hosted.settings import HostedModel, HostedSettings
 
 __all__ = ["AnthropicEngine", "AnthropicSettings", "plugin"]
@@ -408,9 +408,9 @@ def status_failure(
     if kind == "permission_error" or (not kind and status == 403):
         return CredentialsRejected(f"the key from {key_source} may not do this; check its workspace and permissions")
     if kind == "rate_limit_error" or status == 429:
-        return RateLimited("Anthropic's rate limit for this key is reached", _seconds(retry_after))
+        return RateLimited("Anthropic's rate limit for this key is reached", retry_seconds(retry_after))
     if kind == "overloaded_error" or status in (503, 529):
-        return Busy("Anthropic is overloaded", _seconds(retry_after))
+        return Busy("Anthropic is overloaded", retry_seconds(retry_after))
     if kind == "billing_error" or status == 402 or "credit balance" in said:
         return EngineFailed("Anthropic wants to be paid: check the billing of the account")
     if kind == "not_found_error":
@@ -420,14 +420,6 @@ def status_failure(
     if kind == "invalid_request_error" and status in (200, 400, 422):
         return Unsupported(f"Anthropic refuses the form of the request: {message[:_MESSAGE_CHARS]}")
     return EngineFailed(f"Anthropic failed with status {status}{f' ({kind})' if kind else ''}")
-
-
-def _seconds(header: str | None) -> float:
-    """Of a Retry-After header; dates are not used by this API."""
-    try:
-        return min(max(float(header or 1.0), 0.0), 3600.0)
-    except ValueError:
-        return 1.0
 
 
 # ------------------------------------------------------------- connections ---

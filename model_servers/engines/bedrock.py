@@ -59,7 +59,7 @@ from model_servers.engines._hosted.conversation import (
     system_text,
     turns,
 )
-from model_servers.engines._hosted.engine import TOO_LONG, HostedEngine, Known
+from model_servers.engines._hosted.engine import TOO_LONG, HostedEngine, Known, retry_seconds
 from model_servers.engines._hosted.settings import HostedModel, HostedSettings
 
 if TYPE_CHECKING:
@@ -486,9 +486,9 @@ def code_failure(
             "bedrock:InvokeModelWithResponseStream, or ask for access to the model in the AWS account"
         )
     if code in _LIMITED or (status == 429 and code not in _BUSY):
-        return RateLimited("Bedrock's limit for this account and model is reached", _seconds(retry_after))
+        return RateLimited("Bedrock's limit for this account and model is reached", retry_seconds(retry_after))
     if code in _BUSY or status == 503:
-        return Busy("Bedrock or the model is not ready for more", _seconds(retry_after))
+        return Busy("Bedrock or the model is not ready for more", retry_seconds(retry_after))
     if code == "ResourceNotFoundException" or (code == "ValidationException" and "model identifier is invalid" in said):
         return UnknownModel(f"Bedrock has no model for {model!r} in this region; check `id` in engine_settings.models")
     if code == "ValidationException" or status == 413:
@@ -498,13 +498,6 @@ def code_failure(
     if status == 404 or code in ("UnknownOperationException", "404"):
         return Unsupported("Bedrock does not know this operation here")
     return EngineFailed(f"Bedrock failed: {code or 'no reason given'}")
-
-
-def _seconds(header: str | None) -> float:
-    try:
-        return min(max(float(header or 1.0), 0.0), 3600.0)
-    except ValueError:
-        return 1.0
 
 
 plugin = EnginePlugin(name="bedrock", settings=BedrockSettings, create=BedrockEngine, metered=True, extra="bedrock")

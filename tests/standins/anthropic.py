@@ -43,8 +43,8 @@ class _Refused(Exception):
 class AnthropicStandIn(HostedStandIn):
     """Knows one key, three models, and what the API refuses."""
 
-    def __init__(self, pace: float = 0.0) -> None:
-        super().__init__(pace)
+    def __init__(self, pace: float = 0.0, port: int = 0) -> None:
+        super().__init__(pace, port)
         self.error_in_stream = ""
         """An error event of this type comes after the second piece."""
         self._cached: set[str] = set()
@@ -135,7 +135,7 @@ class AnthropicStandIn(HostedStandIn):
         }
         await send("message_start", message=message)
         await send("ping")
-        sent = index = 0
+        sent = 0
         blocks: list[tuple[dict[str, Any], str, str, list[str]]] = []
         if said.thoughts:
             blocks.append(
@@ -148,7 +148,7 @@ class AnthropicStandIn(HostedStandIn):
             # As the API does: nothing at all for a call without arguments.
             pieces = [] if said.arguments == ["{}"] else ["", *said.arguments]
             blocks.append((use, "input_json_delta", "partial_json", pieces))
-        for block, kind, key, pieces in blocks:
+        for index, (block, kind, key, pieces) in enumerate(blocks):
             await send("content_block_start", index=index, content_block=block)
             for piece in pieces:
                 await self.between(request, sent)
@@ -162,7 +162,6 @@ class AnthropicStandIn(HostedStandIn):
                 signature = {"type": "signature_delta", "signature": "c2lnbmVk"}
                 await send("content_block_delta", index=index, delta=signature)
             await send("content_block_stop", index=index)
-            index += 1
         details = {"output_tokens_details": {"thinking_tokens": len(said.thoughts)}} if said.thoughts else {}
         await send(
             "message_delta",

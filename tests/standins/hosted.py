@@ -18,10 +18,7 @@ from aiohttp import web
 from model_servers.engines.simulated.schema import minimal_json
 from tests.conformance.target import Fault
 
-_WORDS = (
-    "yard crane model server queue token lease relay harbour plank signal engine answer letter window copper "
-    "quiet narrow steady bright wooden early across beside under before ready"
-).split()
+_WORDS = ("yard", "crane", "model", "server", "queue", "lease", "relay", "harbour", "plank", "copper", "quiet", "ready")
 FRAMING = 7
 IMAGE_TOKENS = 85
 DEFAULT_LENGTH = 60
@@ -85,10 +82,7 @@ def answer(asked: Asked) -> Said:
         if len(arguments) + 3 > room:
             return Said(thoughts, [], tool, arguments[: max(room - 3, 0)], "max_tokens")
         return Said(thoughts, [], tool, arguments, "tool_use")
-    if asked.schema is not None:
-        text = minimal_json(json.dumps(asked.schema))
-    else:
-        text = _free_text(asked)
+    text = _free_text(asked) if asked.schema is None else minimal_json(json.dumps(asked.schema))
     reason, stop = "end_turn", None
     places = {text.find(one): one for one in asked.stops if one in text}
     if places:
@@ -126,9 +120,10 @@ def _free_text(asked: Asked) -> str:
 class HostedStandIn:
     """An HTTP server on a free port of this machine. `fault` may be changed while it runs."""
 
-    def __init__(self, pace: float = 0.0) -> None:
-        """`pace`: seconds between two pieces of an answer."""
+    def __init__(self, pace: float = 0.0, port: int = 0) -> None:
+        """`pace`: seconds between two pieces of an answer. `port` 0: a free one."""
         self.pace = pace
+        self.port = port
         self.fault: Fault | None = None
         self.requests: list[web.Request] = []
         self.bodies: list[dict[str, Any]] = []
@@ -155,10 +150,10 @@ class HostedStandIn:
         app.add_routes(self.routes())
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, "127.0.0.1", self.port)
         await site.start()
-        host, port = self._runner.addresses[0][:2]
-        self.url = f"http://{host}:{port}"
+        self.port = self._runner.addresses[0][1]
+        self.url = f"http://127.0.0.1:{self.port}"
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -45,6 +45,14 @@ TOO_LONG = ("too long", "too many input tokens", "exceed context limit", "contex
 T = TypeVar("T")
 
 
+def retry_seconds(header: str | None) -> float:
+    """Of a Retry-After header in seconds; the other form, a date, is not in use here."""
+    try:
+        return min(max(float(header or 1.0), 0.0), 3600.0)
+    except ValueError:
+        return 1.0
+
+
 @dataclass(frozen=True, slots=True)
 class Known:
     """A model as it is offered: what the settings say, and for the rest what was learned."""
