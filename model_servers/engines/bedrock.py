@@ -54,7 +54,7 @@ from model_servers.engines._hosted.conversation import (
     Turn,
     arguments,
     close_objects,
-    most_prompt_tokens,
+    estimated_prompt_tokens,
     parameters,
     system_text,
     turns,
@@ -70,7 +70,6 @@ __all__ = ["BedrockEngine", "BedrockSettings", "plugin"]
 _CONTEXT_LENGTH = 200_000
 _FEATURES = Feature.STREAMING | Feature.FUNCTION_CALLING | Feature.JSON | Feature.JSON_SCHEMA
 _SEEING = ("anthropic.claude", "amazon.nova-lite", "amazon.nova-pro", "amazon.nova-premier")
-_BYTES_PER_TOKEN = 4
 _EXTRA_THREADS = 4
 """Beyond the slots: for checks and for counting."""
 _TITAN_AT_ONCE = 4
@@ -232,7 +231,7 @@ class BedrockEngine(HostedEngine):
                 return int(counted["inputTokens"])
             except (Unsupported, UnknownModel):
                 pass  # not for this model
-        return -(-most_prompt_tokens(request) // _BYTES_PER_TOKEN)
+        return estimated_prompt_tokens(request)
 
     async def _embed(self, known: Known, inputs: Sequence[str]) -> Embeddings:
         identity = known.settings.provider_id

@@ -45,8 +45,6 @@ class AnthropicStandIn(HostedStandIn):
 
     def __init__(self, pace: float = 0.0, port: int = 0) -> None:
         super().__init__(pace, port)
-        self.error_in_stream = ""
-        """An error event of this type comes after the second piece."""
         self._cached: set[str] = set()
 
     def routes(self) -> list[web.RouteDef]:

@@ -48,8 +48,6 @@ class BedrockStandIn(HostedStandIn):
     def __init__(self, pace: float = 0.0, port: int = 0) -> None:
         super().__init__(pace, port)
         self.key = "AKIATEST"
-        self.exception_in_stream = ""
-        """An exception of this type comes after the second piece."""
         self.permitted = True
         """Whether the account may list asynchronous invocations."""
         self._cached: set[str] = set()
@@ -177,8 +175,8 @@ class BedrockStandIn(HostedStandIn):
                 await send("contentBlockStart", start=start, contentBlockIndex=index)
             for delta in deltas:
                 await self.between(request, sent)
-                if self.exception_in_stream and sent == 2:
-                    kind = self.exception_in_stream
+                if self.error_in_stream and sent == 2:
+                    kind = self.error_in_stream
                     headers = {":message-type": "exception", ":exception-type": kind}
                     await response.write(frame(headers, {"message": "the test says so"}))
                     return response

@@ -125,6 +125,8 @@ class HostedStandIn:
         self.pace = pace
         self.port = port
         self.fault: Fault | None = None
+        self.error_in_stream = ""
+        """The vendor's error of this type comes after the second piece."""
         self.requests: list[web.Request] = []
         self.bodies: list[dict[str, Any]] = []
         """Of the requests that generate."""

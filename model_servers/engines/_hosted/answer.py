@@ -138,7 +138,9 @@ class Answer:
     travels with the end.
     """
 
-    def __init__(self, plan: Plan, stops: Sequence[str] = ()) -> None:
+    def __init__(self, plan: Plan, stops: Sequence[str] = (), estimated_prompt: int = 0) -> None:
+        """`estimated_prompt`: tokens of the prompt, for the case that the provider has no time to say."""
+        self._estimated_prompt = estimated_prompt
         self._plan = plan
         self._stops = StopMatcher(stops)
         self._counted = Counted()
@@ -225,6 +227,7 @@ class Answer:
 
     def _usage(self) -> Usage:
         counted = self._counted
+        prompt = self._estimated_prompt if counted.prompt is None else counted.prompt
         completion = counted.completion or 0
         if self.stopped or counted.completion is None:
             # Not counted by the provider: the answer was left before its end.
@@ -234,8 +237,8 @@ class Answer:
         if reasoning is None:
             reasoning = -(-self._reasoned // _BYTES_PER_TOKEN)
         return Usage(
-            prompt_tokens=counted.prompt or 0,
-            cached_prompt_tokens=min(counted.cached or 0, counted.prompt or 0),
+            prompt_tokens=prompt,
+            cached_prompt_tokens=min(counted.cached or 0, prompt),
             completion_tokens=completion,
             reasoning_tokens=min(reasoning, completion),
         )

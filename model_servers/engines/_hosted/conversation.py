@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 from model_servers.engine import GenerationRequest, Image, Role, Tool, ToolCall, ToolChoiceMode, Unsupported
 
-_IMAGE_TOKENS = 6_000
-_FRAMING_TOKENS = 1_000
-_MESSAGE_TOKENS = 50
+_BYTES_PER_TOKEN = 4
+_IMAGE_TOKENS = 1_500
+_MOST_IMAGE_TOKENS = 6_000
+_FRAMING_TOKENS = 4
+_MOST_FRAMING_TOKENS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +90,27 @@ def parameters(tool: Tool) -> dict[str, Any]:
 
 def most_prompt_tokens(request: GenerationRequest) -> int:
     """More than the prompt can have: a token is at least one byte. Images and framing are generous guesses."""
-    total = _FRAMING_TOKENS + len(request.json_schema or "")
+    text, images = _size(request)
+    return text + _MOST_FRAMING_TOKENS * (len(request.messages) + 20) + _MOST_IMAGE_TOKENS * images
+
+
+def estimated_prompt_tokens(request: GenerationRequest) -> int:
+    """About what the prompt has, at the usual four bytes a token."""
+    text, images = _size(request)
+    return -(-text // _BYTES_PER_TOKEN) + _FRAMING_TOKENS * len(request.messages) + _IMAGE_TOKENS * images
+
+
+def _size(request: GenerationRequest) -> tuple[int, int]:
+    """Bytes of text, and images."""
+    text = len((request.json_schema or "").encode())
+    images = 0
     for message in request.messages:
-        total += _MESSAGE_TOKENS
-        total += sum(_IMAGE_TOKENS if isinstance(part, Image) else len(part.encode()) for part in message.content)
-        total += sum(len(call.name) + len(call.arguments_json.encode()) for call in message.tool_calls)
+        text += len(message.text.encode())
+        images += sum(isinstance(part, Image) for part in message.content)
+        text += sum(len(call.name) + len(call.arguments_json.encode()) for call in message.tool_calls)
     for tool in request.tools:
-        total += _MESSAGE_TOKENS + len(f"{tool.name}{tool.description}{tool.parameters_schema}".encode())
-    return total
+        text += len(f"{tool.name}{tool.description}{tool.parameters_schema}".encode())
+    return text, images
 
 
 # ------------------------------------------------------- tools and JSON ---

@@ -29,7 +29,7 @@ from model_servers.engine import (
     Unsupported,
 )
 from model_servers.engines._hosted.answer import Answer, Counted, Event
-from model_servers.engines._hosted.conversation import Plan, make_plan, most_prompt_tokens
+from model_servers.engines._hosted.conversation import Plan, estimated_prompt_tokens, make_plan, most_prompt_tokens
 from model_servers.engines._hosted.settings import HostedModel, HostedSettings
 from model_servers.engines._hosted.slots import Slots
 
@@ -206,7 +206,7 @@ class HostedEngine(ABC):
         """See Engine.generate."""
         known = self._known(request.model)
         plan = make_plan(request, structured=known.structured, forced=known.forced)
-        answer = Answer(plan, request.sampling.stop)
+        answer = Answer(plan, request.sampling.stop, estimated_prompt_tokens(request))
         arrived = asyncio.get_running_loop().time()
         await self._within(None, self._slots.acquire())
         try:
