@@ -10,6 +10,9 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from model_servers.config import SECTION, ModelServerSettings
+from model_servers.engines._hosted.settings import HostedModel
+from model_servers.engines.anthropic import AnthropicSettings
+from model_servers.engines.bedrock import BedrockSettings
 from model_servers.engines.simulated.settings import Fault, SimulatedModel, SimulatedSettings
 from modelyard.program.documents import renew
 from modelyard.program.settings import keys, table
@@ -40,6 +43,9 @@ def tables() -> dict[Path, dict[str, str]]:
             "simulated": engine_table(SimulatedSettings),
             "simulated models": engine_table(SimulatedModel),
             "simulated faults": engine_table(Fault),
+            "anthropic": engine_table(AnthropicSettings),
+            "bedrock": engine_table(BedrockSettings),
+            "hosted models": engine_table(HostedModel),
         },
     }
 

@@ -45,6 +45,8 @@ class AnthropicStandIn(HostedStandIn):
 
     def __init__(self, pace: float = 0.0, port: int = 0) -> None:
         super().__init__(pace, port)
+        self.lists_models = True
+        """Gateways need not."""
         self._cached: set[str] = set()
 
     def routes(self) -> list[web.RouteDef]:
@@ -64,6 +66,8 @@ class AnthropicStandIn(HostedStandIn):
     # ------------------------------------------------------------ endpoints ---
 
     async def _models(self, request: web.Request) -> web.Response:
+        if not self.lists_models:
+            raise web.HTTPNotFound
         if refusal := self._unauthorized(request):
             return refusal
         data = [
