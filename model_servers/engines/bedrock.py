@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BedrockEngine", "BedrockSettings", "plugin"]
 
+_BEARER_VARIABLE = "AWS_BEARER_TOKEN_BEDROCK"
 _CONTEXT_LENGTH = 200_000
 _FEATURES = Feature.STREAMING | Feature.FUNCTION_CALLING | Feature.JSON | Feature.JSON_SCHEMA
 _SEEING = ("anthropic.claude", "amazon.nova-lite", "amazon.nova-pro", "amazon.nova-premier")
@@ -156,7 +158,9 @@ class BedrockEngine(HostedEngine):
         self._connections = self._stream.Connections(self._client)
         credentials = session.get_credentials()
         method = getattr(credentials, "method", "")
-        if settings.profile:
+        if os.environ.get(_BEARER_VARIABLE):  # the SDK prefers it to all else
+            self._credentials = f"the environment variable {_BEARER_VARIABLE}"
+        elif settings.profile:
             self._credentials = f"the AWS profile {settings.profile}"
         elif method:
             self._credentials = f"the AWS credential chain ({method})"

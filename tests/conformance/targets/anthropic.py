@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -18,36 +17,29 @@ _standins: dict[str, AnthropicStandIn] = {}
 """By address of the model server."""
 
 
-def _start(model: str, **settings: Any) -> Callable[[], AbstractAsyncContextManager[Endpoint]]:
-    @asynccontextmanager
-    async def start() -> AsyncIterator[Endpoint]:
-        if importlib.util.find_spec("anthropic") is None:
-            pytest.skip("the extra anthropic is not installed")
-        with pytest.MonkeyPatch.context() as environment:
-            environment.setenv("ANTHROPIC_API_KEY", "test-key")
-            async with AnthropicStandIn(pace=0.002) as standin:
-                validated = anthropic.AnthropicSettings.model_validate(
-                    {
-                        "base_url": standin.url,
-                        "models": [{"name": "claude", "id": model, **settings}],
-                        "first_token_seconds": 1.5,
-                        "stall_seconds": 1.5,
-                        "check_seconds": 0.1,
-                    }
-                )
-                async with model_server(anthropic.AnthropicEngine(validated)) as server:
-                    _standins[server.address] = standin
-                    yield Endpoint(server.address, "claude")
-
-    return start
+@asynccontextmanager
+async def _start() -> AsyncIterator[Endpoint]:
+    if importlib.util.find_spec("anthropic") is None:
+        pytest.skip("the extra anthropic is not installed")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("ANTHROPIC_API_KEY", "test-key")
+        async with AnthropicStandIn(pace=0.002) as standin:
+            settings = anthropic.AnthropicSettings.model_validate(
+                {
+                    "base_url": standin.url,
+                    "models": [{"name": "claude", "id": "claude-tiny", "prompt_cache": True, "sampling": True}],
+                    "first_token_seconds": 1.5,
+                    "stall_seconds": 1.5,
+                    "check_seconds": 0.1,
+                }
+            )
+            async with model_server(anthropic.AnthropicEngine(settings)) as server:
+                _standins[server.address] = standin
+                yield Endpoint(server.address, "claude")
 
 
 def _set_fault(endpoint: Endpoint, fault: Fault | None) -> None:
     _standins[endpoint.address].fault = fault
 
 
-TARGETS = [
-    Target("anthropic (stand-in)", _start("claude-tiny", prompt_cache=True, sampling=True), _set_fault),
-    # JSON schemas by a required tool call, and no cache.
-    Target("anthropic (stand-in, older model)", _start("claude-old"), _set_fault),
-]
+TARGETS = [Target("anthropic (stand-in)", _start, _set_fault)]

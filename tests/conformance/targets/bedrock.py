@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -17,37 +17,37 @@ _standins: dict[str, BedrockStandIn] = {}
 """By address of the model server."""
 
 
-def _start(embedding_id: str) -> Callable[[], AbstractAsyncContextManager[Endpoint]]:
-    @asynccontextmanager
-    async def start() -> AsyncIterator[Endpoint]:
-        if importlib.util.find_spec("boto3") is None:
-            pytest.skip("the extra bedrock is not installed")
-        with pytest.MonkeyPatch.context() as environment:
-            environment.setenv("AWS_ACCESS_KEY_ID", "AKIATEST")
-            environment.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-            async with BedrockStandIn(pace=0.002) as standin:
-                validated = bedrock.BedrockSettings.model_validate(
-                    {
-                        "region": "us-east-1",
-                        "endpoint_url": standin.url,
-                        "models": [
-                            {"name": "claude", "id": CHAT_MODELS[0], "context_length": CONTEXT, "prompt_cache": True},
-                            {"name": "vectors", "id": embedding_id, "context_length": EMBEDDING_CONTEXT},
-                        ],
-                        "first_token_seconds": 1.0,
-                        "stall_seconds": 1.0,
-                        "check_seconds": 0.1,
-                    }
-                )
-                async with model_server(bedrock.BedrockEngine(validated)) as server:
-                    _standins[server.address] = standin
-                    yield Endpoint(server.address, "claude", embedding_model="vectors")
-
-    return start
+@asynccontextmanager
+async def _start() -> AsyncIterator[Endpoint]:
+    if importlib.util.find_spec("boto3") is None:
+        pytest.skip("the extra bedrock is not installed")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ACCESS_KEY_ID", "AKIATEST")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "aws-secret")
+        environment.setenv("AWS_CONFIG_FILE", "/nonexistent")
+        environment.delenv("AWS_PROFILE", raising=False)
+        environment.delenv("AWS_BEARER_TOKEN_BEDROCK", raising=False)
+        async with BedrockStandIn(pace=0.002) as standin:
+            settings = bedrock.BedrockSettings.model_validate(
+                {
+                    "region": "us-east-1",
+                    "endpoint_url": standin.url,
+                    "models": [
+                        {"name": "claude", "id": CHAT_MODELS[0], "context_length": CONTEXT, "prompt_cache": True},
+                        {"name": "vectors", "id": TITAN, "context_length": EMBEDDING_CONTEXT},
+                    ],
+                    "first_token_seconds": 1.5,
+                    "stall_seconds": 1.5,
+                    "check_seconds": 0.1,
+                }
+            )
+            async with model_server(bedrock.BedrockEngine(settings)) as server:
+                _standins[server.address] = standin
+                yield Endpoint(server.address, "claude", embedding_model="vectors")
 
 
 def _set_fault(endpoint: Endpoint, fault: Fault | None) -> None:
     _standins[endpoint.address].fault = fault
 
 
-TARGETS = [Target("bedrock (stand-in)", _start(TITAN), _set_fault)]
+TARGETS = [Target("bedrock (stand-in)", _start, _set_fault)]
