@@ -11,6 +11,9 @@ from pydantic import BaseModel
 
 from model_servers.config import SECTION, ModelServerSettings
 from model_servers.engines._ollama.settings import OllamaModel, OllamaSettings
+from model_servers.engines._hosted.settings import HostedModel
+from model_servers.engines.anthropic import AnthropicSettings
+from model_servers.engines.bedrock import BedrockSettings
 from model_servers.engines.simulated.settings import Fault, SimulatedModel, SimulatedSettings
 from modelyard.program.documents import renew
 from modelyard.program.settings import keys, table
@@ -43,6 +46,9 @@ def tables() -> dict[Path, dict[str, str]]:
             "simulated faults": engine_table(Fault),
             "ollama": engine_table(OllamaSettings),
             "ollama models": engine_table(OllamaModel),
+            "anthropic": engine_table(AnthropicSettings),
+            "bedrock": engine_table(BedrockSettings),
+            "hosted models": engine_table(HostedModel),
         },
     }
 

@@ -21,6 +21,8 @@ BUILT_IN = {
     "simulated": "model_servers.engines.simulated:plugin",
     "mlx": "model_servers.engines.mlx:plugin",
     "ollama": "model_servers.engines.ollama:plugin",
+    "anthropic": "model_servers.engines.anthropic:plugin",
+    "bedrock": "model_servers.engines.bedrock:plugin",
 }
 
 
