@@ -6,12 +6,13 @@ import asyncio
 import time
 
 import pytest
+from grpc.aio import AioRpcError
 
 from modelyard.rpc.channels import channel
 from modelyard.rpc.errors import Refusal
 from modelyard.rpc.reasons import Reason
 from modelyard.v1 import model_server_pb2, model_server_pb2_grpc
-from tests.conformance.subject import GREETING, PATIENCE, Answer, Subject, refused, says
+from tests.conformance.subject import GREETING, PATIENCE, Answer, Subject, refusal_of, refused, says
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -37,6 +38,25 @@ async def test_more_requests_than_slots_all_finish(subject: Subject) -> None:
     assert all(answer.text for answer in answers)
     alone = await _generate(subject, 0)
     assert alone.usage.prompt_tokens == answers[0].usage.prompt_tokens
+    await subject.until_idle()
+
+
+async def test_a_full_server_says_when_to_come_back(subject: Subject) -> None:
+    long = await subject.long()
+    long.must_take(0.6)
+    slots = min(subject.report.load.slots, _MOST)
+    # Enough for slots and a waiting room of usual size. A server may also take them all.
+    calls = [subject.start(long.asked) for _ in range(4 * slots + 4)]
+    first = [asyncio.ensure_future(call.read()) for call in calls]
+    try:
+        done, _ = await asyncio.wait(first, timeout=long.noticeably_less, return_when=asyncio.FIRST_EXCEPTION)
+        for refusal in [refusal_of(error) for task in done if isinstance(error := task.exception(), AioRpcError)]:
+            assert refusal.reason is Reason.SERVER_BUSY, repr(refusal)
+            assert refusal.retry_after, "SERVER_BUSY says how long to wait"
+    finally:
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*first, return_exceptions=True)
     await subject.until_idle()
 
 
