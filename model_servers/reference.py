@@ -10,8 +10,8 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from model_servers.config import SECTION, ModelServerSettings
-from model_servers.engines._ollama.settings import OllamaModel, OllamaSettings
 from model_servers.engines._hosted.settings import HostedModel
+from model_servers.engines._ollama.settings import OllamaModel, OllamaSettings
 from model_servers.engines.anthropic import AnthropicSettings
 from model_servers.engines.bedrock import BedrockSettings
 from model_servers.engines.simulated.settings import Fault, SimulatedModel, SimulatedSettings
