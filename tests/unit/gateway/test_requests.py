@@ -21,7 +21,7 @@ URL = "data:image/png;base64," + base64.b64encode(PIXEL).decode()
 USER = {"role": "user", "content": "Hello"}
 
 
-def user(*parts: dict[str, Any]) -> dict[str, Any]:
+def says(*parts: dict[str, Any]) -> dict[str, Any]:
     return {"role": "user", "content": list(parts)}
 
 
@@ -67,7 +67,7 @@ def test_a_conversation_with_every_role() -> None:
     calls = [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"at": 1}'}}]
     messages = [
         {"role": "developer", "content": "Be brief"},
-        user({"type": "text", "text": "Look"}, image(URL)),
+        says({"type": "text", "text": "Look"}, image(URL)),
         {"role": "assistant", "content": "", "tool_calls": calls},
         {"role": "tool", "tool_call_id": "c1", "content": "rain"},
         {"role": "user", "content": "And now?", "name": "ada"},
@@ -141,15 +141,15 @@ def test_what_is_not_named_is_ignored() -> None:
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content[0].type"),
         (
-            {"messages": [user(image("https://x/y.png"))]},
+            {"messages": [says(image("https://x/y.png"))]},
             "messages[0].content[0].image_url.url",
         ),
         (
-            {"messages": [user(image("data:image/png;base64,@"))]},
+            {"messages": [says(image("data:image/png;base64,@"))]},
             "messages[0].content[0].image_url.url",
         ),
         (
-            {"messages": [user(image("data:text/html;base64,AAAA"))]},
+            {"messages": [says(image("data:text/html;base64,AAAA"))]},
             "messages[0].content[0].image_url.url",
         ),
         ({"messages": [USER, {"role": "tool", "content": "x"}]}, "messages[1].tool_call_id"),
@@ -228,7 +228,7 @@ def test_what_does_not_fit_into_a_completion(fields: dict[str, Any], param: str)
 
 def test_a_conversation_of_items() -> None:
     items = [
-        user(LOOK, {"type": "input_image", "image_url": URL}),
+        says(LOOK, {"type": "input_image", "image_url": URL}),
         {"type": "reasoning", "id": "rs_1", "summary": []},
         {"type": "message", "role": "assistant", "content": [WAIT]},
         {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": "{}"},
@@ -266,8 +266,8 @@ def test_formats_and_choices_of_responses() -> None:
     [
         ({"input": []}, "input"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
-        ({"input": [user({"type": "input_file"})]}, "input[0].content[0].type"),
-        ({"input": [user({"type": "input_image", "file_id": "f"})]}, "input[0].content[0].image_url"),
+        ({"input": [says({"type": "input_file"})]}, "input[0].content[0].type"),
+        ({"input": [says({"type": "input_image", "file_id": "f"})]}, "input[0].content[0].image_url"),
         ({"input": [USER, {"role": "user", "content": ""}], "instructions": "b"}, "input[1]"),
         ({"input": "x", "previous_response_id": "resp_1"}, "previous_response_id"),
         ({"input": "x", "background": True}, "background"),
