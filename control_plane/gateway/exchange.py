@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
 import math
 import re
-import uuid
-from collections.abc import Callable, Iterator
-from typing import Any
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
@@ -23,6 +22,8 @@ from modelyard.rpc.errors import Refusal
 from modelyard.rpc.reasons import Reason
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _JSON = (b"content-type", b"application/json")
 _EVENTS = (
@@ -57,7 +58,7 @@ class Exchange:
         self._send = send
         given = self.headers.get(b"x-request-id", b"")
         self._bad_id = bool(given) and not _REQUEST_ID.fullmatch(given)
-        self.request_id = given.decode() if given and not self._bad_id else uuid.uuid4().hex
+        self.request_id = given.decode() if given and not self._bad_id else secrets.token_hex(16)
 
     # ------------------------------------------------------------- request ---
 
@@ -101,12 +102,11 @@ class Exchange:
         except TimeoutError:
             raise HttpRefusal(408, f"the body did not arrive within {within:g} s") from None
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Cancel the current task when the client goes away."""
+    async def unless_gone(self, work: Awaitable[T]) -> T:
+        """The result of `work`, which is cancelled when the client goes away."""
         watch = asyncio.ensure_future(self._until_gone(asyncio.current_task()))
         try:
-            yield
+            return await work
         finally:
             watch.cancel()
 
@@ -168,6 +168,8 @@ class Exchange:
         if told.reason is Reason.SLOW_READER:
             # Nothing more would be read, and what lies in the buffers must not stay for ever.
             self.scope["state"]["abort"]()
+            while (await self._receive())["type"] != "http.disconnect":
+                pass  # the server would complain of an answer without an end
         elif self.stream is not None:
             await self.send(self.stream.failure(told.body), last=True)
         else:
@@ -187,7 +189,7 @@ class Exchange:
         if isinstance(error, asyncio.CancelledError):  # not by the client, so by the end of the drain
             over = draining()
             return failure(Refusal(Reason.DRAINING, over.message, retry_after=over.retry_after))
-        incident = uuid.uuid4().hex[:8]
+        incident = secrets.token_hex(4)
         log.error("%s failed, incident %s", self.scope["path"], incident, exc_info=error)
         told = f"a bug in modelyard; its log has the details under incident {incident}"
         return failure(Refusal(Reason.INTERNAL, told))

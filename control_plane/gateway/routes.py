@@ -95,15 +95,12 @@ class Gateway:
             apply(given, request)
             request.request_id = http.request_id
             if asked.stream:
-                with http.watching():
-                    await self._servicer.Generate(
-                        request, StreamSink(http, self._clock, given.timeout, asked), counted_as=dialect.label
-                    )
+                stream = StreamSink(http, self._clock, given.timeout, asked)
+                await http.unless_gone(self._servicer.Generate(request, stream, counted_as=dialect.label))
                 return
-            sink = WholeSink(http, self._clock, given.timeout)
-            with http.watching():
-                await self._servicer.Generate(request, sink, counted_as=dialect.label)
-            await http.respond(asked.render(sink.head(), sink.answer))
+            whole = WholeSink(http, self._clock, given.timeout)
+            await http.unless_gone(self._servicer.Generate(request, whole, counted_as=dialect.label))
+            await http.respond(asked.render(whole.head(), whole.answer))
 
         return serve
 
@@ -115,8 +112,7 @@ class Gateway:
         apply_routing(given, asked.request)
         asked.request.request_id = http.request_id
         sink = Sink(http, self._clock, given.timeout)
-        with http.watching():
-            response = await self._servicer.Embed(asked.request, sink, counted_as=label)
+        response = await http.unless_gone(self._servicer.Embed(asked.request, sink, counted_as=label))
         await http.respond(embeddings.render(response, asked.base64))
 
     async def _parsed(self, http: Exchange, label: str, parse: Callable[[bytes], T]) -> T:

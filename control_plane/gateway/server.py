@@ -101,6 +101,11 @@ class HttpServer:
         """Close the port and idle connections; what runs goes on for the grace."""
         self._server.should_exit = True
 
+    @property
+    def connections(self) -> int:
+        """Open now."""
+        return len(self._server.server_state.connections)
+
     async def ended(self) -> None:
         """Wait until everything is closed."""
         await self._ended.wait()
