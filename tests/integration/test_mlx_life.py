@@ -191,6 +191,8 @@ async def test_a_stuck_thread_cannot_be_restarted_until_it_ends():
         loader.gate.set()
         with pytest.raises(EngineFailed):
             await asked
+        thread = engine._worker.thread
+        await eventually(lambda: not thread.is_alive())
         await engine.restart()
         assert await answer(engine, ask()) and loader.loads == 2
     finally:
