@@ -20,6 +20,8 @@ GROUP = "modelyard.engines"
 BUILT_IN = {
     "simulated": "model_servers.engines.simulated:plugin",
     "mlx": "model_servers.engines.mlx:plugin",
+    "openai_compatible": "model_servers.engines.openai_compatible:plugin",
+    "vllm": "model_servers.engines.vllm:plugin",
 }
 
 
