@@ -56,10 +56,8 @@ class StandIn:
         self.everywhere = False
         self.requests: list[Recorded] = []
         self.generations: list[Generation] = []
-        self.connections = 0
         self._port = 0
         self._runner: web.AppRunner | None = None
-        self._known: set[int] = set()
 
     # ----------------------------------------------------------- lifecycle ---
 
@@ -116,7 +114,6 @@ class StandIn:
         except ValueError:
             body = None
         self.requests.append(Recorded(request.method, request.path, dict(request.headers), body))
-        self._known.add(id(request.transport))
         fault = self.fault
         if fault is not None and self.can_fail(request):
             if fault.kind == "hang":

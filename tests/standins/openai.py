@@ -1,4 +1,4 @@
-"""A stand-in for OpenAI's API. Source: OpenAI API reference, "Chat", "Completions", "Embeddings", "Models", "Errors"."""
+"""A stand-in for OpenAI's API. Source: OpenAI API reference: chat, completions, embeddings, models, errors."""
 
 from __future__ import annotations
 
@@ -252,9 +252,7 @@ class OpenAIStandIn(StandIn):
                 raise Refused(400, f"{message} of type 'json_object'.", param="messages")
             given = body.response_format.json_schema
             if given is not None and (given.schema or {}).get("type") != "object":
-                message = (
-                    f"Invalid schema for response_format '{given.name}': schema must be a JSON Schema of type object"
-                )
+                message = f"Invalid schema for response_format '{given.name}': schema must be of type 'object'."
                 raise Refused(400, message, param="response_format", code="invalid_json_schema")
             if given is not None and given.strict:
                 _check_strict(given.schema, f"response_format '{given.name}'")
@@ -356,9 +354,8 @@ class _ChatShape:
             return {}
         if self.body.stream_options.continuous_usage_stats and self.standin.owner == "vllm":
             prompt = self.usage["prompt_tokens"]
-            return {
-                "usage": {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
-            }
+            total = prompt + generated
+            return {"usage": {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": total}}
         return {"usage": None}
 
     def logprobs(self, delta: Delta) -> dict[str, Any] | None:
@@ -511,12 +508,9 @@ def _message(message: wire.ChatMessage) -> Message:
     if isinstance(message.content, str):
         parts = [message.content]
     calls = tuple(
-        ToolCall(
-            call.id or "",
-            (call.function and call.function.name) or "",
-            (call.function and call.function.arguments) or "",
-        )
+        ToolCall(call.id or "", call.function.name or "", call.function.arguments or "")
         for call in message.tool_calls or ()
+        if call.function is not None
     )
     return Message(_ROLES[message.role or ""], tuple(parts), calls, message.tool_call_id or "", message.name or "")
 
