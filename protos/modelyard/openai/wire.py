@@ -220,7 +220,8 @@ class CompletionRequest(Wire):
     """POST /v1/completions."""
 
     model: str
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[Any]
+    """Text or texts; others take token numbers too."""
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -276,7 +277,8 @@ class EmbeddingRequest(Wire):
     """POST /v1/embeddings."""
 
     model: str
-    input: str | list[str] | list[int] | list[list[int]]
+    input: str | list[Any]
+    """Text or texts; others take token numbers too."""
     encoding_format: str | None = None
     """float or base64 (little-endian float32)."""
     dimensions: int | None = None
