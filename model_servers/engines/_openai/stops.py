@@ -23,7 +23,8 @@ class Stops:
         self._held += text
         found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            return self._held[: min(found)[1]], True
+            passed, self._held = self._held[: min(found)[1]], ""
+            return passed, True
         keep = max((n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
         cut = len(self._held) - keep
         passed, self._held = self._held[:cut], self._held[cut:]

@@ -29,8 +29,8 @@ async def _start() -> AsyncIterator[Endpoint]:
             api_key_env="STAND_IN_KEY",
             context_length=standin.context_length,
             slots=8,
-            first_token_seconds=2.0,
-            stall_seconds=1.5,
+            first_token_seconds=1.5,
+            stall_seconds=1.0,
             probe_seconds=0.5,
         )
         engine = OpenAICompatibleEngine(settings, env={"STAND_IN_KEY": standin.key})
