@@ -23,6 +23,8 @@ BUILT_IN = {
     "ollama": "model_servers.engines.ollama:plugin",
     "anthropic": "model_servers.engines.anthropic:plugin",
     "bedrock": "model_servers.engines.bedrock:plugin",
+    "openai_compatible": "model_servers.engines.openai_compatible:plugin",
+    "vllm": "model_servers.engines.vllm:plugin",
 }
 
 

@@ -101,6 +101,8 @@ class NamedToolChoice(Wire):
 
 class StreamOptions(Wire):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """Not OpenAI's: vLLM, the usage so far with every piece."""
 
 
 class PromptTokensDetails(Wire):
