@@ -109,7 +109,7 @@ async def run(engine: str, quick: bool) -> list[Row]:
                 simulated_server("bench", plane.address, instant=True, answer_tokens=LONG, slots=SLOTS)
             )
         else:
-            settings = {"base_url": f"http://{upstream.address}/v1"}
+            settings = {"base_url": f"http://{upstream.address}/v1", "slots": SLOTS}
             server = await stack.enter_async_context(
                 program(
                     "model_servers", "--engine", engine, "--server-id", "bench",

@@ -17,6 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "clients" / "examples"
 TOOLS = ROOT / ".tools" / "node_modules"
 
+README = (ROOT / "control_plane" / "gateway" / "README.md").read_text(encoding="utf-8")
+DEFAULT = "http://127.0.0.1:7462/v1"
+
+needs_node = pytest.mark.skipif(
+    shutil.which("node") is None or not (TOOLS / "openai").exists(), reason="needs Node and `poe lint` once"
+)
 module_loop = pytest.mark.asyncio(loop_scope="module")
 
 
@@ -39,6 +45,13 @@ async def base_url() -> AsyncIterator[str]:
     yield f"{gateway}/v1"
     process.terminate()
     assert await asyncio.wait_for(process.wait(), 30) == 0
+
+
+def snippet(language: str, base_url: str) -> str:
+    """The one block of the README in a language, for another address."""
+    (found,) = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    assert DEFAULT in found
+    return found.replace(DEFAULT, base_url)
 
 
 async def output(*command: str | Path, cwd: Path) -> str:
@@ -74,12 +87,25 @@ async def test_python(base_url: str) -> None:
     check(told, "404 model_not_found True", "400 temperature")
 
 
-@pytest.mark.skipif(
-    shutil.which("node") is None or not (TOOLS / "openai").exists(), reason="needs Node and `poe lint` once"
-)
+@needs_node
 @module_loop
 async def test_javascript(base_url: str, tmp_path: Path) -> None:
     shutil.copy(EXAMPLES / "node" / "openai.mjs", tmp_path)
     (tmp_path / "node_modules").symlink_to(TOOLS)
     told = await output("node", "openai.mjs", base_url, cwd=tmp_path)
     check(told, "404 model_not_found model", "400 invalid_request temperature")
+
+
+@module_loop
+async def test_the_readme_in_python_and_with_curl(base_url: str) -> None:
+    assert (await output(sys.executable, "-c", snippet("python", base_url), cwd=ROOT)).strip()
+    streamed = await output("sh", "-c", snippet("sh", base_url), cwd=ROOT)
+    assert "chat.completion.chunk" in streamed and streamed.rstrip().endswith("data: [DONE]")
+
+
+@needs_node
+@module_loop
+async def test_the_readme_in_javascript(base_url: str, tmp_path: Path) -> None:
+    (tmp_path / "node_modules").symlink_to(TOOLS)
+    (tmp_path / "readme.mjs").write_text(snippet("js", base_url))
+    assert (await output("node", "readme.mjs", cwd=tmp_path)).strip()

@@ -79,4 +79,6 @@ async def _real() -> AsyncIterator[Endpoint]:
         )
 
 
-TARGETS = [Target("ollama (stand-in)", _stand_in, _set_fault), Target("ollama (real)", _real)]
+TARGETS = [Target("ollama (stand-in)", _stand_in, _set_fault)]
+if "completion" in find_models():
+    TARGETS.append(Target("ollama (real)", _real))
