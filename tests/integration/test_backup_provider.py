@@ -31,8 +31,11 @@ async def test_the_backup_answers_and_the_decision_names_both(
     def engine(standin: OpenAIStandIn, provider: str) -> OpenAICompatibleEngine:
         return OpenAICompatibleEngine(
             OpenAICompatibleSettings(
-                provider=provider, base_url=f"{standin.url}/v1", api_key_env="STAND_IN_KEY",
-                models=[{"name": standin.model}], first_token_seconds=1.0,
+                provider=provider,
+                base_url=f"{standin.url}/v1",
+                api_key_env="STAND_IN_KEY",
+                models=[{"name": standin.model}],
+                first_token_seconds=1.0,
             )  # fmt: skip
         )
 
