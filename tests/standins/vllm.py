@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import json
+import sys
 from typing import Any, ClassVar
 
 from aiohttp import web
@@ -206,3 +209,27 @@ class VllmStandIn(OpenAIStandIn):
 class _Tokenize(wire.Wire):
     messages: list[wire.ChatMessage]
     tools: list[wire.Tool] | None = None
+
+
+async def _serve() -> None:
+    """As a program, with the arguments of vLLM's own that matter here."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--served-model-name", required=True)
+    parser.add_argument("--host", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--enable-prompt-tokens-details", action="store_true")
+    parser.add_argument("--fail", default="")
+    given = parser.parse_args()
+    print(f"loading {given.model}", flush=True)
+    if given.fail:
+        sys.exit(given.fail)
+    VllmStandIn.model = given.served_model_name
+    standin = VllmStandIn(prompt_tokens_details=given.enable_prompt_tokens_details, token_seconds=0.002)
+    standin._port = given.port
+    await standin.start()
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve())
