@@ -36,7 +36,7 @@ async def test_the_backup_answers_and_the_decision_names_both(
                 api_key_env="STAND_IN_KEY",
                 models=[{"name": standin.model}],
                 first_token_seconds=1.0,
-            )  # fmt: skip
+            )
         )
 
     settings = ControlPlaneSettings(
