@@ -10,7 +10,10 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from model_servers.config import SECTION, ModelServerSettings
+from model_servers.engines._openai.settings import NamedModel
+from model_servers.engines.openai_compatible import OpenAICompatibleSettings
 from model_servers.engines.simulated.settings import Fault, SimulatedModel, SimulatedSettings
+from model_servers.engines.vllm import VllmSettings
 from modelyard.program.documents import renew
 from modelyard.program.settings import keys, table
 
@@ -40,6 +43,9 @@ def tables() -> dict[Path, dict[str, str]]:
             "simulated": engine_table(SimulatedSettings),
             "simulated models": engine_table(SimulatedModel),
             "simulated faults": engine_table(Fault),
+            "openai_compatible": engine_table(OpenAICompatibleSettings),
+            "openai_compatible models": engine_table(NamedModel),
+            "vllm": engine_table(VllmSettings),
         },
     }
 

@@ -45,5 +45,13 @@ async def test_the_engine_of_the_walk_through_works(echo: EnginePlugin):
 
 
 def test_every_setting_has_a_description():
-    for model in (reference.ModelServerSettings, SimulatedSettings, reference.SimulatedModel, reference.Fault):
+    for model in (
+        reference.ModelServerSettings,
+        SimulatedSettings,
+        reference.SimulatedModel,
+        reference.Fault,
+        reference.OpenAICompatibleSettings,
+        reference.NamedModel,
+        reference.VllmSettings,
+    ):
         assert not [name for name, field in model.model_fields.items() if not field.description]
