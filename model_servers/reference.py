@@ -14,7 +14,10 @@ from model_servers.engines._hosted.settings import HostedModel
 from model_servers.engines._ollama.settings import OllamaModel, OllamaSettings
 from model_servers.engines.anthropic import AnthropicSettings
 from model_servers.engines.bedrock import BedrockSettings
+from model_servers.engines._openai.settings import NamedModel
+from model_servers.engines.openai_compatible import OpenAICompatibleSettings
 from model_servers.engines.simulated.settings import Fault, SimulatedModel, SimulatedSettings
+from model_servers.engines.vllm import VllmSettings
 from modelyard.program.documents import renew
 from modelyard.program.settings import keys, table
 
@@ -49,6 +52,9 @@ def tables() -> dict[Path, dict[str, str]]:
             "anthropic": engine_table(AnthropicSettings),
             "bedrock": engine_table(BedrockSettings),
             "hosted models": engine_table(HostedModel),
+            "openai_compatible": engine_table(OpenAICompatibleSettings),
+            "openai_compatible models": engine_table(NamedModel),
+            "vllm": engine_table(VllmSettings),
         },
     }
 

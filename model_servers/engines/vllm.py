@@ -11,6 +11,8 @@ What holds, and what does not:
 - Tools need --enable-auto-tool-choice and --tool-call-parser; cached tokens are told only with
   --enable-prompt-tokens-details. What is missing is found out when the server appears, and then not offered.
 - Without max_tokens an answer may be as long as the model's generation_config.json says, where it says so.
+- More than four stop strings are looked for here, where vLLM is somebody else's.
+- Weak models may fill JSON with blanks without end: --structured-outputs-config with disable_any_whitespace helps.
 - Images are shown to models that take them; what takes them is found out with /tokenize.
 - A process that the engine owns gets a free port of the loopback interface. It is started again when it ends.
 """
@@ -53,7 +55,7 @@ from model_servers.engine import (
     Unsupported,
 )
 from model_servers.engines._openai import errors, requests
-from model_servers.engines._openai.dialect import Dialect
+from model_servers.engines._openai.dialect import MOST_STOPS, Dialect
 from model_servers.engines._openai.errors import Source
 from model_servers.engines._openai.keys import Key
 from model_servers.engines._openai.settings import (
@@ -77,7 +79,8 @@ __all__ = ["OwnedVllmEngine", "VllmEngine", "VllmSettings", "plugin"]
 
 _log = logging.getLogger(__name__)
 
-DIALECT = Dialect(strict="always", continuous_usage=True)
+DIALECT = Dialect(max_stops=4, strict="always", continuous_usage=True)
+"""Four stop strings are what vLLM takes since 0.32, unless VLLM_MAX_STOP_STRINGS says otherwise."""
 DEFAULT_SLOTS = 256
 """vLLM's own --max-num-seqs on most devices."""
 _LOOK_SECONDS = 3.0
@@ -203,6 +206,8 @@ class _Tokenized(wire.Wire):
 class VllmEngine:
     """A vLLM that somebody else runs. Implements `model_servers.engine.Engine`."""
 
+    _dialect = DIALECT
+
     def __init__(self, settings: VllmSettings, *, env: dict[str, str] | None = None) -> None:
         """`env`: where keys are looked for; None: the environment of the process."""
         from model_servers.engines._openai.calls import Calls
@@ -223,7 +228,7 @@ class VllmEngine:
             keep_alive=_KEEP_ALIVE,
         )
         self._root = settings.base_url
-        self._calls = Calls(self._transport, self._source, DIALECT, settings.embedding_batch)
+        self._calls = Calls(self._transport, self._source, self._dialect, settings.embedding_batch)
         self._slots = Slots(slots)
         self._watch = Watch(self._source.name, self._look, every=settings.poll_seconds)
         self._models: dict[str, EngineModel] = {}
@@ -312,7 +317,7 @@ class VllmEngine:
         else:
             body = {"model": request.model, "messages": requests.messages(request)}
             if requests.offers_tools(request):
-                body["tools"] = requests.tools(request, DIALECT)
+                body["tools"] = requests.tools(request, self._dialect)
         reply = await self._transport.post(f"{self._root}/tokenize", msgspec.json.encode(body))
         if reply.status != 200:
             raise errors.from_response(self._source, reply.status, reply.headers, reply.body)
@@ -415,6 +420,8 @@ class VllmEngine:
 
 class OwnedVllmEngine(VllmEngine):
     """A vLLM that the engine starts, supervises and ends. Implements `model_servers.engine.Restarts` too."""
+
+    _dialect = replace(DIALECT, max_stops=MOST_STOPS)
 
     def __init__(self, settings: VllmSettings, *, env: dict[str, str] | None = None) -> None:
         super().__init__(settings, env=env)
@@ -550,6 +557,7 @@ class OwnedVllmEngine(VllmEngine):
         offline = {} if self._settings.allow_download else {"HF_HUB_OFFLINE": "1"}
         return {
             "PYTHONUNBUFFERED": "1",
+            "VLLM_MAX_STOP_STRINGS": str(MOST_STOPS),
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
             **offline,

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,18 @@ async def test_leaving_stops_the_server():
         generation = standin.generations[-1]
         await eventually(lambda: generation.cancelled)
         assert generation.generated < 250
+
+
+async def test_more_stop_strings_than_vllm_takes():
+    async with VllmStandIn(token_seconds=0.002) as standin, engine_before(standin) as engine:
+        sampling = Sampling(max_tokens=200, temperature=0)
+        free, whole = await collect(engine, asked("Count to 1000", sampling=sampling))
+        stops = ("@1@", "@2@", "@3@", "@4@", free[100:108])
+        text, cut = await collect(engine, asked("Count to 1000", sampling=replace(sampling, stop=stops)))
+        assert text == free[: free.index(stops[-1])]
+        assert cut.usage.prompt_tokens == whole.usage.prompt_tokens, "told with every piece"
+        assert cut.usage.completion_tokens == 27
+        await eventually(lambda: standin.generations[-1].cancelled)
 
 
 async def test_a_server_that_goes_and_comes_back():

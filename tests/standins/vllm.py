@@ -50,7 +50,7 @@ class VllmStandIn(OpenAIStandIn):
     owner = "vllm"
     least_cached: ClassVar[int] = 0
     cache_block: ClassVar[int] = 16
-    most_stops: ClassVar[int] = 1 << 20
+    most_stops: ClassVar[int] = 4
     unknown_arguments: ClassVar[tuple[str, ...]] = ()
     answers_raw_prompts: ClassVar[bool] = True
 

@@ -28,6 +28,8 @@ def settings(python: Path) -> dict[str, object]:
             *("--block-size", "32"),
             *("--max-num-seqs", "4"),
             *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+            # A weak model fills JSON with blanks otherwise, until it is cut off.
+            *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
             "--enforce-eager",
         ],
     }

@@ -53,5 +53,8 @@ def test_every_setting_has_a_description():
         reference.AnthropicSettings,
         reference.BedrockSettings,
         reference.HostedModel,
+        reference.OpenAICompatibleSettings,
+        reference.NamedModel,
+        reference.VllmSettings,
     ):
         assert not [name for name, field in model.model_fields.items() if not field.description]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from datetime import UTC, datetime
 
 import msgspec
@@ -489,3 +491,19 @@ def test_only_work_that_the_features_allow_is_offered():
     assert not {TaskType.EMBEDDING, TaskType.TOOL_USE, TaskType.VISION} & text.capabilities.keys()
     only = describe(NamedModel(name="a"), "p", context_length=9, features=Feature.EMBEDDING, capabilities=None)
     assert set(only.capabilities) == {TaskType.EMBEDDING}
+
+
+def test_without_aiohttp_the_modules_import_and_the_cure_is_named():
+    script = (
+        "import sys\n"
+        "sys.modules['aiohttp'] = sys.modules['prometheus_client'] = None\n"
+        "from model_servers import registry\n"
+        "for name in ('openai_compatible', 'vllm'):\n"
+        "    plugin = registry.find(name)\n"
+        "    try:\n"
+        "        registry.create(plugin, registry.validate(plugin, {}))\n"
+        "    except registry.EngineUnavailable as error:\n"
+        "        print(error)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert "modelyard[openai]" in said and "modelyard[vllm]" in said
