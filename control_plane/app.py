@@ -130,10 +130,18 @@ class ControlPlane:
     async def watch_definitions(self) -> None:
         """Put changed model definitions in force."""
         while self.watcher:
-            definitions = self.watcher.poll()
+            self.reread_definitions(self.watcher)
+            await asyncio.sleep(_FILES_INTERVAL)
+
+    def reread_definitions(self, watcher: definition_files.Watcher) -> None:
+        """Put model definitions in force if they changed. Never raises: files that people edit must not be able to
+        take a running control plane down, whatever is overlooked in reading them."""
+        try:
+            definitions = watcher.poll()
             if definitions is not None:
                 self.fleet.define(definitions, self.clock.monotonic())
-            await asyncio.sleep(_FILES_INTERVAL)
+        except Exception:
+            log.exception("model definitions could not be read again, the previous ones stay in force")
 
 
 @contextlib.asynccontextmanager
