@@ -25,12 +25,15 @@ from control_plane.domain.definition import Definitions, ModelDefinition
 from control_plane.domain.model import ModelName, Price, Provider
 from control_plane.domain.task import Feature, TaskType
 from modelyard.program.settings import Settings, SettingsError, YamlFile
+from modelyard.rpc.validation import MAX_AMOUNT, MAX_CONTEXT_LENGTH, MAX_SECONDS, MAX_TEXT
 
 log = logging.getLogger(__name__)
 
 Score = Annotated[float, Field(ge=0, le=1)]
-Usd = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# The bounds are those of a model server's report: what is defined is shown in the same fields.
+Usd = Annotated[float, Field(ge=0, le=MAX_AMOUNT)]
+Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 
 
 class _Price(Settings):
@@ -47,7 +50,7 @@ class _Initial(Settings):
 
 class _Model(Settings):
     capabilities: dict[str, Score] | None = None
-    context_length: Annotated[int, Field(ge=1)] | None = None
+    context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_LENGTH)] | None = None
     features: list[str] | None = None
     price: _Price | None = None
     initial: _Initial = _Initial()
@@ -66,7 +69,7 @@ class _Model(Settings):
 
 
 class _File(Settings):
-    models: dict[str, _Model]
+    models: dict[Name, _Model]
 
 
 def _names_in(names: Any, enum: Any, what: str) -> None:
@@ -87,6 +90,8 @@ def read_file(path: Path) -> Iterator[ModelDefinition]:
             message = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
             lines.append(f"{document.where(problem['loc'])}: {message}")
         raise SettingsError("\n".join(lines)) from None
+    if not path.stem.isprintable():  # bytes that are no UTF-8 could not be told to anybody
+        raise SettingsError(f"{str(path)!r}: the name of the file is the provider's and must be printable")
     provider = Provider(path.stem)
     for name, model in parsed.models.items():
         features = None

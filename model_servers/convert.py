@@ -29,6 +29,7 @@ from model_servers.engine import (
 from model_servers.performance import Means, Timing
 from modelyard.rpc.errors import Refusal, Violation
 from modelyard.rpc.reasons import Reason
+from modelyard.rpc.validation import MAX_DETAIL, MAX_TEXT
 from modelyard.v1 import fleet_pb2, generation_pb2, model_server_pb2
 
 # ---------------------------------------------------------------- requests ---
@@ -235,9 +236,9 @@ def server_report(
             labels=identity.labels,
             version=identity.version,
         ),
-        engine=fleet_pb2.EngineInfo(name=status.engine, version=status.version),
+        engine=fleet_pb2.EngineInfo(name=status.engine, version=status.version[:MAX_TEXT]),
         hardware=fleet_pb2.HardwareInfo(
-            device=status.device,
+            device=status.device[:MAX_TEXT],
             memory_bytes=status.memory_bytes,
             cpu_cores=host.cpu_cores,
             platform=host.platform,
@@ -250,7 +251,7 @@ def server_report(
             kv_cache_utilization=min(max(status.load.kv_cache_utilization, 0.0), 1.0),
         ),
         health=int(status.health),  # type: ignore[arg-type]
-        health_detail=status.health_detail,
+        health_detail=status.health_detail[:MAX_DETAIL],
         lease_epoch=lease_epoch,
         state=fleet_pb2.DESIRED_STATE_DRAIN if draining else fleet_pb2.DESIRED_STATE_SERVE,
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
+from google.protobuf.json_format import MessageToJson
 
 from modelyard.rpc.errors import DETAILS_KEY, from_rpc_error
 from modelyard.rpc.reasons import Reason
@@ -171,7 +172,7 @@ async def test_endless_deltas_end_with_the_deadline_and_need_no_memory():
 
 
 async def test_absurd_usage_is_rendered_all_the_same():
-    price = fleet_pb2.Price(prompt_usd_per_million_tokens=1e300, completion_usd_per_million_tokens=1e12)
+    price = fleet_pb2.Price(prompt_usd_per_million_tokens=1e9, completion_usd_per_million_tokens=1e9)
     usage = generation_pb2.Usage(
         prompt_tokens=2**32 - 1, cached_prompt_tokens=2**32 - 1, completion_tokens=2**32 - 1, reasoning_tokens=7
     )
@@ -313,6 +314,8 @@ MALFORMED_REPORTS = {
         }
     ),
     "a model twice": report(models=[model_info(), model_info()]),
+    "a duration beyond all time": report(models=[model_info(performance={"ttft": {"seconds": 2**63 - 1}})]),
+    "a novel": report(health_detail="x" * 8_000_000),
     "an unknown feature": report(models=[model_info(features=[99])]),
 }
 
@@ -329,11 +332,11 @@ async def test_huge_numbers_in_reports_do_no_harm():
     models = [
         model_info(
             context_length=huge,
-            price={"prompt_usd_per_million_tokens": 1e308, "completion_usd_per_million_tokens": 1e308},
+            price={"prompt_usd_per_million_tokens": 1e9, "completion_usd_per_million_tokens": 1e9},
             performance={
-                "ttft": {"seconds": 2**62},
-                "tpot": {"seconds": 2**62, "nanos": 999_999_999},
-                "decode_tokens_per_second": 1e308,
+                "ttft": {"seconds": 315_575_999_999},
+                "tpot": {"seconds": 315_575_999_999, "nanos": 999_999_999},
+                "decode_tokens_per_second": 1e9,
             },
         )
     ]
@@ -344,7 +347,8 @@ async def test_huge_numbers_in_reports_do_no_harm():
         assert (await door.server(ROGUE)).report.load.slots == huge
         decision = await door.explain(ask())
         assert all(0 <= candidate.score <= 1 for candidate in decision.candidates)
-        assert (await door.stub.ListModels(orchestrator_pb2.ListModelsRequest())).models
+        listed = await door.stub.ListModels(orchestrator_pb2.ListModelsRequest())
+        assert MessageToJson(listed) and MessageToJson(await door.server(ROGUE))
         assert (await door.generate(ask(explain=True))).done.server_id == HONEST
         await healthy(door)
 

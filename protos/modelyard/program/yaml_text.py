@@ -30,7 +30,10 @@ class _Loader(yaml.SafeLoader):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep)
+            value = super().construct_object(node, deep)
+            if isinstance(value, str):
+                value.encode()  # an escape may stand for half a character, which no message can carry
+            return value
         except (yaml.YAMLError, RecursionError):
             raise
         except Exception as error:

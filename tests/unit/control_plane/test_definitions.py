@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,11 @@ def test_a_definition_is_read_whole(tmp_path: Path) -> None:
         ("models: [\n", r"x\.yaml:2: not valid YAML"),
         ("models:\n  y: {context_length: 2024-13-45}\n", r"x\.yaml:2: not valid YAML: not a timestamp"),
         ("models:\n  a: {}\n  a: {}\n", r"x\.yaml:3: not valid YAML: duplicate key 'a'"),
+        ("models:\n  a:\n    context_length: 5000000000\n", r"x\.yaml:3: models\.a\.context_length: .*less than"),
+        ("models:\n  a:\n    price: {prompt: 1.0e+10}\n", r"x\.yaml:3: models\.a\.price\.prompt: .*less than"),
+        ("models:\n  a:\n    initial: {ttft: 1.0e+15}\n", r"x\.yaml:3: models\.a\.initial\.ttft: .*less than"),
+        ("models:\n  " + "a" * 257 + ": {}\n", r"x\.yaml:2: .*at most 256 characters"),
+        ('models:\n  "\\ud800": {}\n', r"x\.yaml:2: not valid YAML: not a str"),
         ("models: &a\n  m: *a\n", r"x\.yaml:2: models\.m\.m: "),
         ("models:\n  a:\n    price: {prompt: .nan}\n", r"x\.yaml:3: models\.a\.price\.prompt"),
     ],
@@ -62,6 +68,12 @@ def test_a_definition_is_read_whole(tmp_path: Path) -> None:
 def test_a_mistake_names_file_line_and_key(tmp_path: Path, text: str, complaint: str) -> None:
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(SettingsError, match=complaint):
+        read(tmp_path)
+
+
+def test_a_provider_that_cannot_be_told_is_refused(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"\xff.yaml")).write_text("models: {a: {}}")
+    with pytest.raises(SettingsError, match="must be printable"):
         read(tmp_path)
 
 

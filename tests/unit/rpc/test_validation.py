@@ -288,9 +288,23 @@ def test_well_formed_report(endpoint: str) -> None:
                 {"models": [model_info(price=fleet_pb2.Price(prompt_usd_per_million_tokens=bad))]},
                 "models[0].price.prompt_usd_per_million_tokens",
             )
-            for bad in (-1, math.nan, math.inf)
+            for bad in (-1, 1.1e9, math.nan, math.inf)
         ),
-        ({"models": [model_info(performance={"ttft": {"seconds": -1}})]}, "models[0].performance.ttft"),
+        *(
+            ({"models": [model_info(performance={name: bad})]}, f"models[0].performance.{name}")
+            for name in ("ttft", "tpot")
+            for bad in ({"seconds": -1}, {"nanos": 10**9}, {"seconds": 315_576_000_000}, {"seconds": 2**63 - 1})
+        ),
+        ({"models": [model_info("m" * 257)]}, "models[0].name"),
+        ({"models": [model_info(provider="p" * 257)]}, "models[0].provider"),
+        ({"models": [model_info(quantization="q" * 257)]}, "models[0].quantization"),
+        ({"health_detail": "x" * 4097}, "health_detail"),
+        *(
+            ({path: "x" * 257}, path.replace("__", "."))
+            for path in ("engine__name", "engine__version", "hardware__device", "hardware__platform")
+        ),
+        *(({f"identity__{name}": "x" * 257}, f"identity.{name}") for name in ("instance_id", "version")),
+        *(({"identity__labels": bad}, "identity.labels") for bad in ({"k" * 257: ""}, {"k": "v" * 257})),
         (
             {"models": [model_info(performance={"decode_tokens_per_second": math.nan})]},
             "models[0].performance.decode_tokens_per_second",
