@@ -178,12 +178,13 @@ async def test_metrics_tell_of_what_happened():
                 state: value("modelyard_servers", state=state) for state in ("live", "suspect", "lost", "draining")
             }
             assert states == {"live": 2, "suspect": 0, "lost": 0, "draining": 0}
+            pair = {"model": "simulated", "provider": "simulated"}
             for server in ("a-first", "b-second"):
                 assert value("modelyard_in_flight", server=server) == 0
                 assert value("modelyard_slots", server=server) == 4
-                closed = value("modelyard_breaker_state", model="simulated", server=server, state="closed")
+                closed = value("modelyard_breaker_state", **pair, server=server, state="closed")
                 assert closed == 1
-            assert value("modelyard_success_rate", model="simulated", server="a-first") < 1
+            assert value("modelyard_success_rate", **pair, server="a-first") < 1
         await door.until_server("a-first", lambda status: status.lease_state != 1)
         samples = await scrape(plane)
         assert samples['modelyard_servers{state="live"}'] == 0
