@@ -162,6 +162,11 @@ class Fleet:
         except KeyError:
             raise unknown_server(server_id, tuple(sorted(self._servers))) from None
 
+    def instance(self, server_id: ServerId) -> str | None:
+        """The instance that a server reports now; None if it is not known."""
+        server = self._servers.get(server_id)
+        return server.report.identity.instance_id if server else None
+
     @property
     def definitions(self) -> Definitions:
         return self._definitions

@@ -11,10 +11,18 @@ FINAL_REASONS = frozenset({"INVALID_REQUEST", "DEADLINE_EXCEEDED", "SLOW_READER"
 BLAMELESS_REASONS = frozenset({"SERVER_BUSY", "DRAINING", "UNSUPPORTED", "UNKNOWN_MODEL"})
 """The server is sound but not the right one at this moment: another may do."""
 
+STANDING_REASONS = frozenset({"DRAINING", "UNSUPPORTED", "UNKNOWN_MODEL"})
+"""What this server is, as long as it runs: asked again it would say the same."""
+
 
 def retryable(reason: str) -> bool:
     """Whether another server may succeed. Reasons are those of modelyard/v1/orchestrator.proto."""
     return reason not in FINAL_REASONS
+
+
+def repeatable(reason: str) -> bool:
+    """Whether the same server may succeed if there is no other."""
+    return retryable(reason) and reason not in STANDING_REASONS
 
 
 def blames_server(reason: str) -> bool:

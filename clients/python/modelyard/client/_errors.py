@@ -143,7 +143,7 @@ class ServerBusy(TryAgain):
 
 
 class FleetWarmingUp(TryAgain):
-    """The control plane has just started and servers are still attaching."""
+    """Servers are still coming up: it is not known yet what the fleet can do."""
 
     default_reason = "FLEET_WARMING_UP"
 
