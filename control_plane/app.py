@@ -67,6 +67,7 @@ class ControlPlane:
             FairQueue(
                 bounds={priority: getattr(settings.queue.bound, priority.name.lower()) for priority in Priority},
                 timeouts={priority: getattr(settings.queue.timeout, priority.name.lower()) for priority in Priority},
+                max_bytes=settings.queue.max_bytes,
             ),
             clock,
             on_selected=self.metrics.selection_time.observe,

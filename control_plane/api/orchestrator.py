@@ -20,7 +20,7 @@ from control_plane.fleet.registry import Attachment, Fleet, superseded
 from control_plane.fleet.scheduler import Scheduler
 from modelyard.rpc.errors import Refusal, Violation, invalid
 from modelyard.rpc.reasons import Reason
-from modelyard.rpc.server import InFlight
+from modelyard.rpc.server import InFlight, Unread, takes_unread
 from modelyard.rpc.validation import check_generate_request, check_report
 from modelyard.v1 import fleet_pb2, orchestrator_pb2
 
@@ -89,14 +89,22 @@ class OrchestratorServicer:
 
     # ---------------------------------------------------------------- work ---
 
+    @takes_unread
     @served
-    async def Generate(self, request: orchestrator_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+    async def Generate(
+        self,
+        request: Unread[orchestrator_pb2.GenerateRequest] | orchestrator_pb2.GenerateRequest,
+        context: grpc.aio.ServicerContext,
+    ) -> None:
         with self._admit():
             await self._generation.generate(request, context)
 
+    @takes_unread
     @served
     async def Embed(
-        self, request: orchestrator_pb2.EmbedRequest, context: grpc.aio.ServicerContext
+        self,
+        request: Unread[orchestrator_pb2.EmbedRequest] | orchestrator_pb2.EmbedRequest,
+        context: grpc.aio.ServicerContext,
     ) -> orchestrator_pb2.EmbedResponse:
         with self._admit():
             return await self._generation.embed(request, context)

@@ -23,18 +23,20 @@ from types import TracebackType
 import grpc.aio
 
 from modelyard.rpc.channels import Option
-from modelyard.rpc.handlers import service_handler
+from modelyard.rpc.handlers import Unread, service_handler, takes_unread
 from modelyard.rpc.health import HealthHandle, enable_standard_services
 
 __all__ = [
     "DEFAULT_MAX_REQUEST_BYTES",
     "HealthHandle",
     "InFlight",
+    "Unread",
     "bind",
     "create_server",
     "drain",
     "enable_standard_services",
     "service_handler",
+    "takes_unread",
 ]
 
 _log = logging.getLogger(__name__)

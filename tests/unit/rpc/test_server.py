@@ -18,11 +18,13 @@ from modelyard.rpc.errors import Refusal, Violation, from_rpc_error
 from modelyard.rpc.reasons import Reason
 from modelyard.rpc.server import (
     InFlight,
+    Unread,
     bind,
     create_server,
     drain,
     enable_standard_services,
     service_handler,
+    takes_unread,
 )
 from modelyard.v1 import fleet_pb2, generation_pb2, orchestrator_pb2, orchestrator_pb2_grpc
 
@@ -57,6 +59,23 @@ async def refusal_of(call) -> Refusal:
 
 
 # ----------------------------------------------------------------- handlers ---
+
+
+async def test_a_method_may_take_its_request_unread():
+    class Lazy:
+        @takes_unread
+        async def GetModel(self, request, context):
+            assert isinstance(request, Unread) and request.size == 3
+            assert request.read() is not request.read()  # a message lives as long as it is wanted
+            return orchestrator_pb2.GetModelResponse(model=fleet_pb2.Model(name=request.read().name))
+
+    async with serving(Lazy(), max_request_bytes=3) as link:
+        request = orchestrator_pb2.GetModelRequest(name="m")
+        assert (await stub(link).GetModel(request)).model.name == "m"
+        garbage = link.unary_unary(PATH + "GetModel")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await garbage(b"\xff\xff\xff")
+        assert from_rpc_error(caught.value).reason is Reason.INVALID_REQUEST
 
 
 class Answers:
