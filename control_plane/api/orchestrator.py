@@ -18,6 +18,7 @@ from control_plane.domain.ports import Clock
 from control_plane.domain.server import Report
 from control_plane.fleet.registry import Attachment, Fleet, superseded
 from control_plane.fleet.scheduler import Scheduler
+from control_plane.scheduling.pace import TokenBucket
 from modelyard.rpc.errors import Refusal, Violation, invalid
 from modelyard.rpc.reasons import Reason
 from modelyard.rpc.server import InFlight, Unread, takes_unread
@@ -25,6 +26,12 @@ from modelyard.rpc.validation import check_generate_request, check_report
 from modelyard.v1 import fleet_pb2, orchestrator_pb2
 
 T = TypeVar("T")
+
+# Reports of one stream: so many are read at once, then so many per report interval. A server reports once per interval
+# and when something changes; one that never stops is slowed by gRPC's flow control, and as each report tells
+# everything, what is read late is all that is lost.
+_REPORTS_AT_ONCE = 20
+_REPORTS_PER_INTERVAL = 10
 
 
 def served(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
@@ -197,7 +204,8 @@ class OrchestratorServicer:
     @served
     async def Attach(self, requests: AsyncIterator[fleet_pb2.ServerReport], context: grpc.aio.ServicerContext) -> None:
         self._admit()
-        stream = _ReportStream(self._fleet, self._clock, requests)
+        pace = TokenBucket(_REPORTS_AT_ONCE, self._settings.report_interval / _REPORTS_PER_INTERVAL)
+        stream = _ReportStream(self._fleet, self._clock, requests, pace)
         reader = asyncio.create_task(stream.read(), name="attach-reader")
         reader.add_done_callback(lambda _: stream.wake.set())
         try:
@@ -232,12 +240,15 @@ class OrchestratorServicer:
 class _ReportStream:
     """The reading half of an Attach call."""
 
-    def __init__(self, fleet: Fleet, clock: Clock, requests: AsyncIterator[fleet_pb2.ServerReport]) -> None:
+    def __init__(
+        self, fleet: Fleet, clock: Clock, requests: AsyncIterator[fleet_pb2.ServerReport], pace: TokenBucket
+    ) -> None:
         self.wake = asyncio.Event()
         self.attachment: Attachment | None = None
         self._fleet = fleet
         self._clock = clock
         self._requests = requests
+        self._pace = pace
 
     async def read(self) -> None:
         before: tuple[fleet_pb2.ServerReport, Report] | None = None
@@ -253,3 +264,6 @@ class _ReportStream:
             else:
                 self._fleet.update(self.attachment, report, now, wall)
             self.wake.set()
+            pause = self._pace.take(now)
+            if pause:
+                await asyncio.sleep(pause)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import resource
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from modelyard.rpc.server import bind, create_server, service_handler
 from modelyard.testing import FakeModelServer, model_info
 from modelyard.v1 import fleet_pb2, generation_pb2, model_server_pb2, orchestrator_pb2
 from tests.harness.front_door import LIVE, ask, attached, attempts_of, front_door
+from tests.harness.programs import until
 
 ROGUE, HONEST = "a-rogue", "b-honest"  # of equals the lesser id is tried first
 
@@ -396,6 +398,35 @@ async def test_a_flood_of_reports_does_not_starve_the_others():
         stop.set()
         assert all(sent > 10 for sent in await asyncio.gather(*floods))
         await healthy(door)
+
+
+async def test_a_flood_of_reports_is_read_at_a_steady_rate():
+    async with front_door(fleet={"report_interval": 1.0}) as door:
+        call = door.stub.Attach()
+        heard: dict[str, float] = {}
+
+        def note(server_id: str, urgent: bool) -> None:
+            name = door.plane.fleet.server(server_id).cards[0].name
+            heard.setdefault(name, asyncio.get_running_loop().time())
+
+        door.plane.fleet.listen(note)
+
+        async def flood() -> None:
+            for n in itertools.count():
+                await call.write(report(models=[model_info(f"m{n}-{k}") for k in range(50)]))
+
+        flooding = asyncio.create_task(flood())
+
+        async def read_enough() -> bool:
+            return len(heard) >= 25
+
+        await until(read_enough)
+        flooding.cancel()
+        # At once as many as an honest server ever needs, then ten a second.
+        times = list(heard.values())
+        assert times[24] - times[0] > 0.3
+        assert times[18] - times[0] < times[24] - times[18]
+        call.cancel()
 
 
 async def test_a_stream_that_never_says_anything_is_nobody():
