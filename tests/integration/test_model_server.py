@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import socket
 import sys
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncGenerator, Sequence
@@ -433,3 +434,19 @@ async def test_scripted_crash_ends_the_process():
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+async def test_a_port_in_use_says_what_to_do():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "model_servers", "--port", str(port), "--orchestrators", "[]", stderr=PIPE
+        )
+        _, errors = await asyncio.wait_for(process.communicate(), 60)
+    # As the control plane: settings that cannot be used, and no line of gRPC's own.
+    assert process.returncode == 2
+    lines = errors.decode().splitlines()
+    assert lines[-1].startswith(f"modelyard model-server: 127.0.0.1:{port} is in use")
+    assert "add_port" not in errors.decode() and "Traceback" not in errors.decode()

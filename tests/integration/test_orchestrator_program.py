@@ -88,6 +88,8 @@ async def test_a_port_in_use_says_what_to_do():
         assert (status, output) == (2, ""), errors
         assert str(port) in errors and "in use" in errors and flag in errors, errors
         assert "Traceback" not in errors
+        # Ours is the only line: gRPC says nothing of its own.
+        assert errors.splitlines()[-1].startswith("modelyard control-plane: ") and "add_port" not in errors, errors
 
 
 async def test_bad_definitions_end_the_start(tmp_path):

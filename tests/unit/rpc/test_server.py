@@ -291,6 +291,23 @@ async def test_bind_to_a_used_port_says_what_to_do() -> None:
     await second.stop(None)
 
 
+async def test_grpc_adds_nothing_of_its_own_to_a_used_port(capfd: pytest.CaptureFixture[str]) -> None:
+    first, second = create_server(), create_server()
+    port = bind(first, "127.0.0.1", 0)
+    with pytest.raises(OSError, match="in use"):
+        bind(second, "127.0.0.1", port)
+    assert capfd.readouterr().err == ""
+    await first.stop(None)
+    await second.stop(None)
+
+
+async def test_bind_to_a_name_that_nobody_knows() -> None:
+    server = create_server()
+    with pytest.raises(OSError, match=r"^cannot listen on no\.such\.host\.invalid:1: "):
+        bind(server, "no.such.host.invalid", 1)
+    await server.stop(None)
+
+
 async def test_bind_to_an_address_of_another_host() -> None:
     server = create_server()
     with pytest.raises(OSError, match=r"^cannot listen on 192\.0\.2\.1:7460: "):
