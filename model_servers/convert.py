@@ -17,6 +17,7 @@ from model_servers.engine import (
     Finished,
     GenerationRequest,
     Image,
+    InvalidRequest,
     Message,
     Role,
     Sampling,
@@ -178,6 +179,9 @@ def refusal(error: EngineError, field_name: str) -> Refusal:
         return Refusal(Reason.UNKNOWN_MODEL, message)
     if isinstance(error, ContextTooLong):
         return Refusal(Reason.INVALID_REQUEST, message, (Violation(field_name, message),))
+    if isinstance(error, InvalidRequest):
+        path = f"{field_name}.{error.field}" if error.field else field_name
+        return Refusal(Reason.INVALID_REQUEST, message, (Violation(path, message),))
     if isinstance(error, Unsupported):
         return Refusal(Reason.UNSUPPORTED, message)
     if isinstance(error, Busy):

@@ -258,7 +258,11 @@ class EngineStatus:
 
 
 class EngineError(Exception):
-    """Base of what an engine may raise. Anything else is a bug and answered as INTERNAL."""
+    """Base of what an engine may raise. Anything else is a bug and answered as INTERNAL.
+
+    The message is told to the caller, in our own words: what a vendor's library says may hold prompts, answers or
+    schemas (see modelyard.program.privacy).
+    """
 
 
 class UnknownModel(EngineError):
@@ -267,6 +271,18 @@ class UnknownModel(EngineError):
 
 class ContextTooLong(EngineError):
     """Prompt and answer do not fit; raised before anything is computed."""
+
+
+class InvalidRequest(EngineError):
+    """A part of the request cannot be used, and another server would say the same.
+
+    Neither the engine nor its host is to blame, so this does not count against the server.
+    """
+
+    def __init__(self, message: str, field: str = "") -> None:
+        """`field`: path in the contract's GenerationInput, as "response_format.json_schema.schema"."""
+        super().__init__(message)
+        self.field = field
 
 
 class Unsupported(EngineError):
@@ -305,7 +321,7 @@ class Engine(Protocol):
         Closing the generator (aclose, or cancelling the task that iterates it) stops the
         work in the engine at once and frees the slot.
         Raises UnknownModel, ContextTooLong, Unsupported, Busy before the first item, and
-        EngineFailed at any time.
+        InvalidRequest and EngineFailed at any time.
         """
         ...
 

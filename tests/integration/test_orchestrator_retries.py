@@ -95,6 +95,24 @@ async def test_all_fail():
         await door.until_idle()
 
 
+async def test_what_nobody_supports_is_not_a_matter_of_waiting():
+    async with front_door() as door, attached(door, *pair()) as fakes:
+        for fake in fakes:
+            fake.inject_error("Generate", Refusal(Reason.UNSUPPORTED, "no 'not' in schemas"), times=10)
+        refusal = (await door.generate()).refused
+        assert refusal.reason is Reason.UNSUPPORTED and "no 'not'" in refusal.message
+        assert [len(fake.calls_of("Generate")) for fake in fakes] == [1, 1]
+
+
+async def test_messages_of_servers_are_for_the_caller_not_for_the_log(caplog):
+    caplog.set_level("DEBUG")
+    async with front_door() as door, attached(door, *pair()) as fakes:
+        for fake in fakes:
+            fake.inject_error("Generate", Refusal(Reason.ENGINE_FAILED, "token 'SECRET'"), times=10)
+        assert "SECRET" in (await door.generate()).refused.message
+        assert "ENGINE_FAILED" in caplog.text and "SECRET" not in caplog.text
+
+
 async def test_the_number_of_attempts_is_bounded():
     fakes = [FakeModelServer(f"s{n}") for n in range(5)]
     async with front_door(retry={"max_attempts": 3}) as door, attached(door, *fakes):

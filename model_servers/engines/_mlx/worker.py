@@ -24,6 +24,7 @@ from model_servers.engines._mlx.embedding import embed_group
 from model_servers.engines._mlx.jobs import EmbedJob, Gauges, Job, Outbox, deliver
 from model_servers.engines._mlx.loading import Model
 from model_servers.engines._mlx.settings import MlxSettings
+from modelyard.program import privacy
 
 log = logging.getLogger(__name__)
 
@@ -126,8 +127,8 @@ class Worker:
         except EngineError as error:
             reason = str(error)
         except BaseException as error:  # whatever it is, requests must hear of it
-            log.exception("the MLX engine thread died")
-            reason = f"the MLX engine thread died: {type(error).__name__}: {error}"
+            log.error("the MLX engine thread died: %s", privacy.where(error))
+            reason = f"the MLX engine thread died ({privacy.kind(error)}; see its log)"
         self._end(state, reason)
         if state is not None:
             # What is freed on this thread has to be given back on this thread.
@@ -199,9 +200,9 @@ class Worker:
         try:
             vectors = embed_group(state.model.network, [job.inputs[i] for i in group])
         except Exception as error:
-            log.exception("embedding failed")
+            log.error("embedding failed: %s", privacy.where(error))
             state.embeds.popleft()
-            outbox.append((job.sink, EngineFailed(f"embedding failed: {error}")))
+            outbox.append((job.sink, EngineFailed(f"embedding failed ({privacy.kind(error)})")))
             return
         job.vectors.update(zip(group, vectors, strict=True))
         if job.done:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -349,3 +350,24 @@ def test_schemas_of_forced_calls() -> None:
     for wrong in ("[1]", "{"):
         with pytest.raises(Unsupported, match="'f'"):
             grammar.call_schema([Tool("f", parameters_schema=wrong)])
+
+
+@pytest.mark.parametrize(
+    ("schema", "accepted"),
+    [
+        ('{"multipleOf": 4999}', True),
+        ('{"multipleOf": 5001}', False),
+        ('{"multipleOf": 1000000000}', True),
+        ('{"multipleOf": 1' + "0" * 400 + "}", False),
+        ('{"multipleOf": NaN}', True),
+        ('{"properties": {"a": {"multipleOf": 0.001}, "b": {"multipleOf": 7}}}', True),
+        ('{"allOf": [{"multipleOf": 71}, {"multipleOf": 73}]}', False),
+        ('{"allOf": [{"multipleOf": 1e-300}, {"multipleOf": 1e300}]}', False),
+    ],
+)
+def test_automata_for_multiples_are_bounded(schema: str, accepted: bool) -> None:
+    pytest.importorskip("llguidance")
+    from model_servers.engines._mlx import grammar
+
+    with nullcontext() if accepted else pytest.raises(Unsupported, match="multipleOf"):
+        grammar.check_schema(schema, "f")
