@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 
 from model_servers.engine import (
     ContextTooLong,
@@ -27,7 +29,7 @@ from model_servers.engine import (
     Unsupported,
     Usage,
 )
-from model_servers.engines.simulated.answer import Answer, compose
+from model_servers.engines.simulated.answer import Answer, compose, is_held
 from model_servers.engines.simulated.cache import PrefixCache, block_keys
 from model_servers.engines.simulated.faults import FaultScript
 from model_servers.engines.simulated.settings import Fault, SimulatedSettings
@@ -48,6 +50,7 @@ class SimulatedEngine:
         self._faults = FaultScript(settings.faults, settings.seed)
         self._slots = Slots(settings.slots)
         self._pauses = Pauses()
+        self._text = ThreadPoolExecutor(max_workers=1, thread_name_prefix="simulated-text")
         self._cache = PrefixCache(settings.cache_blocks)
         self._prefill_free_at = 0.0
         self._decoding = 0
@@ -112,6 +115,7 @@ class SimulatedEngine:
         self._closed = True
         self._health, self._detail = Health.UNHEALTHY, "closed"
         self._break("the engine was closed")
+        self._text.shutdown(wait=False)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta | Finished, None]:
         model = self._model(request.model)
@@ -122,13 +126,16 @@ class SimulatedEngine:
         if room < (wanted or 1):
             asked = f" and up to {wanted} of the answer" if wanted else ""
             raise ContextTooLong(f"{prompt_tokens} tokens of the prompt{asked} do not fit into {model.context_length}")
-        answer = compose(
+        make = partial(
+            compose,
             request,
             fingerprint(prompt, self._settings.seed, request.sampling.seed),
             self._settings.seed,
             self._settings.answer_tokens,
             wanted or room,
         )
+        # A schema may take a while: not on the event loop.
+        answer = await asyncio.get_running_loop().run_in_executor(self._text, make) if is_held(request) else make()
         caching = Feature.PREFIX_CACHE in model.features and self._settings.cache_blocks > 0
         block = self._settings.block_tokens
         keys = block_keys(model.name, prompt, block) if caching else ()
