@@ -277,7 +277,8 @@ def _model_info(model: EngineModel, means: Means | None) -> fleet_pb2.ModelInfo:
         info.price.prompt_usd_per_million_tokens = prompt
         info.price.cached_prompt_usd_per_million_tokens = cached
         info.price.completion_usd_per_million_tokens = completion
-    if means is not None:
+    means = means or Means(ttft=model.expected_ttft, tpot=model.expected_tpot)
+    if means != Means():
         performance = info.performance
         if means.ttft is not None:
             performance.ttft.FromNanoseconds(_nanoseconds(means.ttft))

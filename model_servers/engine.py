@@ -228,6 +228,10 @@ class EngineModel:
     features: Feature = Feature.STREAMING
     price: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """US dollars per million prompt, cached prompt and completion tokens."""
+    expected_ttft: float | None = None
+    """Seconds to the first token of a short prompt, until something was measured; None: not known."""
+    expected_tpot: float | None = None
+    """Seconds per token after the first, likewise."""
     quantization: str = ""
 
 

@@ -242,6 +242,14 @@ async def test_images_count_and_settings_reach_the_description():
     assert two.price == (2.0, 0.0, 0.0) and two.features == Feature.STREAMING | Feature.VISION
 
 
+async def test_configured_speeds_are_expected_before_anything_is_measured():
+    engine = await started(instant=False, prefill_tokens_per_second=1000, decode_tokens_per_second=50, time_scale=2)
+    (model,) = engine.status().models
+    assert (model.expected_ttft, model.expected_tpot) == (pytest.approx(0.2), pytest.approx(0.04))
+    (model,) = (await started()).status().models
+    assert (model.expected_ttft, model.expected_tpot) == (0.0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("schema", "expected"),
     [
