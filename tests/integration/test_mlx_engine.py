@@ -216,6 +216,69 @@ async def test_the_context_is_checked_before_anything_is_computed(engine: MlxEng
         await run(engine, long)
 
 
+class Tokenizer:
+    """Delegates to a real one; `encode` of a long text is refused, or waits at a gate."""
+
+    LONG = 40_000
+
+    def __init__(self, tokenizer: Any, gate: threading.Event | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._gate = gate
+        self.reached = threading.Event()
+
+    def encode(self, text: str, **options: Any) -> Any:
+        if len(text) > self.LONG:
+            assert self._gate is not None, "tokenized in vain"
+            self.reached.set()
+            assert self._gate.wait(20)
+            text = text[:100]
+        return self._tokenizer.encode(text, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+async def test_what_cannot_fit_is_refused_without_tokenizing(
+    engine: MlxEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = engine._model
+    assert model is not None
+    assert model.most_bytes_per_token is not None
+    monkeypatch.setattr(engine, "_model", replace(model, tokenizer=Tokenizer(model.tokenizer)))
+    huge = "hello world " * 600_000
+    for request in (ask(huge), replace(ask(), messages=(), prompt=huge)):
+        with pytest.raises(ContextTooLong, match="bytes"):
+            await engine.count_tokens(request)
+        with pytest.raises(ContextTooLong, match="bytes"):
+            await run(engine, request)
+    with pytest.raises(ContextTooLong, match="bytes"):
+        await engine.embed("m", ["fine", huge])
+    longest = "a" * (model.context_length * model.most_bytes_per_token)
+    monkeypatch.setattr(engine, "_model", model)
+    assert await engine.count_tokens(replace(ask(), messages=(), prompt=longest)) > model.context_length
+
+
+async def test_short_texts_do_not_wait_for_long_ones(engine: MlxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = engine._model
+    assert model is not None
+    gate = threading.Event()
+    tokenizer = Tokenizer(model.tokenizer, gate)
+    monkeypatch.setattr(engine, "_model", replace(model, tokenizer=tokenizer, most_bytes_per_token=None))
+    long = asyncio.create_task(engine.count_tokens(ask("word " * 50_000)))
+    embedding = asyncio.create_task(engine.embed("m", ["word " * 1000] * 20))
+    try:
+        await asyncio.to_thread(tokenizer.reached.wait, 20)
+        async with asyncio.timeout(20):
+            assert (await run(engine, ask())).text
+            assert (await engine.embed("m", ["short"])).vectors
+        assert not long.done()
+        assert not embedding.done()
+    finally:
+        embedding.cancel()
+        gate.set()
+    assert await long > 1
+
+
 async def test_an_answer_ends_where_the_context_ends(settings: MlxSettings) -> None:
     engine = MlxEngine(settings.model_copy(update={"context_length": 64}))
     await engine.start()
@@ -512,6 +575,46 @@ async def test_embedding_beside_a_running_stream(engine: MlxEngine) -> None:
     assert len(result.vectors) == 200
     await anext(stream)  # still alive
     await stream.aclose()
+
+
+class Recording:
+    """A network that writes down how many tokens it was given at once."""
+
+    def __init__(self, network: Any) -> None:
+        self._network = network
+        self.widths: list[int] = []
+
+    def model(self, tokens: Any, **options: Any) -> Any:
+        self.widths.append(int(tokens.size))
+        return self._network.model(tokens, **options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._network(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
+
+
+async def test_a_long_text_is_embedded_in_pieces(engine: MlxEngine, settings: MlxSettings) -> None:
+    networks: list[Recording] = []
+
+    def recording(settings: MlxSettings) -> Model:
+        model = load(settings)
+        networks.append(Recording(model.network))
+        return replace(model, network=networks[-1])
+
+    small = MlxEngine(settings.model_copy(update={"prefill_step_size": 32}), loader=recording)
+    await small.start()
+    try:
+        texts = ["short", "the yard and its engines, " * 40, "x"]
+        expected = await engine.embed("m", texts)
+        found = await small.embed("m", texts)
+        assert max(networks[0].widths) == 32
+        assert found.prompt_tokens == expected.prompt_tokens > 200
+        for ours, theirs in zip(found.vectors, expected.vectors, strict=True):
+            assert list(ours) == pytest.approx(list(theirs), abs=1e-4)
+    finally:
+        await small.close()
 
 
 async def test_embedding_refuses_what_is_too_long_or_unknown(engine: MlxEngine) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +107,27 @@ def make_prompt(model: Model, request: GenerationRequest) -> Prompt:
     return Prompt(_encode(model, text, add_special_tokens=False), in_reasoning, in_call)
 
 
+def weight(request: GenerationRequest) -> int:
+    """About how many characters there are to work through; compiling a schema takes longer than tokenizing it."""
+    schemas = len(request.json_schema or "") + sum(len(tool.parameters_schema) for tool in request.tools)
+    messages = sum(len(part) for message in request.messages for part in message.content if isinstance(part, str))
+    calls = sum(len(call.arguments_json) for message in request.messages for call in message.tool_calls)
+    described = sum(len(tool.description) for tool in request.tools)
+    return len(request.prompt or "") + messages + calls + described + 8 * schemas
+
+
+def pieces(texts: Sequence[str], characters: int) -> Iterator[Sequence[str]]:
+    """The texts in groups that have together at most that many characters, or one text that has more."""
+    begin = size = 0
+    for end, text in enumerate(texts):
+        if end > begin and size + len(text) > characters:
+            yield texts[begin:end]
+            begin, size = end, 0
+        size += len(text)
+    if begin < len(texts):
+        yield texts[begin:]
+
+
 def embedding_tokens(model: Model, text: str) -> list[int]:
     """Tokens of one text to embed; at least one. Raises ContextTooLong."""
     tokens = _encode(model, text, add_special_tokens=True)
@@ -115,6 +137,13 @@ def embedding_tokens(model: Model, text: str) -> list[int]:
 
 
 def _encode(model: Model, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Raises ContextTooLong for what cannot fit however it is tokenized, which is not tried then."""
+    if model.most_bytes_per_token is not None:
+        size, most = len(text.encode("utf-8", "surrogatepass")), model.context_length * model.most_bytes_per_token
+        if size > most:
+            raise ContextTooLong(
+                f"the text has {size} bytes, a context of {model.context_length} tokens holds at most {most}"
+            )
     tokens = [int(t) for t in model.tokenizer.encode(text, add_special_tokens=add_special_tokens)]
     # Nothing at all cannot be computed on; the end-of-text token is what models know as "no text".
     return tokens or [min(model.eos, default=0)]
