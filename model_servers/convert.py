@@ -17,6 +17,7 @@ from model_servers.engine import (
     Finished,
     GenerationRequest,
     Image,
+    InvalidRequest,
     Message,
     Role,
     Sampling,
@@ -179,6 +180,9 @@ def refusal(error: EngineError, field_name: str) -> Refusal:
         return Refusal(Reason.UNKNOWN_MODEL, message)
     if isinstance(error, ContextTooLong):
         return Refusal(Reason.INVALID_REQUEST, message, (Violation(field_name, message),))
+    if isinstance(error, InvalidRequest):
+        path = f"{field_name}.{error.field}" if error.field else field_name
+        return Refusal(Reason.INVALID_REQUEST, message, (Violation(path, message),))
     if isinstance(error, Unsupported):
         return Refusal(Reason.UNSUPPORTED, message)
     if isinstance(error, Busy):
@@ -274,7 +278,8 @@ def _model_info(model: EngineModel, means: Means | None) -> fleet_pb2.ModelInfo:
         info.price.prompt_usd_per_million_tokens = prompt
         info.price.cached_prompt_usd_per_million_tokens = cached
         info.price.completion_usd_per_million_tokens = completion
-    if means is not None:
+    means = means or Means(ttft=model.expected_ttft, tpot=model.expected_tpot)
+    if means != Means():
         performance = info.performance
         if means.ttft is not None:
             performance.ttft.FromNanoseconds(_nanoseconds(means.ttft))

@@ -228,6 +228,10 @@ class EngineModel:
     features: Feature = Feature.STREAMING
     price: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """US dollars per million prompt, cached prompt and completion tokens."""
+    expected_ttft: float | None = None
+    """Seconds to the first token of a short prompt, until something was measured; None: not known."""
+    expected_tpot: float | None = None
+    """Seconds per token after the first, likewise."""
     quantization: str = ""
 
 
@@ -258,7 +262,11 @@ class EngineStatus:
 
 
 class EngineError(Exception):
-    """Base of what an engine may raise. Anything else is a bug and answered as INTERNAL."""
+    """Base of what an engine may raise. Anything else is a bug and answered as INTERNAL.
+
+    The message is told to the caller, in our own words: what a vendor's library says may hold prompts, answers or
+    schemas (see modelyard.program.privacy).
+    """
 
 
 class UnknownModel(EngineError):
@@ -267,6 +275,18 @@ class UnknownModel(EngineError):
 
 class ContextTooLong(EngineError):
     """Prompt and answer do not fit; raised before anything is computed."""
+
+
+class InvalidRequest(EngineError):
+    """A part of the request cannot be used, and another server would say the same.
+
+    Neither the engine nor its host is to blame, so this does not count against the server.
+    """
+
+    def __init__(self, message: str, field: str = "") -> None:
+        """`field`: path in the contract's GenerationInput, as "response_format.json_schema.schema"."""
+        super().__init__(message)
+        self.field = field
 
 
 class Unsupported(EngineError):
@@ -305,7 +325,7 @@ class Engine(Protocol):
         Closing the generator (aclose, or cancelling the task that iterates it) stops the
         work in the engine at once and frees the slot.
         Raises UnknownModel, ContextTooLong, Unsupported, Busy before the first item, and
-        EngineFailed at any time.
+        InvalidRequest and EngineFailed at any time.
         """
         ...
 

@@ -134,7 +134,8 @@ class Attempts:
             self._scheduler.release(flight, FAILURE if foreign or blames_server(reason) else NEUTRAL)
             entry.failure_reason = reason
             entry.failure_message = refusal.message
-            log.info("%s: attempt on %s failed: %s %s", request.request_id, flight.server_id, reason, refusal.message)
+            # Not the message: it is for the caller and may quote the request (modelyard.program.privacy).
+            log.info("%s: attempt on %s failed: %s", request.request_id, flight.server_id, reason)
             if not retryable(reason):
                 raise refusal
             if progress.tokens_sent:
@@ -175,6 +176,9 @@ def broken(flight: Flight, refusal: Refusal) -> Refusal:
 
 def exhausted(history: list[Attempt], now: str = "") -> Refusal:
     """Every attempt failed; `now` is why there is no other."""
+    if all(entry.failure_reason == Reason.UNSUPPORTED for entry in history):
+        # Nobody has what the request needs: waiting does not help.
+        return Refusal(Reason.UNSUPPORTED, history[-1].failure_message)
     tried = "; ".join(f"{entry.server_id}: {entry.failure_reason} {entry.failure_message}" for entry in history)
     count = "1 attempt" if len(history) == 1 else f"{len(history)} attempts"
     return Refusal(

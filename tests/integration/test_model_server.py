@@ -365,6 +365,16 @@ async def test_stopping_refuses_new_requests_while_others_run():
         assert await server.task == 0
 
 
+async def test_what_the_engine_expects_is_told_until_something_is_measured():
+    speeds = {"instant": False, "prefill_tokens_per_second": 1e6, "decode_tokens_per_second": 1e4}
+    async with model_server(engine_settings=speeds) as server:
+        fresh = (await server.report()).models[0].performance
+        assert (fresh.ttft.ToMicroseconds(), fresh.tpot.ToMicroseconds()) == (100, 100)
+        await server.generate(request())
+        measured = (await server.report()).models[0].performance
+        assert measured.ttft.ToMicroseconds() > 100
+
+
 async def test_finished_requests_show_in_the_performance():
     async with model_server() as server:
         await server.generate(request("word " * 200))

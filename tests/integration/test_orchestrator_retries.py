@@ -102,7 +102,7 @@ async def test_the_only_server_is_asked_again():
         assert attempts_of((await door.generate()).done) == [("one", "ENGINE_FAILED")] * 2 + [("one", "")]
 
 
-@pytest.mark.parametrize("reason", [Reason.UNSUPPORTED, Reason.UNKNOWN_MODEL, Reason.DRAINING])
+@pytest.mark.parametrize("reason", [Reason.UNKNOWN_MODEL, Reason.DRAINING])
 async def test_what_the_only_server_would_say_again_is_not_asked_again(reason):
     async with front_door() as door, attached(door, FakeModelServer("one")) as (fake,):
         fake.inject_error("Generate", failed(reason), times=3)
@@ -169,6 +169,24 @@ async def test_a_restarted_server_takes_its_own_back_in_order():
         for gate in gates:
             gate.open()
         assert (await holding.rest()).done
+
+
+async def test_what_nobody_supports_is_not_a_matter_of_waiting():
+    async with front_door() as door, attached(door, *pair()) as fakes:
+        for fake in fakes:
+            fake.inject_error("Generate", Refusal(Reason.UNSUPPORTED, "no 'not' in schemas"), times=10)
+        refusal = (await door.generate()).refused
+        assert refusal.reason is Reason.UNSUPPORTED and "no 'not'" in refusal.message
+        assert [len(fake.calls_of("Generate")) for fake in fakes] == [1, 1]
+
+
+async def test_messages_of_servers_are_for_the_caller_not_for_the_log(caplog):
+    caplog.set_level("DEBUG")
+    async with front_door() as door, attached(door, *pair()) as fakes:
+        for fake in fakes:
+            fake.inject_error("Generate", Refusal(Reason.ENGINE_FAILED, "token 'SECRET'"), times=10)
+        assert "SECRET" in (await door.generate()).refused.message
+        assert "ENGINE_FAILED" in caplog.text and "SECRET" not in caplog.text
 
 
 async def test_the_number_of_attempts_is_bounded():

@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc.aio import ServicerContext
 
+from modelyard.program import privacy
 from modelyard.rpc.errors import Refusal, Status, to_status
 from modelyard.rpc.reasons import Reason
 
@@ -67,7 +68,7 @@ def service_handler(
     serialised bytes may be given instead; they pass unread. Methods that are missing are
     answered with UNIMPLEMENTED. A method that is marked `takes_unread` gets an `Unread` message.
 
-    A Refusal becomes its rich status. Any other exception is logged with an incident id and
+    A Refusal becomes its rich status. Of any other exception type and stack are logged with an incident id and
     answered as INTERNAL with that id alone. A request that does not parse, or that is larger than
     `max_request_bytes`, is refused with INVALID_REQUEST.
 
@@ -171,10 +172,10 @@ async def _abort(context: ServicerContext, method: str, error: Exception) -> Non
     if isinstance(error, Refusal):
         refusal = error
         if error.reason is Reason.INTERNAL:
-            _log.error("%s failed: %s", method, error.message, exc_info=error)
+            _log.error("%s failed: %s", method, privacy.where(error))
     else:
         incident = uuid.uuid4().hex[:8]
-        _log.error("%s failed, incident %s", method, incident, exc_info=error)
+        _log.error("%s failed, incident %s: %s", method, incident, privacy.where(error))
         refusal = Refusal(
             Reason.INTERNAL,
             f"a bug in modelyard; its log has the details under incident {incident}",

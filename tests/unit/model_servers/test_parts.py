@@ -111,6 +111,7 @@ def test_every_engine_error_has_its_reason():
     reasons = {
         engine.UnknownModel: Reason.UNKNOWN_MODEL,
         engine.ContextTooLong: Reason.INVALID_REQUEST,
+        engine.InvalidRequest: Reason.INVALID_REQUEST,
         engine.Unsupported: Reason.UNSUPPORTED,
         engine.Busy: Reason.SERVER_BUSY,
         engine.EngineFailed: Reason.ENGINE_FAILED,
@@ -119,6 +120,8 @@ def test_every_engine_error_has_its_reason():
     for error, reason in reasons.items():
         assert convert.refusal(error("why"), "input").reason is reason
     assert convert.refusal(engine.Busy("full", 3.0), "input").retry_after == 3.0
+    (violation,) = convert.refusal(engine.InvalidRequest("why", "tools[1]"), "input").violations
+    assert (violation.field, violation.description) == ("input.tools[1]", "why")
 
 
 # --------------------------------------------------------------- admission ---

@@ -200,7 +200,9 @@ async def test_any_other_exception_is_an_incident(caplog: pytest.LogCaptureFixtu
             assert "secret" not in refusal.message
             assert refusal.metadata["incident"] in refusal.message
             assert refusal.metadata["incident"] in caplog.text
-            assert "secret" in caplog.text
+            assert "ValueError" in caplog.text
+            assert __file__ in caplog.text
+            assert "secret" not in caplog.text
 
 
 async def test_trailing_metadata_survives_a_refusal() -> None:

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import grpc
 
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from modelyard.client._types import GenerationResult
 
 REQUEST_ID_KEY = "modelyard-request-id"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +246,13 @@ BY_REASON: Mapping[Reason, type[ModelyardError]] = {
     Reason.SUPERSEDED: Superseded,
     Reason.INTERNAL: InternalError,
 }
+
+
+def parsed(message: T | None) -> T:
+    """A message of the control plane. gRPC gives None for one that does not parse: raises InternalError."""
+    if message is None:
+        raise InternalError("the control plane sent a message that does not parse")
+    return message
 
 
 def from_call(error: grpc.RpcError, *, address: str, request_id: str = "", started: bool = False) -> ModelyardError:
