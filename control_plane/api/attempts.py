@@ -20,7 +20,7 @@ from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Failed
 from control_plane.fleet.registry import Flight, Outcome, OutcomeKind
 from control_plane.fleet.scheduler import Grant, Scheduler
-from control_plane.scheduling.retry import RetryPolicy, blames_server, repeatable, retryable
+from control_plane.scheduling.retry import REQUEST_REASONS, RetryPolicy, blames_server, repeatable, retryable
 from modelyard.program.process import first_of
 from modelyard.rpc.errors import Refusal, from_rpc_error
 from modelyard.rpc.reasons import Reason
@@ -87,6 +87,8 @@ class Attempts:
         unfit: frozenset[Failed] = frozenset()
         failed: Mapping[Failed, Flight | None] = {}
         """Those that may do another time; with the flight if there was no word from the server."""
+        unsuited: Refusal | None = None
+        """What the latest server said, if the request suits none of those asked."""
         while True:
             try:
                 grant = await self._scheduler.acquire(
@@ -101,7 +103,7 @@ class Attempts:
                 if not history or error.reason not in ("NO_CAPABLE_SERVER", "SERVERS_AWAY"):
                     raise
                 if not failed:
-                    raise exhausted(history, error.message) from error
+                    raise unsuited or exhausted(history, error.message) from error
                 # Nobody else is there. Whoever fell silent must first give a sign of life, or be given up.
                 silent = {server: flight for server, flight in failed.items() if flight is not None}
                 if len(silent) == len(failed):
@@ -140,8 +142,10 @@ class Attempts:
                 raise refusal
             if progress.tokens_sent:
                 raise broken(flight, refusal)
+            suits = foreign or reason not in REQUEST_REASONS
+            unsuited = None if suits or (unsuited is None and len(history) > 1) else refusal
             if len(history) >= self._policy.max_attempts:
-                raise exhausted(history)
+                raise unsuited or exhausted(history)
             if repeatable(reason):
                 failed = {**failed, server: flight if refusal.transport else None}
             else:
@@ -176,9 +180,6 @@ def broken(flight: Flight, refusal: Refusal) -> Refusal:
 
 def exhausted(history: list[Attempt], now: str = "") -> Refusal:
     """Every attempt failed; `now` is why there is no other."""
-    if all(entry.failure_reason == Reason.UNSUPPORTED for entry in history):
-        # Nobody has what the request needs: waiting does not help.
-        return Refusal(Reason.UNSUPPORTED, history[-1].failure_message)
     tried = "; ".join(f"{entry.server_id}: {entry.failure_reason} {entry.failure_message}" for entry in history)
     count = "1 attempt" if len(history) == 1 else f"{len(history)} attempts"
     return Refusal(

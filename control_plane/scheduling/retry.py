@@ -8,10 +8,13 @@ from dataclasses import dataclass
 FINAL_REASONS = frozenset({"INVALID_REQUEST", "DEADLINE_EXCEEDED", "SLOW_READER"})
 """The request itself is at fault, or its caller: another server would say the same."""
 
-BLAMELESS_REASONS = frozenset({"SERVER_BUSY", "DRAINING", "UNSUPPORTED", "UNKNOWN_MODEL"})
+REQUEST_REASONS = frozenset({"UNSUPPORTED"})
+"""The request does not suit this model; another may do. Where none does, waiting does not help either."""
+
+BLAMELESS_REASONS = REQUEST_REASONS | {"SERVER_BUSY", "DRAINING", "UNKNOWN_MODEL"}
 """The server is sound but not the right one at this moment: another may do."""
 
-STANDING_REASONS = frozenset({"DRAINING", "UNSUPPORTED", "UNKNOWN_MODEL"})
+STANDING_REASONS = REQUEST_REASONS | {"DRAINING", "UNKNOWN_MODEL"}
 """What this server is, as long as it runs: asked again it would say the same."""
 
 
