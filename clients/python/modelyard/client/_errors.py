@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 
 REQUEST_ID_KEY = "modelyard-request-id"
 
+FOREIGN_PEER = "no control plane"
+"""`metadata["peer"]` of Unsupported where not the model lacks something, but what answers is no control plane."""
+
 T = TypeVar("T")
 
 
@@ -277,7 +280,10 @@ def _unanswered(refusal: Refusal, address: str, started: bool) -> ModelyardError
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded("the timeout of the call passed")
     if code is grpc.StatusCode.UNIMPLEMENTED:
-        return Unsupported(f"what answers at {address} is not a modelyard control plane of this version")
+        return Unsupported(
+            f"what answers at {address} is not a modelyard control plane of this version",
+            metadata={"peer": FOREIGN_PEER},
+        )
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN):
         # gRPC strings whole histories together; the last piece is the cause.
         cause = refusal.message.rsplit(": ", 1)[-1]
