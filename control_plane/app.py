@@ -74,6 +74,7 @@ class ControlPlane:
             FairQueue(
                 bounds={priority: getattr(settings.queue.bound, priority.name.lower()) for priority in Priority},
                 timeouts={priority: getattr(settings.queue.timeout, priority.name.lower()) for priority in Priority},
+                max_bytes=settings.queue.max_bytes,
             ),
             clock,
             on_selected=self.metrics.selection_time.observe,
@@ -191,13 +192,20 @@ class ControlPlane:
     async def watch_definitions(self) -> None:
         """Put changed model definitions in force."""
         while self.watcher:
-            catalogue = self.watcher.poll()
-            if catalogue is not None:
-                try:
-                    self._put_in_force(catalogue)
-                except SettingsError as error:
-                    log.error("models and presets not changed, the previous ones stay in force:\n%s", error)
+            self.reread_definitions(self.watcher)
             await asyncio.sleep(_FILES_INTERVAL)
+
+    def reread_definitions(self, watcher: definition_files.Watcher) -> None:
+        """Put definitions and presets in force if they changed. Never raises: files that people edit must not be able
+        to take a running control plane down, whatever is overlooked in reading them."""
+        try:
+            catalogue = watcher.poll()
+            if catalogue is not None:
+                self._put_in_force(catalogue)
+        except SettingsError as error:
+            log.error("models and presets not changed, the previous ones stay in force:\n%s", error)
+        except Exception:
+            log.exception("models and presets could not be read again, the previous ones stay in force")
 
 
 @contextlib.asynccontextmanager

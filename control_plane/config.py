@@ -57,6 +57,7 @@ class QueueTimeouts(Settings):
 class QueueSettings(Settings):
     bound: QueueBounds = QueueBounds()
     timeout: QueueTimeouts = QueueTimeouts()
+    max_bytes: int = Field(512 * 1024 * 1024, ge=0, description="Most bytes of all waiting requests together.")
 
 
 class SelectionWeights(Settings):

@@ -27,12 +27,15 @@ from control_plane.domain.model import ModelName, Price, Provider
 from control_plane.domain.task import Feature, TaskType
 from control_plane.presets import PresetEntry, entries_in
 from modelyard.program.settings import Settings, SettingsError, YamlFile
+from modelyard.rpc.validation import MAX_AMOUNT, MAX_CONTEXT_LENGTH, MAX_SECONDS, MAX_TEXT
 
 log = logging.getLogger(__name__)
 
 Score = Annotated[float, Field(ge=0, le=1)]
-Usd = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# The bounds are those of a model server's report: what is defined is shown in the same fields.
+Usd = Annotated[float, Field(ge=0, le=MAX_AMOUNT)]
+Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 
 
 class _Price(Settings):
@@ -49,7 +52,7 @@ class _Initial(Settings):
 
 class _Model(Settings):
     capabilities: dict[str, Score] | None = None
-    context_length: Annotated[int, Field(ge=1)] | None = None
+    context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_LENGTH)] | None = None
     features: list[str] | None = None
     price: _Price | None = None
     initial: _Initial = _Initial()
@@ -70,8 +73,8 @@ class _Model(Settings):
 class Entries(Settings):
     """What one file holds."""
 
-    models: dict[str, _Model] = Field(default_factory=dict)
-    presets: dict[str, PresetEntry] = Field(default_factory=dict)
+    models: dict[Name, _Model] = Field(default_factory=dict)
+    presets: dict[Name, PresetEntry] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _something(self) -> Entries:
@@ -109,6 +112,8 @@ def read_entries(path: Path) -> Entries:
 
 
 def _definitions(path: Path, entries: Entries) -> Iterator[ModelDefinition]:
+    if not path.stem.isprintable():  # bytes that are no UTF-8 could not be told to anybody
+        raise SettingsError(f"{str(path)!r}: the name of the file is the provider's and must be printable")
     provider = Provider(path.stem)
     for name, model in entries.models.items():
         features = None

@@ -21,7 +21,7 @@ _USAGE = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns the exit status: 0 stopped as told, 1 failed, 2 wrong settings."""
+    """Run the program; returns the exit status: 0 stopped as told, 1 failed, 2 settings that cannot be used."""
     try:
         settings = layers.load(
             ModelServerSettings,
@@ -40,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _USAGE
     try:
         return run(_serve(settings, engine, metered=plugin.metered))
-    except OSError as error:
+    except OSError as error:  # an address to listen on that is taken, or not of this machine
         print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 1
+        return _USAGE
 
 
 async def _serve(settings: ModelServerSettings, engine: Engine, *, metered: bool) -> int:

@@ -19,6 +19,7 @@ from model_servers.engine import (
     Finished,
     GenerationRequest,
     Image,
+    InvalidRequest,
     Message,
     OutOfMemory,
     Progress,
@@ -35,6 +36,7 @@ from model_servers.fingerprint import fingerprint
 from model_servers.performance import Means, Timing
 from modelyard.rpc.errors import Refusal, Violation
 from modelyard.rpc.reasons import Reason
+from modelyard.rpc.validation import MAX_DETAIL, MAX_TEXT
 from modelyard.v1 import fleet_pb2, generation_pb2, model_server_pb2
 
 # ---------------------------------------------------------------- requests ---
@@ -193,6 +195,9 @@ def refusal(error: EngineError, field_name: str) -> Refusal:
         return Refusal(Reason.UNKNOWN_MODEL, message)
     if isinstance(error, ContextTooLong):
         return Refusal(Reason.CONTEXT_TOO_LONG, message, (Violation(field_name, message),))
+    if isinstance(error, InvalidRequest):
+        path = f"{field_name}.{error.field}" if error.field else field_name
+        return Refusal(Reason.INVALID_REQUEST, message, (Violation(path, message),))
     if isinstance(error, Unsupported):
         return Refusal(Reason.UNSUPPORTED, message)
     if isinstance(error, Busy):
@@ -259,9 +264,11 @@ def server_report(
             labels=identity.labels,
             version=identity.version,
         ),
-        engine=fleet_pb2.EngineInfo(name=status.engine, version=status.version, manages_models=manages_models),
+        engine=fleet_pb2.EngineInfo(
+            name=status.engine, version=status.version[:MAX_TEXT], manages_models=manages_models
+        ),
         hardware=fleet_pb2.HardwareInfo(
-            device=status.device,
+            device=status.device[:MAX_TEXT],
             memory_bytes=status.memory_bytes,
             cpu_cores=host.cpu_cores,
             platform=host.platform,
@@ -275,7 +282,7 @@ def server_report(
             kv_cache_utilization=min(max(status.load.kv_cache_utilization, 0.0), 1.0),
         ),
         health=int(status.health),  # type: ignore[arg-type]
-        health_detail=status.health_detail,
+        health_detail=status.health_detail[:MAX_DETAIL],
         lease_epoch=lease_epoch,
         state=fleet_pb2.DESIRED_STATE_DRAIN if draining else fleet_pb2.DESIRED_STATE_SERVE,
     )
@@ -310,7 +317,8 @@ def _model_info(model: EngineModel, means: Means | None, fingerprint: str) -> fl
         info.price.prompt_usd_per_million_tokens = prompt
         info.price.cached_prompt_usd_per_million_tokens = cached
         info.price.completion_usd_per_million_tokens = completion
-    if means is not None:
+    means = means or Means(ttft=model.expected_ttft, tpot=model.expected_tpot)
+    if means != Means():
         performance = info.performance
         if means.ttft is not None:
             performance.ttft.FromNanoseconds(_nanoseconds(means.ttft))

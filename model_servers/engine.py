@@ -243,6 +243,10 @@ class EngineModel:
     features: Feature = Feature.STREAMING
     price: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """US dollars per million prompt, cached prompt and completion tokens."""
+    expected_ttft: float | None = None
+    """Seconds to the first token of a short prompt, until something was measured; None: not known."""
+    expected_tpot: float | None = None
+    """Seconds per token after the first, likewise."""
     quantization: str = ""
     state: ModelState = ModelState.WARM
     state_detail: str = ""
@@ -306,7 +310,11 @@ class EngineStatus:
 
 
 class EngineError(Exception):
-    """Base of what an engine may raise. Anything else is a bug and answered as INTERNAL."""
+    """Base of what an engine may raise. Anything else is a bug and answered as INTERNAL.
+
+    The message is told to the caller, in our own words: what a vendor's library says may hold prompts, answers or
+    schemas (see modelyard.program.privacy).
+    """
 
 
 class UnknownModel(EngineError):
@@ -315,6 +323,18 @@ class UnknownModel(EngineError):
 
 class ContextTooLong(EngineError):
     """Prompt and answer do not fit; raised before anything is computed."""
+
+
+class InvalidRequest(EngineError):
+    """A part of the request cannot be used, and another server would say the same.
+
+    Neither the engine nor its host is to blame, so this does not count against the server.
+    """
+
+    def __init__(self, message: str, field: str = "") -> None:
+        """`field`: path in the contract's GenerationInput, as "response_format.json_schema.schema"."""
+        super().__init__(message)
+        self.field = field
 
 
 class Unsupported(EngineError):
@@ -374,7 +394,8 @@ class Engine(Protocol):
         work in the engine at once and frees the slot.
         A model that is cold is loaded first.
         Raises UnknownModel, ContextTooLong, Unsupported, Busy, RateLimited, OutOfMemory,
-        CredentialsRejected and ContentRefused before the first item, and EngineFailed at any time.
+        CredentialsRejected and ContentRefused before the first item, and InvalidRequest and EngineFailed
+        at any time.
         """
         ...
 

@@ -12,9 +12,9 @@ from pydantic import BaseModel
 from model_servers.config import SECTION, ModelServerSettings
 from model_servers.engines._hosted.settings import HostedModel
 from model_servers.engines._ollama.settings import OllamaModel, OllamaSettings
+from model_servers.engines._openai.settings import NamedModel
 from model_servers.engines.anthropic import AnthropicSettings
 from model_servers.engines.bedrock import BedrockSettings
-from model_servers.engines._openai.settings import NamedModel
 from model_servers.engines.openai_compatible import OpenAICompatibleSettings
 from model_servers.engines.simulated.settings import Fault, SimulatedModel, SimulatedSettings
 from model_servers.engines.vllm import VllmSettings

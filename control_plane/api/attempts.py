@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from random import random
 from typing import TypeVar
@@ -15,12 +15,13 @@ from google.protobuf.message import DecodeError
 from control_plane.api.convert import timestamp
 from control_plane.api.metrics import Metrics
 from control_plane.domain.errors import DomainError
-from control_plane.domain.model import ServerId
 from control_plane.domain.ports import Clock
 from control_plane.domain.request import RouteRequest
+from control_plane.domain.server import Failed
 from control_plane.fleet.registry import Flight, Outcome, OutcomeKind
 from control_plane.fleet.scheduler import Grant, Scheduler
-from control_plane.scheduling.retry import REQUEST_REASONS, RetryPolicy, blames_server, retryable
+from control_plane.scheduling.retry import REQUEST_REASONS, RetryPolicy, blames_server, repeatable, retryable
+from modelyard.program.process import first_of
 from modelyard.rpc.errors import Refusal, from_rpc_error
 from modelyard.rpc.reasons import Reason
 from modelyard.v1.orchestrator_pb2 import Attempt
@@ -72,25 +73,46 @@ class Attempts:
         attempt: Callable[[Grant, Progress], Awaitable[tuple[T, Outcome]]],
         history: list[Attempt],
         on_grant: Callable[[Grant], Awaitable[None]] | None = None,
+        size: int = 0,
     ) -> T:
-        """Return what the first successful attempt returns; `history` gets one entry per attempt.
+        """Return what the first successful attempt returns; `history` gets one entry per attempt. `size` is that of
+        the request in bytes.
+
+        A server that failed is avoided while there is another that can do it. If there is none, it is asked again,
+        unless it would say the same; one that could not be reached is waited for, as it may be starting anew.
 
         Raises Refusal or DomainError when no attempt can be made or none succeeded.
         """
-        avoid: frozenset[ServerId] = frozenset()
-        busy: frozenset[ServerId] = frozenset()
+        place = self._scheduler.take_place()
+        unfit: frozenset[Failed] = frozenset()
+        failed: Mapping[Failed, Flight | None] = {}
+        """Those that may do another time; with the flight if there was no word from the server."""
         unsuited: Refusal | None = None
+        """What the latest server said, if the request suits none of those asked."""
         while True:
             try:
-                grant = await self._scheduler.acquire(request, avoid | busy, explain=on_grant is not None)
+                grant = await self._scheduler.acquire(
+                    request,
+                    unfit.union(failed),
+                    explain=on_grant is not None,
+                    size=size,
+                    place=place,
+                    again=bool(history),
+                )
             except DomainError as error:
-                if busy and error.reason in ("NO_CAPABLE_SERVER", "SERVERS_AWAY"):
-                    busy = frozenset()  # nobody else is there: a full server may have a place by now
-                    continue
-                if avoid and error.reason in ("NO_CAPABLE_SERVER", "SERVERS_AWAY"):
-                    raise unsuited or exhausted(history) from error
-                raise
+                if not history or error.reason not in ("NO_CAPABLE_SERVER", "SERVERS_AWAY"):
+                    raise
+                if not failed:
+                    raise unsuited or exhausted(history, error.message) from error
+                # Nobody else is there. Whoever fell silent must first give a sign of life, or be given up.
+                silent = {server: flight for server, flight in failed.items() if flight is not None}
+                if len(silent) == len(failed):
+                    await first_of(*(self._scheduler.heard_from(flight) for flight in silent.values()))
+                    silent = {}
+                failed = silent
+                continue
             flight = grant.flight
+            server = Failed(flight.server_id, flight.server.report.identity.instance_id)
             entry = Attempt(server_id=flight.server_id, model=flight.model, provider=flight.provider)
             entry.started_at.CopyFrom(timestamp(self._clock.wall()))
             history.append(entry)
@@ -100,8 +122,8 @@ class Attempts:
                 if on_grant:
                     await on_grant(grant)
                 result, outcome = await _judged(attempt(grant, progress), progress)
-            except AttemptFailed as failed:
-                refusal = failed.refusal
+            except AttemptFailed as failure:
+                refusal = failure.refusal
             except BaseException:
                 self._scheduler.release(flight, NEUTRAL)
                 raise
@@ -114,19 +136,20 @@ class Attempts:
             self._scheduler.release(flight, FAILURE if foreign or blames_server(reason) else NEUTRAL)
             entry.failure_reason = reason
             entry.failure_message = refusal.message
-            log.info("%s: attempt on %s failed: %s %s", request.request_id, flight.server_id, reason, refusal.message)
+            # Not the message: it is for the caller and may quote the request (modelyard.program.privacy).
+            log.info("%s: attempt on %s failed: %s", request.request_id, flight.server_id, reason)
             if not retryable(reason):
                 raise refusal
             if progress.tokens_sent:
                 raise broken(flight, refusal)
-            if reason in REQUEST_REASONS:
-                unsuited = refusal
+            suits = foreign or reason not in REQUEST_REASONS
+            unsuited = None if suits or (unsuited is None and len(history) > 1) else refusal
             if len(history) >= self._policy.max_attempts:
                 raise unsuited or exhausted(history)
-            if reason is Reason.SERVER_BUSY:
-                busy |= {flight.server_id}
+            if repeatable(reason):
+                failed = {**failed, server: flight if refusal.transport else None}
             else:
-                avoid |= {flight.server_id}
+                unfit |= {server}
             self._metrics.retries.labels(reason=reason).inc()
             await asyncio.sleep(self._policy.delay(len(history), random()))
 
@@ -155,11 +178,12 @@ def broken(flight: Flight, refusal: Refusal) -> Refusal:
     )
 
 
-def exhausted(history: list[Attempt]) -> Refusal:
-    """Every attempt failed."""
+def exhausted(history: list[Attempt], now: str = "") -> Refusal:
+    """Every attempt failed; `now` is why there is no other."""
     tried = "; ".join(f"{entry.server_id}: {entry.failure_reason} {entry.failure_message}" for entry in history)
+    count = "1 attempt" if len(history) == 1 else f"{len(history)} attempts"
     return Refusal(
         Reason.ATTEMPTS_EXHAUSTED,
-        f"{len(history)} attempts failed: {tried}",
+        f"{count} failed: {tried}" + (f"; now: {now}" if now else ""),
         metadata={"servers": ",".join(entry.server_id for entry in history)},
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import grpc
 
@@ -22,6 +22,7 @@ from control_plane.fleet.scheduler import Grant
 from control_plane.presets import Presets
 from modelyard.rpc.errors import Refusal, invalid
 from modelyard.rpc.reasons import Reason
+from modelyard.rpc.server import Unread
 from modelyard.rpc.validation import check_embed_request, check_generate_request
 from modelyard.v1.generation_pb2 import GenerationResult
 from modelyard.v1.model_server_pb2 import (
@@ -39,9 +40,14 @@ from modelyard.v1.orchestrator_pb2 import (
 )
 from modelyard.v1.selection_pb2 import Requirements
 
+M = TypeVar("M", GenerateRequest, EmbedRequest)
+
 # The first byte of a ModelServerGenerateResponse whose `delta` is set: field 2, length-delimited.
 # Such a message is a GenerateResponse too (the contract promises it) and passes unread.
 _DELTA_TAG = 0x12
+
+# Bytes of a request up to which its body is kept for the next attempt.
+_SMALL = 64 << 10
 
 # Seconds that a server may take from its result to its status.
 _STATUS_WITHIN = 1.0
@@ -108,11 +114,13 @@ class Generation:
 
     # ------------------------------------------------------------ Generate ---
 
-    async def generate(self, request: GenerateRequest, context: Sink) -> None:
+    async def generate(self, source: Unread[GenerateRequest] | GenerateRequest, context: Sink) -> None:
         """Serve one Generate call, writing to `context`."""
         arrived = self._clock.monotonic()
-        request_id = _identify(request.request_id, context)
-        request, preset = self.presets.fill(request)
+        raw = _read(source)
+        request_id = _identify(raw.request_id, context)
+        presets = self.presets  # those of now: they may change while the request waits
+        request, preset = presets.fill(raw)
         violations = check_generate_request(request)
         if violations:
             raise invalid(violations)
@@ -120,16 +128,23 @@ class Generation:
         limit = self._time_limit(context)
         if preset is not None and preset.timeout is not None:
             limit = min(limit, preset.timeout)
-        # Fields of one message may come in any order and from several pieces: the input is
-        # serialised once, the model is appended for each attempt.
-        body = ModelServerGenerateRequest(
-            input=request.input, orchestrator_id=self._orchestrator_id, request_id=request_id
-        ).SerializeToString()
+
+        def render(raw: GenerateRequest) -> bytes:
+            return ModelServerGenerateRequest(
+                input=(raw if preset is None else presets.fill(raw)[0]).input,
+                orchestrator_id=self._orchestrator_id,
+                request_id=request_id,
+            ).SerializeToString()
+
+        body = _Body(source, raw, render)
+        del raw
         history: list[Attempt] = []
         relay = _Relay(self, context, body, arrived, arrived + limit, request_id, history)
+        on_grant = relay.announce if request.explain else None
+        del request  # it may wait for minutes now
         try:
             async with asyncio.timeout(limit):
-                await self._attempts.run(route, relay.attempt, history, relay.announce if request.explain else None)
+                await self._attempts.run(route, relay.attempt, history, on_grant, body.size)
         except TimeoutError:
             raise _out_of_time(limit) from None
         finally:
@@ -137,34 +152,40 @@ class Generation:
 
     # --------------------------------------------------------------- Embed ---
 
-    async def embed(self, request: EmbedRequest, context: Sink) -> EmbedResponse:
+    async def embed(self, source: Unread[EmbedRequest] | EmbedRequest, context: Sink) -> EmbedResponse:
         """Serve one Embed call."""
         arrived = self._clock.monotonic()
+        request = _read(source)
         request_id = _identify(request.request_id, context)
         violations = check_embed_request(request)
         if violations:
             raise invalid(violations)
         route = convert.embed_route_request(request, request_id, self.pinned(request.requirements))
         limit = self._time_limit(context)
-        message = ModelServerEmbedRequest(
-            inputs=request.inputs, orchestrator_id=self._orchestrator_id, request_id=request_id
-        )
+
+        def render(request: EmbedRequest) -> bytes:
+            return ModelServerEmbedRequest(
+                inputs=request.inputs, orchestrator_id=self._orchestrator_id, request_id=request_id
+            ).SerializeToString()
+
+        body, count = _Body(source, request, render), len(request.inputs)
+        del request
         history: list[Attempt] = []
         chosen: Callable[[Flight, int], None] | None = getattr(context, "chosen", None)
 
         async def attempt(grant: Grant, progress: Progress) -> tuple[EmbedResponse, Outcome]:
             flight = grant.flight
-            message.model = flight.model
             started = self._clock.monotonic()
             if chosen is not None:
                 chosen(flight, len(history))
             call = self._upstreams.get(flight.endpoint).embed(
-                message.SerializeToString(), timeout=max(0.0, arrived + limit - started)
+                body.read() + ModelServerEmbedRequest(model=flight.model).SerializeToString(),
+                timeout=max(0.0, arrived + limit - started),
             )
             progress.call = call
             answer = ModelServerEmbedResponse.FromString(await call)
-            if len(answer.embeddings) != len(message.inputs):
-                told = f"{len(answer.embeddings)} vectors for {len(message.inputs)} texts"
+            if len(answer.embeddings) != count:
+                told = f"{len(answer.embeddings)} vectors for {count} texts"
                 raise AttemptFailed(Refusal(Reason.ENGINE_FAILED, told))
             usage = answer.usage
             self._metrics.used(flight.model, usage)
@@ -181,7 +202,7 @@ class Generation:
 
         try:
             async with asyncio.timeout(limit):
-                return await self._attempts.run(route, attempt, history)
+                return await self._attempts.run(route, attempt, history, size=body.size)
         except TimeoutError:
             raise _out_of_time(limit) from None
 
@@ -202,6 +223,29 @@ class Generation:
         return longest if remaining is None else min(remaining, longest)
 
 
+class _Body(Generic[M]):
+    """What is sent to a model server, but for the model.
+
+    Fields of one message may come in any order and from several pieces: the rest is serialised once, the model is
+    appended for each attempt. Of a large request only what gRPC keeps anyway lives while it waits: its body is made
+    anew for each attempt.
+    """
+
+    __slots__ = ("_body", "_render", "_source", "size")
+
+    def __init__(self, source: Unread[M] | M, request: M, render: Callable[[M], bytes]) -> None:
+        self._source: Unread[M] | M = source
+        self._render: Callable[[M], bytes] = render
+        self._body: bytes | None = None
+        self.size = source.size if isinstance(source, Unread) else request.ByteSize()
+        """Of the request, in bytes."""
+        if self.size <= _SMALL:
+            self._body = render(request)
+
+    def read(self) -> bytes:
+        return self._render(_read(self._source)) if self._body is None else self._body
+
+
 class _Relay:
     """One Generate call on its way through: passes deltas on unread, completes the summary."""
 
@@ -209,7 +253,7 @@ class _Relay:
         self,
         owner: Generation,
         context: Sink,
-        body: bytes,
+        body: _Body[GenerateRequest],
         arrived: float,
         deadline: float,
         request_id: str,
@@ -272,7 +316,7 @@ class _Relay:
         if self._chosen is not None:
             self._chosen(flight, len(self._history))
         call = owner._upstreams.get(flight.endpoint).generate(
-            self._body + ModelServerGenerateRequest(model=flight.model).SerializeToString(),
+            self._body.read() + ModelServerGenerateRequest(model=flight.model).SerializeToString(),
             timeout=max(0.0, self._deadline - started),
         )
         progress.call = call
@@ -348,6 +392,10 @@ class _Relay:
         return response.SerializeToString()
 
 
+def _read(source: Unread[M] | M) -> M:
+    return source.read() if isinstance(source, Unread) else source
+
+
 def _identify(given: str, context: Sink) -> str:
     """The request's id, sent back in the trailing metadata: with the status, refusals included,
     where initial metadata would cost a write of its own. An id that is no header value is a
@@ -372,4 +420,5 @@ def _is_one_field(chunk: bytes) -> bool:
 
 
 def _out_of_time(limit: float) -> Refusal:
-    return Refusal(Reason.DEADLINE_EXCEEDED, f"not finished within {limit:.1f} s")
+    # Three digits, however small it is: a limit of 0.001 s is not one of 0.0 s.
+    return Refusal(Reason.DEADLINE_EXCEEDED, f"not finished within {float(f'{limit:.3g}'):g} s")

@@ -120,6 +120,9 @@ class Metrics:
 
 
 class _States(Collector):
+    """Collects on a thread of the metrics server while the event loop goes on: what may change its size in between is
+    copied first, in one step of the interpreter."""
+
     def __init__(self, fleet: Fleet, scheduler: Scheduler) -> None:
         self._fleet = fleet
         self._scheduler = scheduler
@@ -145,17 +148,18 @@ class _States(Collector):
         slots = GaugeMetricFamily("modelyard_slots", "Slots that a server reports.", labels=["server"])
         breakers = GaugeMetricFamily(
             "modelyard_breaker_state",
-            "Circuit breaker per server and model: 1 in the state that holds, else 0.",
-            labels=["server", "model", "state"],
+            "Circuit breaker per server, model and provider: 1 in the state that holds, else 0.",
+            labels=["server", "model", "provider", "state"],
         )
         success = GaugeMetricFamily(
-            "modelyard_success_rate", "Moving average of success, 0 to 1.", labels=["server", "model"]
+            "modelyard_success_rate", "Moving average of success, 0 to 1.", labels=["server", "model", "provider"]
         )
         for server in servers:
             flights.add_metric([server.id], len(server.flights))
             slots.add_metric([server.id], server.report.load.slots)
-            for (model, _), pair in server.pairs.items():
-                success.add_metric([server.id, model], pair.stats.success)
+            for (model, provider), pair in list(server.pairs.items()):
+                success.add_metric([server.id, model, provider], pair.stats.success)
+                held = pair.breaker.state
                 for breaker in BreakerState:
-                    breakers.add_metric([server.id, model, breaker.name.lower()], float(pair.breaker.state is breaker))
+                    breakers.add_metric([server.id, model, provider, breaker.name.lower()], float(held is breaker))
         yield from (flights, slots, breakers, success)

@@ -19,13 +19,20 @@ from control_plane.domain.ports import Clock
 from control_plane.domain.server import Report
 from control_plane.fleet.registry import Attachment, Fleet, superseded
 from control_plane.fleet.scheduler import Scheduler
+from control_plane.scheduling.pace import TokenBucket
 from modelyard.rpc.errors import Refusal, Violation, invalid
 from modelyard.rpc.reasons import Reason
-from modelyard.rpc.server import InFlight
+from modelyard.rpc.server import InFlight, Unread, takes_unread
 from modelyard.rpc.validation import check_generate_request, check_report
 from modelyard.v1 import fleet_pb2, orchestrator_pb2
 
 T = TypeVar("T")
+
+# Reports of one stream: so many are read at once, then so many per report interval. A server reports once per interval
+# and when something changes; one that never stops is slowed by gRPC's flow control, and as each report tells
+# everything, what is read late is all that is lost.
+_REPORTS_AT_ONCE = 20
+_REPORTS_PER_INTERVAL = 10
 
 
 def served(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
@@ -100,14 +107,22 @@ class OrchestratorServicer:
 
     # ---------------------------------------------------------------- work ---
 
+    @takes_unread
     @served
-    async def Generate(self, request: orchestrator_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+    async def Generate(
+        self,
+        request: Unread[orchestrator_pb2.GenerateRequest] | orchestrator_pb2.GenerateRequest,
+        context: grpc.aio.ServicerContext,
+    ) -> None:
         with self._admit():
             await self._generation.generate(request, context)
 
+    @takes_unread
     @served
     async def Embed(
-        self, request: orchestrator_pb2.EmbedRequest, context: grpc.aio.ServicerContext
+        self,
+        request: Unread[orchestrator_pb2.EmbedRequest] | orchestrator_pb2.EmbedRequest,
+        context: grpc.aio.ServicerContext,
     ) -> orchestrator_pb2.EmbedResponse:
         with self._admit():
             return await self._generation.embed(request, context)
@@ -228,7 +243,8 @@ class OrchestratorServicer:
     @served
     async def Attach(self, requests: AsyncIterator[fleet_pb2.ServerReport], context: grpc.aio.ServicerContext) -> None:
         self._admit()
-        stream = _ReportStream(self._fleet, self._clock, requests)
+        pace = TokenBucket(_REPORTS_AT_ONCE, self._settings.report_interval / _REPORTS_PER_INTERVAL)
+        stream = _ReportStream(self._fleet, self._clock, requests, pace)
         reader = asyncio.create_task(stream.read(), name="attach-reader")
         reader.add_done_callback(lambda _: stream.wake.set())
         try:
@@ -263,12 +279,15 @@ class OrchestratorServicer:
 class _ReportStream:
     """The reading half of an Attach call."""
 
-    def __init__(self, fleet: Fleet, clock: Clock, requests: AsyncIterator[fleet_pb2.ServerReport]) -> None:
+    def __init__(
+        self, fleet: Fleet, clock: Clock, requests: AsyncIterator[fleet_pb2.ServerReport], pace: TokenBucket
+    ) -> None:
         self.wake = asyncio.Event()
         self.attachment: Attachment | None = None
         self._fleet = fleet
         self._clock = clock
         self._requests = requests
+        self._pace = pace
 
     async def read(self) -> None:
         before: tuple[fleet_pb2.ServerReport, Report] | None = None
@@ -284,3 +303,6 @@ class _ReportStream:
             else:
                 self._fleet.update(self.attachment, report, now, wall)
             self.wake.set()
+            pause = self._pace.take(now)
+            if pause:
+                await asyncio.sleep(pause)

@@ -38,13 +38,24 @@ def queue_full(waiting: int, bound: int, retry_after: float) -> DomainError:
     )
 
 
+def queue_bytes_full(waiting: int, bound: int, retry_after: float) -> DomainError:
+    return DomainError(
+        "QUEUE_FULL",
+        f"requests of {waiting / 1e6:.1f} MB are waiting, {bound / 1e6:.1f} MB may (queue.max_bytes): "
+        f"retry in {retry_after:.1f} s",
+        retry_after,
+    )
+
+
 def queue_timeout(waited: float, summary: str) -> DomainError:
     return DomainError("QUEUE_TIMEOUT", f"waited {waited:.1f} s in the queue: {summary}")
 
 
 def fleet_warming_up(retry_after: float) -> DomainError:
     return DomainError(
-        "FLEET_WARMING_UP", "the control plane has just started and servers are still attaching", retry_after
+        "FLEET_WARMING_UP",
+        "servers are still coming up: it is not known yet what the fleet can do",
+        retry_after,
     )
 
 

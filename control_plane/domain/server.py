@@ -46,6 +46,14 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
+class Failed:
+    """A server as it was when it failed a request; started anew, it is another one."""
+
+    server_id: ServerId
+    instance_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Hardware:
     device: str = ""
     memory_bytes: int = 0

@@ -160,8 +160,8 @@ class Fleet:
     # ------------------------------------------------------------- reading ---
 
     def servers(self) -> list[Server]:
-        """Every server known, by id."""
-        return [self._servers[server_id] for server_id in sorted(self._servers)]
+        """Every server known, by id. Safe from another thread: what it sorts is a copy made in one step."""
+        return sorted(self._servers.values(), key=lambda server: server.id)
 
     def server(self, server_id: str) -> Server:
         """Raises UNKNOWN_SERVER."""
@@ -169,6 +169,11 @@ class Fleet:
             return self._servers[ServerId(server_id)]
         except KeyError:
             raise unknown_server(server_id, tuple(sorted(self._servers))) from None
+
+    def instance(self, server_id: ServerId) -> str | None:
+        """The instance that a server reports now; None if it is not known."""
+        server = self._servers.get(server_id)
+        return server.report.identity.instance_id if server else None
 
     @property
     def definitions(self) -> Definitions:

@@ -1,10 +1,17 @@
-"""Late binding: a request waits here, not at a server, until a capable server has a free slot."""
+"""Late binding: a request waits here, not at a server, until a capable server has a free slot.
+
+What an event costs. Between two events no row of the candidate table that is open is of use to anybody who waits: they
+were all offered it when it opened, or when they came. So an event offers only rows that have opened since, to the kinds
+of requests that such a row can serve, in fair order, until they are taken: about as much work as requests start. That
+waiting has become of no use is looked for when the picture of the fleet has changed. Neither holds the event loop for
+longer than a moment; what is left to do is done in its next round.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from control_plane.domain.decision import DecisionRecord, Verdict
 from control_plane.domain.errors import (
@@ -17,15 +24,22 @@ from control_plane.domain.errors import (
 from control_plane.domain.model import ServerId
 from control_plane.domain.ports import Clock
 from control_plane.domain.request import RouteRequest
-from control_plane.domain.server import Health, LeaseState
+from control_plane.domain.server import Failed, Health, LeaseState
 from control_plane.domain.task import Priority
 from control_plane.fleet.registry import Fleet, Flight, Outcome, OutcomeKind
-from control_plane.scheduling.queue import FairQueue, Waiting
+from control_plane.scheduling.queue import FairQueue, KindKey, Waiting
+from control_plane.selection.filters import PERMANENT, TRANSIENT, Query, passing
 from control_plane.selection.policy import Policy
-from control_plane.selection.select import Choice, explain, select
+from control_plane.selection.select import NO_SERVERS, Choice, explain, select
+from control_plane.selection.table import Mask
 
 # A dispatch rate below this says nothing about when a place in the queue will be free.
 _SLOWEST_RATE = 0.1
+
+# Seconds of work after which the event loop gets its turn.
+_STRETCH = 0.002
+
+_ANY = RouteRequest("any")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +59,29 @@ class _Waiter:
 
     future: asyncio.Future[Grant]
     explain: bool
+
+
+@dataclass(slots=True)
+class _Offer:
+    """Rows that have opened, and how far down the queue they were offered."""
+
+    rows: Mask
+    reach: dict[KindKey, Mask]
+    """Rows that can serve a kind, however much it needs."""
+    choices: dict[KindKey, list[tuple[ServerId, int]]] = field(default_factory=dict)
+    """Servers of rows that are still open, with their longest context, for kinds that can use one."""
+    reached: Waiting[_Waiter] | None = None
+    missed: bool = False
+    """Somebody has come in the meantime."""
+
+    def narrow(self, rows: Mask, servers: Callable[[Mask], list[tuple[ServerId, int]]]) -> None:
+        """Only these rows are left."""
+        self.rows = rows
+        self.choices.clear()
+        for kind, mask in self.reach.items():
+            choices = servers(mask & rows)
+            if choices:
+                self.choices[kind] = choices
 
 
 class Scheduler:
@@ -70,7 +107,19 @@ class Scheduler:
         self._granted = 0
         self._rate = 0.0
         self._ticked = clock.monotonic()
+        self._table = fleet.table
+        self._reach: dict[KindKey, Mask] = {}
+        self._known: Mask | None = None
+        """Open rows that are of no use to anybody who waits. None: every row has to be offered."""
+        self._offer: _Offer | None = None
+        self._picture_changed = False
+        self._doubtful: list[Waiting[_Waiter]] = []
+        """For whom waiting may have become of no use."""
+        self._hoping = False
+        """Somebody waits for a server whose models are not known yet."""
+        self._later: asyncio.Handle | None = None
         fleet.on_capacity = self._pump
+        fleet.listen(self._note)
 
     def depth(self) -> Mapping[Priority, int]:
         """Waiting requests per class."""
@@ -80,30 +129,72 @@ class Scheduler:
         """What would be decided now."""
         return explain(self._fleet.table, request, self._policy_for(request))
 
-    async def acquire(self, request: RouteRequest, avoid: frozenset[ServerId], *, explain: bool = False) -> Grant:
+    def take_place(self) -> int:
+        """The place in the queue of a request that arrives now; it keeps it through all its attempts."""
+        return self._queue.take_place()
+
+    async def acquire(
+        self,
+        request: RouteRequest,
+        avoid: frozenset[Failed] = frozenset(),
+        *,
+        explain: bool = False,
+        size: int = 0,
+        place: int | None = None,
+        again: bool = False,
+    ) -> Grant:
         """Wait for a server that is not in `avoid`; end the grant with `release`.
+
+        `size` is that of the request in bytes, `place` from `take_place`. A request that comes `again` after a failed
+        attempt was let in before: a full queue does not turn it away, and it waits for servers whose models are not
+        known yet.
 
         Raises DomainError: NO_CAPABLE_SERVER, FLEET_WARMING_UP, SERVERS_AWAY, QUEUE_FULL,
         QUEUE_TIMEOUT. Cancelling gives up the place in the queue.
         """
         now = self._clock.monotonic()
-        grant = self._place(request, avoid, now, now, explain, overtake=not len(self._queue))
+        if place is None:
+            place = self.take_place()
+        if len(self._queue):
+            self._pump()  # those who wait go first
+        # They cannot use what is open now, unless there was no time yet to offer it.
+        overtake = self._later is None and not self._queue.goes_before(request, avoid, place)
+        grant = self._place(request, avoid, now, now, explain, overtake=overtake, patient=again)
         if grant:
             return grant
         waiter = _Waiter(asyncio.get_running_loop().create_future(), explain)
-        entry = self._queue.push(request, waiter, now=now, avoid=avoid, rate=max(self._rate, _SLOWEST_RATE))
-        self._pump()
+        rate = max(self._rate, _SLOWEST_RATE)
+        entry = self._queue.push(request, waiter, now=now, avoid=avoid, rate=rate, size=size, place=place, again=again)
+        self._welcome()
         try:
             return await waiter.future
         except asyncio.CancelledError:
             if waiter.future.done() and not waiter.future.cancelled() and not waiter.future.exception():
                 self.release(waiter.future.result().flight, Outcome(OutcomeKind.NEUTRAL))
-            self._queue.remove(entry)
+            if self._queue.remove(entry):
+                self._known = None  # the next of its lane may need less
             raise
 
     def release(self, flight: Flight, outcome: Outcome) -> None:
         """Give the slot back. A second call does nothing."""
         self._fleet.end(flight, outcome, self._clock.monotonic())
+
+    async def heard_from(self, flight: Flight) -> None:
+        """Return when the server of a flight has given a sign of life, or is not expected to."""
+        server, lease = flight.server, flight.server.lease
+        if lease.state is not LeaseState.LIVE:
+            return
+        heard = asyncio.get_running_loop().create_future()
+
+        def note(server_id: ServerId, urgent: bool) -> None:
+            if server.lease is not lease and not heard.done():
+                heard.set_result(None)
+
+        stop = self._fleet.listen(note)
+        try:
+            await heard
+        finally:
+            stop()
 
     def tick(self, now: float) -> None:
         """Let time pass: entries expire, and what time alone made possible is started."""
@@ -111,61 +202,206 @@ class Scheduler:
         if elapsed > 0:
             self._rate += min(1.0, elapsed) * (self._granted / elapsed - self._rate)
             self._granted, self._ticked = 0, now
-        for entry in self._queue.expire(now):
-            record = explain(self._fleet.table, entry.request, self._policy_for(entry.request), entry.avoid)
+        expired = self._queue.expire(now)
+        for entry in expired:
+            record = explain(
+                self._fleet.table, entry.request, self._policy_for(entry.request), self._avoided(entry.avoid)
+            )
             _fail(entry, queue_timeout(now - entry.enqueued_at, record.summary))
+        if expired:
+            self._known = None  # the next of their lanes may need less
+        if self._hoping:
+            self._hoping, self._picture_changed = False, True
         self._pump()
 
-    # ------------------------------------------------------------- private ---
+    # -------------------------------------------------------------- events ---
+
+    def _note(self, server_id: ServerId, urgent: bool) -> None:
+        self._picture_changed |= urgent
 
     def _pump(self) -> None:
-        """Start every waiting request that can start."""
+        """Start every waiting request that can start, refuse those for whom waiting is of no use any more."""
+        if self._later is not None:
+            return  # what is going on goes on at once, and sees all that has changed
         if not len(self._queue):
+            self._known, self._offer, self._doubtful, self._picture_changed = None, None, [], False
             return
         now = self._clock.monotonic()
+
+        def going() -> bool:
+            return self._clock.monotonic() - now < _STRETCH
+
+        if not (self._start(now, going) and self._refuse(now, going)):
+            self._later = asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self._later = None
+        self._pump()
+
+    def _welcome(self) -> None:
+        """Somebody new waits."""
+        if self._later is not None:
+            # Not offered anything yet.
+            self._known = None
+            if self._offer is not None:
+                self._offer.missed = True
+            return
+        open_now = self._open()
+        if len(self._queue) == 1:
+            self._table, self._reach, self._known = self._fleet.table, {}, open_now
+        elif self._known is not None:
+            self._known = self._known & open_now  # when one of the others opens, it is news
+        if self._fleet.table.cold is not None:
+            self._pump()  # with one more who waits, loading a cold model may pay
+
+    # ------------------------------------------------------- start, refuse ---
+
+    def _start(self, now: float, going: Callable[[], bool]) -> bool:
+        """Offer what has opened to those who wait, in fair order. False: there is more to do."""
+        open_now = self._open()
+        if self._fleet.table is not self._table:
+            self._table, self._reach, self._known, self._offer = self._fleet.table, {}, None, None
+        fresh = open_now if self._known is None else open_now & ~self._known
+        if self._table.cold is not None:
+            fresh = fresh | (open_now & self._table.cold)  # whether loading pays depends on who waits and who is there
+        offer = self._offer
+        if offer is None or (fresh & ~offer.rows).any():
+            # From the top: the first in order may be waiting for what has opened just now.
+            offer = self._offer = _Offer(fresh, self._reaches() if fresh.any() else {})
+        offer.narrow(fresh, self._servers)
 
         def try_place(entry: Waiting[_Waiter]) -> bool:
             waiter = entry.payload
             if waiter.future.done():  # its caller went away a moment ago
                 return True
+            if not self._suits(entry, offer.choices[entry.kind]):
+                return False
             try:
                 grant = self._place(
-                    entry.request, entry.avoid, entry.enqueued_at, now, waiter.explain, queued=self._queue.behind(entry)
-                )
+                    entry.request, entry.avoid, entry.enqueued_at, now, waiter.explain,
+                    patient=True, queued=self._queue.behind(entry),
+                )  # fmt: skip
             except DomainError as error:
                 _fail(entry, error)
                 return True
             if grant is None:
                 return False
             waiter.future.set_result(grant)
+            left = offer.rows & self._open()
+            if left.sum() < offer.rows.sum():
+                offer.narrow(left, self._servers)
             return True
 
-        self._queue.dispatch(try_place)
+        told = self._queue.dispatch(
+            try_place, kinds=offer.choices, after=offer.reached, going=lambda: bool(offer.choices) and going()
+        )
+        if told.reached is not None and offer.choices:
+            offer.reached = told.reached
+            return False
+        self._offer = None
+        self._known = None if offer.missed else self._open()
+        return not offer.missed
+
+    def _refuse(self, now: float, going: Callable[[], bool]) -> bool:
+        """End the waiting of those for whom it is of no use any more. False: there is more to do."""
+        while self._doubtful or self._picture_changed:
+            if not self._doubtful:
+                self._picture_changed = False
+                self._doubtful = self._queue.firsts()
+            present = self._fleet.table.ready & ~self._fleet.table.draining
+            choices = {kind: self._servers(mask & present) for kind, mask in self._reaches().items()}
+            while self._doubtful:
+                entry = self._queue.first_like(self._doubtful.pop())
+                # Most of them: a server that can serve it is there.
+                if entry is not None and not self._suits(entry, choices[entry.kind]) and self._given_up(entry, now):
+                    self._doubtful.append(entry)  # for the next of its lane
+                if not going():
+                    return False
+        return True
+
+    def _given_up(self, entry: Waiting[_Waiter], now: float) -> bool:
+        try:
+            self._place(entry.request, entry.avoid, now, now, False, overtake=False, patient=True)
+        except DomainError as error:
+            self._queue.remove(entry)
+            _fail(entry, error)
+            return True
+        return False
+
+    # ---------------------------------------------------- who can use what ---
+
+    def _open(self) -> Mask:
+        """Rows that take a request at this moment."""
+        return passing(TRANSIENT, Query(self._fleet.table, _ANY, self._policy, NO_SERVERS))
+
+    def _reaches(self) -> dict[KindKey, Mask]:
+        """The rows that can serve each kind that waits, however much it needs and whatever it does not want."""
+        kinds = dict(self._queue.kinds())
+        self._reach = {kind: mask for kind, mask in self._reach.items() if kind in kinds}
+        for kind in kinds.keys() - self._reach.keys():
+            request = kinds[kind].request
+            least = replace(request, prompt_tokens=0, max_tokens=None, min_context_length=0, excluded=NO_SERVERS)
+            self._reach[kind] = passing(PERMANENT, Query(self._table, least, self._policy, NO_SERVERS))
+        return self._reach
+
+    def _servers(self, rows: Mask) -> list[tuple[ServerId, int]]:
+        """The servers of some rows, each with the longest context that it has there."""
+        table = self._fleet.table
+        longest: dict[ServerId, int] = {}
+        for row in rows.nonzero()[0].tolist():
+            server_id, length = table.rows[row].server_id, table.rows[row].card.context_length
+            longest[server_id] = max(length, longest.get(server_id, 0))
+        return list(longest.items())
+
+    def _suits(self, entry: Waiting[_Waiter], choices: list[tuple[ServerId, int]]) -> bool:
+        """Whether one of these servers, which can serve its kind, can serve this very request."""
+        needed, excluded, avoided = entry.request.context_needed, entry.request.excluded, self._avoided(entry.avoid)
+        return any(
+            length >= needed and server_id not in excluded and server_id not in avoided for server_id, length in choices
+        )
+
+    def _avoided(self, avoid: frozenset[Failed]) -> frozenset[ServerId]:
+        """Those that have not been started anew since they failed."""
+        if not avoid:
+            return NO_SERVERS
+        return frozenset(
+            failed.server_id for failed in avoid if self._fleet.instance(failed.server_id) == failed.instance_id
+        )
+
+    # --------------------------------------------------------------- place ---
 
     def _place(
         self,
         request: RouteRequest,
-        avoid: frozenset[ServerId],
+        avoid: frozenset[Failed],
         since: float,
         now: float,
         with_record: bool,
+        *,
         overtake: bool = True,
+        patient: bool = False,
         queued: int = 0,
     ) -> Grant | None:
         """A grant if a server can start the request now, None if it must wait; raises if
-        waiting is no use. Without `overtake` others wait already and go first; `queued` wait behind it."""
-        table, policy = self._fleet.table, self._policy_for(request)
+        waiting is no use. Without `overtake` others wait already and go first; one that is
+        `patient` also waits for servers whose models are not known yet; `queued` wait behind it."""
+        table, policy, avoided = self._fleet.table, self._policy_for(request), self._avoided(avoid)
         started = self._clock.monotonic()
-        choice = select(table, request, policy, avoid, queued)
+        choice = select(table, request, policy, avoided, queued)
         self._on_selected(self._clock.monotonic() - started)
-        if choice.verdict is Verdict.CHOSEN and overtake:
-            record = explain(table, request, policy, avoid, queued) if with_record else None
+        if choice.verdict is Verdict.CHOSEN:
+            if not overtake:
+                return None
+            record = explain(table, request, policy, avoided, queued) if with_record else None
             flight = self._fleet.begin(choice.row, now)
             self._granted += 1
             self._on_granted(request.priority, now - since)
             return Grant(flight, now - since, record)
         if choice.verdict is Verdict.IMPOSSIBLE or (choice.all_away and not self._may_return()):
-            raise self._refusal(choice, request, avoid, now)
+            if patient and self._fleet.warming_up(now):
+                self._hoping = True
+                return None
+            raise self._refusal(choice, request, avoided, now)
         return None
 
     def _policy_for(self, request: RouteRequest) -> Policy:

@@ -8,25 +8,30 @@ from dataclasses import dataclass
 FINAL_REASONS = frozenset({"INVALID_REQUEST", "DEADLINE_EXCEEDED", "SLOW_READER"})
 """The request itself is at fault, or its caller: another server would say the same."""
 
-REQUEST_REASONS = frozenset({"CONTEXT_TOO_LONG", "CONTENT_REFUSED"})
-"""The request does not suit this model; another may do. If none does, this is what the caller is told."""
+REQUEST_REASONS = frozenset({"UNSUPPORTED", "CONTEXT_TOO_LONG", "CONTENT_REFUSED"})
+"""The request does not suit this model; another may do. Where none does, waiting does not help either."""
 
-BLAMELESS_REASONS = REQUEST_REASONS | frozenset(
-    {
-        "SERVER_BUSY",
-        "DRAINING",
-        "UNSUPPORTED",
-        "UNKNOWN_MODEL",
-        "RATE_LIMITED",
-        "OUT_OF_MEMORY",
-    }
-)
+BLAMELESS_REASONS = REQUEST_REASONS | {"SERVER_BUSY", "DRAINING", "UNKNOWN_MODEL", "RATE_LIMITED", "OUT_OF_MEMORY"}
 """The server is sound but not the right one at this moment: another may do."""
+
+STANDING_REASONS = REQUEST_REASONS | {
+    "DRAINING",
+    "UNKNOWN_MODEL",
+    "RATE_LIMITED",
+    "OUT_OF_MEMORY",
+    "CREDENTIALS_REJECTED",
+}
+"""Asked again within the life of a request, this server would say the same."""
 
 
 def retryable(reason: str) -> bool:
     """Whether another server may succeed. Reasons are those of modelyard/v1/orchestrator.proto."""
     return reason not in FINAL_REASONS
+
+
+def repeatable(reason: str) -> bool:
+    """Whether the same server may succeed if there is no other."""
+    return retryable(reason) and reason not in STANDING_REASONS
 
 
 def blames_server(reason: str) -> bool:

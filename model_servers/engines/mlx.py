@@ -28,6 +28,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from model_servers.engine import (
@@ -52,7 +53,7 @@ from model_servers.engine import (
 )
 from model_servers.engines._mlx.jobs import EmbedJob, Job
 from model_servers.engines._mlx.loading import Model, describe, load
-from model_servers.engines._mlx.prompting import embedding_tokens, make_plan, make_prompt
+from model_servers.engines._mlx.prompting import embedding_tokens, make_plan, make_prompt, pieces, weight
 from model_servers.engines._mlx.settings import (
     BUNDLED,
     BUNDLED_CAPABILITIES,
@@ -69,6 +70,8 @@ _log = logging.getLogger(__name__)
 
 _THREAD_SECONDS = 5.0
 """How long the engine thread may take to end after its current step."""
+_SHORT_TEXT = 1 << 15
+"""Characters that are tokenized within some tens of milliseconds."""
 
 _TASK_TYPES = {task.name.lower(): task for task in TaskType}
 
@@ -100,8 +103,10 @@ class MlxEngine:
         self._preparing = 0
         """Of those: on the text thread."""
         self._closed = False
-        # Templates, tokenizing and grammars: too slow for the event loop, no business of the engine thread.
+        # Templates, tokenizing and grammars: too slow for the event loop, no business of the engine thread. Long texts
+        # have a thread of their own, so that short ones never wait for them.
         self._text = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlx-text")
+        self._long_text = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlx-long-text")
 
     # ----------------------------------------------------------- lifecycle ---
 
@@ -130,6 +135,7 @@ class MlxEngine:
         if self._worker is not None and not await self._end_thread(self._worker):
             _log.error("the MLX engine thread is stuck in a computation and is left behind")
         self._text.shutdown(wait=False)
+        self._long_text.shutdown(wait=False)
 
     async def _end_thread(self, worker: Worker) -> bool:
         """Whether the thread has ended."""
@@ -230,7 +236,7 @@ class MlxEngine:
         self._open += 1
         job: Job | None = None
         try:
-            plan = await self._off_loop(lambda: make_plan(model, request))
+            plan = await self._off_loop(lambda: make_plan(model, request), weight(request))
             job = Job(plan, asyncio.Queue(), submitted)
             worker.submit(job)
             while True:
@@ -259,7 +265,11 @@ class MlxEngine:
         self._open += 1
         job = None
         try:
-            tokens = await self._off_loop(lambda: [embedding_tokens(loaded, text) for text in inputs])
+            tokens: list[list[int]] = []
+            size = sum(map(len, inputs))
+            # In pieces: others come in between, and cancelling ends it.
+            for piece in pieces(inputs, _SHORT_TEXT):
+                tokens += await self._off_loop(partial(_tokenize, loaded, piece), size)
             job = EmbedJob(tokens, asyncio.Queue())
             worker.submit(job)
             outcome = await job.sink.get()
@@ -275,7 +285,7 @@ class MlxEngine:
     async def count_tokens(self, request: GenerationRequest) -> int:
         """See Engine.count_tokens."""
         _, model = self._ready(request.model)
-        prompt = await self._off_loop(lambda: make_prompt(model, request))
+        prompt = await self._off_loop(lambda: make_prompt(model, request), weight(request))
         return len(prompt.tokens)
 
     def _ready(self, name: str) -> tuple[Worker, Model]:
@@ -291,12 +301,18 @@ class MlxEngine:
         if self._open >= self._settings.slots + self._settings.max_waiting:
             raise Busy(f"{self._settings.slots} slots and {self._settings.max_waiting} waiting places are taken")
 
-    async def _off_loop(self, call: Callable[[], T]) -> T:
+    async def _off_loop(self, call: Callable[[], T], size: int) -> T:
+        """`size`: characters of the whole request."""
+        thread = self._text if size <= _SHORT_TEXT else self._long_text
         self._preparing += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._text, call)
+            return await asyncio.get_running_loop().run_in_executor(thread, call)
         finally:
             self._preparing -= 1
+
+
+def _tokenize(model: Model, texts: Sequence[str]) -> list[list[int]]:
+    return [embedding_tokens(model, text) for text in texts]
 
 
 def _describe(settings: MlxSettings, model: Model) -> EngineModel:

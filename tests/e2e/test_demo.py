@@ -110,3 +110,18 @@ def test_ctrl_c_ends_everything(tmp_path: Path) -> None:
 
     assert len(children) == 4
     asyncio.run(until(gone, timeout=20, every=0.05))
+
+
+def test_a_reader_that_leaves_ends_everything(tmp_path: Path) -> None:
+    process = subprocess.Popen(CLI, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert process.stdout
+    assert process.stderr
+    for _ in range(3):  # as `head -3`: the fleet runs by now
+        assert process.stdout.readline()
+    children = _children(process.pid)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(60) == 141
+    assert len(children) == 4
+    assert not _running(children)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import resource
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
+from google.protobuf.json_format import MessageToJson
 
 from modelyard.rpc.errors import DETAILS_KEY, from_rpc_error
 from modelyard.rpc.reasons import Reason
@@ -19,6 +21,7 @@ from modelyard.rpc.validation import MAX_MODELS
 from modelyard.testing import FakeModelServer, model_info
 from modelyard.v1 import fleet_pb2, generation_pb2, model_server_pb2, orchestrator_pb2
 from tests.harness.front_door import LIVE, ask, attached, attempts_of, front_door
+from tests.harness.programs import until
 
 ROGUE, HONEST = "a-rogue", "b-honest"  # of equals the lesser id is tried first
 
@@ -172,7 +175,7 @@ async def test_endless_deltas_end_with_the_deadline_and_need_no_memory():
 
 
 async def test_absurd_usage_is_rendered_all_the_same():
-    price = fleet_pb2.Price(prompt_usd_per_million_tokens=1e300, completion_usd_per_million_tokens=1e12)
+    price = fleet_pb2.Price(prompt_usd_per_million_tokens=1e9, completion_usd_per_million_tokens=1e9)
     usage = generation_pb2.Usage(
         prompt_tokens=2**32 - 1, cached_prompt_tokens=2**32 - 1, completion_tokens=2**32 - 1, reasoning_tokens=7
     )
@@ -314,6 +317,8 @@ MALFORMED_REPORTS = {
         }
     ),
     "a model twice": report(models=[model_info(), model_info()]),
+    "a duration beyond all time": report(models=[model_info(performance={"ttft": {"seconds": 2**63 - 1}})]),
+    "a novel": report(health_detail="x" * 8_000_000),
     "an unknown feature": report(models=[model_info(features=[99])]),
     "an unknown state of a model": report(models=[model_info(state=99)]),
     "a load that ends before it begins": report(models=[model_info(load_time={"seconds": -5})]),
@@ -334,11 +339,11 @@ async def test_huge_numbers_in_reports_do_no_harm():
     models = [
         model_info(
             context_length=huge,
-            price={"prompt_usd_per_million_tokens": 1e308, "completion_usd_per_million_tokens": 1e308},
+            price={"prompt_usd_per_million_tokens": 1e9, "completion_usd_per_million_tokens": 1e9},
             performance={
-                "ttft": {"seconds": 2**63 - 1},
-                "tpot": {"seconds": 2**63 - 1, "nanos": 999_999_999},
-                "decode_tokens_per_second": 1e308,
+                "ttft": {"seconds": 315_575_999_999},
+                "tpot": {"seconds": 315_575_999_999, "nanos": 999_999_999},
+                "decode_tokens_per_second": 1e9,
             },
             state=fleet_pb2.MODEL_STATE_COLD,
             state_detail="\x1b[31m" * 100_000,
@@ -360,7 +365,8 @@ async def test_huge_numbers_in_reports_do_no_harm():
         assert len(told.models[0].state_detail) <= 300
         decision = await door.explain(ask())
         assert all(0 <= candidate.score <= 1 for candidate in decision.candidates)
-        assert (await door.stub.ListModels(orchestrator_pb2.ListModelsRequest())).models
+        listed = await door.stub.ListModels(orchestrator_pb2.ListModelsRequest())
+        assert MessageToJson(listed) and MessageToJson(await door.server(ROGUE))
         assert (await door.generate(ask(explain=True))).done.server_id == HONEST
         await healthy(door)
 
@@ -408,6 +414,35 @@ async def test_a_flood_of_reports_does_not_starve_the_others():
         stop.set()
         assert all(sent > 10 for sent in await asyncio.gather(*floods))
         await healthy(door)
+
+
+async def test_a_flood_of_reports_is_read_at_a_steady_rate():
+    async with front_door(fleet={"report_interval": 1.0}) as door:
+        call = door.stub.Attach()
+        heard: dict[str, float] = {}
+
+        def note(server_id: str, urgent: bool) -> None:
+            name = door.plane.fleet.server(server_id).cards[0].name
+            heard.setdefault(name, asyncio.get_running_loop().time())
+
+        door.plane.fleet.listen(note)
+
+        async def flood() -> None:
+            for n in itertools.count():
+                await call.write(report(models=[model_info(f"m{n}-{k}") for k in range(50)]))
+
+        flooding = asyncio.create_task(flood())
+
+        async def read_enough() -> bool:
+            return len(heard) >= 25
+
+        await until(read_enough)
+        flooding.cancel()
+        # At once as many as an honest server ever needs, then ten a second.
+        times = list(heard.values())
+        assert times[24] - times[0] > 0.3
+        assert times[18] - times[0] < times[24] - times[18]
+        call.cancel()
 
 
 async def test_a_stream_that_never_says_anything_is_nobody():

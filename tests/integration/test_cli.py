@@ -215,6 +215,49 @@ def test_a_reader_that_leaves_is_no_error(fleet: Up) -> None:
     generating.stderr.close()
 
 
+@pytest.mark.parametrize(
+    ("shell", "status", "words"),
+    [
+        ('"$@" generate --json hi --model swift >&-', 0, ""),
+        ('"$@" generate hi --model swift >&-', 0, ""),
+        ('"$@" models >&-', 0, ""),
+        ('"$@" models 2>&- 1>/dev/null', 0, ""),
+        ('"$@" generate - <&-', 2, "the prompt on standard input is empty"),
+        ('"$@" models --json >/dev/full', 1, "No space left on device"),
+        ('"$@" models >/dev/full', 1, "No space left on device"),
+    ],
+)
+def test_closed_and_full_streams(fleet: Up, shell: str, status: int, words: str) -> None:
+    line = ["sh", "-c", shell, "sh", *CLI, "--address", fleet.address]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment(), timeout=60)
+    assert done.returncode == status, done.stderr
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == bool(words)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("generate", "-"), ("generate", b"ab\xff"), ("embed",), ("embed", b"ab\xff"), ("models", b"ab\xff")]
+)
+def test_what_is_not_utf8_is_told_in_our_words(fleet: Up, arguments: tuple[str | bytes, ...]) -> None:
+    line = [*CLI, "--address", fleet.address, *arguments]
+    for mode in ("0", "1"):  # how Python reads: strictly, or byte by byte
+        env = environment(PYTHONUTF8=mode, LC_ALL="C.UTF-8")
+        done = subprocess.run(line, input=b"ab\xff\xfe", capture_output=True, env=env, timeout=60)
+        assert done.returncode == 2
+        assert re.fullmatch(rb"modelyard: .* is not UTF-8 text; convert it first.*iconv.*\n", done.stderr), done.stderr
+
+
+def test_a_model_server_is_no_control_plane(fleet: Up) -> None:
+    endpoint = json.loads(fleet("servers", "--json").stdout)["servers"][0]["endpoint"]
+    for command in (("models",), ("generate", "hi")):
+        done = modelyard("--address", endpoint, *command)
+        assert done.returncode == 1
+        assert done.stderr == (
+            f"modelyard: what answers at {endpoint} is a model server, not a control plane; "
+            "name a control plane with --address\n"
+        )
+
+
 def test_embed_prints_a_line_per_text(fleet: Up) -> None:
     done = fleet("embed", "one", "two", "--model", "swift")
     lines = done.stdout.splitlines()

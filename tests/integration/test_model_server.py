@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import socket
 import sys
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncGenerator, Sequence
@@ -364,6 +365,16 @@ async def test_stopping_refuses_new_requests_while_others_run():
         assert await server.task == 0
 
 
+async def test_what_the_engine_expects_is_told_until_something_is_measured():
+    speeds = {"instant": False, "prefill_tokens_per_second": 1e6, "decode_tokens_per_second": 1e4}
+    async with model_server(engine_settings=speeds) as server:
+        fresh = (await server.report()).models[0].performance
+        assert (fresh.ttft.ToMicroseconds(), fresh.tpot.ToMicroseconds()) == (100, 100)
+        await server.generate(request())
+        measured = (await server.report()).models[0].performance
+        assert measured.ttft.ToMicroseconds() > 100
+
+
 async def test_finished_requests_show_in_the_performance():
     async with model_server() as server:
         await server.generate(request("word " * 200))
@@ -433,3 +444,19 @@ async def test_scripted_crash_ends_the_process():
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+async def test_a_port_in_use_says_what_to_do():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "model_servers", "--port", str(port), "--orchestrators", "[]", stderr=PIPE
+        )
+        _, errors = await asyncio.wait_for(process.communicate(), 60)
+    # As the control plane: settings that cannot be used, and no line of gRPC's own.
+    assert process.returncode == 2
+    lines = errors.decode().splitlines()
+    assert lines[-1].startswith(f"modelyard model-server: 127.0.0.1:{port} is in use")
+    assert "add_port" not in errors.decode() and "Traceback" not in errors.decode()

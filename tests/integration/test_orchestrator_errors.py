@@ -204,6 +204,26 @@ async def test_a_full_queue_turns_away_with_a_time():
             assert (await call.rest()).done
 
 
+async def test_a_queue_full_of_bytes_turns_away_with_a_time():
+    async with (
+        front_door(queue={"max_bytes": 1_000_000}) as door,
+        attached(door, FakeModelServer("one", [model_info(context_length=2**31)], slots=1)) as (fake,),
+    ):
+        gate = fake.gate("Generate")
+        running = door.stream(ask("x" * 2_000_000))  # does not wait
+        await gate.arrived.wait()
+        waiting = door.stream(ask("x" * 900_000))
+        await until_waiting(door, 1)
+        refusal = check((await door.generate(ask("x" * 200_000))).refused, Reason.QUEUE_FULL)
+        assert "queue.max_bytes" in refusal.message
+        assert refusal.retry_after and 0 < refusal.retry_after <= 30
+        small = door.stream(ask())
+        await until_waiting(door, 2)
+        gate.open()
+        for call in (running, waiting, small):
+            assert (await call.rest()).done
+
+
 async def until_waiting(door, count: int) -> None:
     async def reached() -> bool:
         return sum(door.plane.scheduler.depth().values()) == count
@@ -263,6 +283,18 @@ async def test_without_a_deadline_the_own_limit_holds(script):
         assert sum(len(fake.calls_of("Generate")) for fake in fakes) == 3
         server = await door.server("one")
         assert [(model.failures, model.breaker) for model in server.models] == [(0, fleet_pb2.BREAKER_STATE_CLOSED)]
+
+
+@pytest.mark.parametrize(("limit", "words"), [(0.001, "0.001 s"), (0.0123456, "0.0123 s")])
+async def test_a_short_limit_is_told_as_it_is(limit, words):
+    async with (
+        front_door(limits={"max_generation": limit}) as door,
+        attached(door, FakeModelServer("one")) as (fake,),
+    ):
+        fake.answer(asyncio.Event())
+        refusal = check((await door.generate()).refused, Reason.DEADLINE_EXCEEDED)
+        # The server's own clock may be the first to ring.
+        assert refusal.message.endswith(words) or "Deadline" in refusal.message
 
 
 async def test_methods_that_do_not_exist_are_unimplemented():

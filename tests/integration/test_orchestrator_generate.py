@@ -7,6 +7,8 @@ import time
 import grpc.aio
 import pytest
 
+from modelyard.rpc.errors import Refusal
+from modelyard.rpc.reasons import Reason
 from modelyard.testing import FakeModelServer, model_info
 from modelyard.v1 import fleet_pb2, generation_pb2, orchestrator_pb2, selection_pb2, task_pb2
 from tests.harness.front_door import ask, attached, attempts_of, front_door
@@ -145,6 +147,23 @@ async def test_the_input_arrives_as_it_was_sent():
             assert received.input == request.input
             assert received.model == "fake"
             assert received.orchestrator_id == fake.directives[-1].orchestrator_id != ""
+
+
+async def test_a_large_request_is_whole_in_every_attempt():
+    request = ask("x" * 100_000, request_id="large")
+    inputs = ["y" * 60_000, "z" * 60_000]
+    large = model_info(context_length=1_000_000)
+    async with front_door() as door, attached(door, FakeModelServer("one", [large])) as (fake,):
+        for method in ("Generate", "Embed"):
+            fake.inject_error(method, Refusal(Reason.ENGINE_FAILED, "once"))
+        assert len((await door.generate(request)).done.attempts) == 2
+        for call in fake.calls_of("Generate"):
+            assert call.request.input == request.input
+            assert (call.request.model, call.request.request_id) == ("fake", "large")
+        answer = await door.stub.Embed(orchestrator_pb2.EmbedRequest(inputs=inputs))
+        assert len(answer.embeddings) == 2
+        assert [list(call.request.inputs) for call in fake.calls_of("Embed")] == [inputs] * 2
+        assert {call.request.model for call in fake.calls_of("Embed")} == {"fake"}
 
 
 async def test_the_deadline_is_passed_on():

@@ -10,7 +10,7 @@ from modelyard.rpc.errors import Refusal, Violation
 from modelyard.rpc.reasons import CODES, Reason
 from modelyard.testing import FakeModelServer
 from modelyard.v1 import fleet_pb2, orchestrator_pb2
-from tests.harness.front_door import ask, attached, attempts_of, front_door
+from tests.harness.front_door import SUSPECT, ask, attached, attempts_of, front_door
 from tests.harness.programs import until
 
 CLOSED, OPEN = fleet_pb2.BREAKER_STATE_CLOSED, fleet_pb2.BREAKER_STATE_OPEN
@@ -89,10 +89,106 @@ async def test_all_fail():
             fake.inject_error("Generate", failed(), times=10)
         refusal = (await door.generate()).refused
         assert refusal.reason is Reason.ATTEMPTS_EXHAUSTED and refusal.code is CODES[Reason.ATTEMPTS_EXHAUSTED]
-        assert refusal.metadata["servers"] == f"{FIRST},{SECOND}"
-        assert "out of memory" in refusal.message
-        assert [len(fake.calls_of("Generate")) for fake in fakes] == [1, 1]
+        # Each is asked once before one is asked again.
+        assert refusal.metadata["servers"] in (f"{FIRST},{SECOND},{FIRST}", f"{FIRST},{SECOND},{SECOND}")
+        assert refusal.message.startswith("3 attempts failed: ") and "out of memory" in refusal.message
+        assert sum(len(fake.calls_of("Generate")) for fake in fakes) == 3
         await door.until_idle()
+
+
+async def test_the_only_server_is_asked_again():
+    async with front_door() as door, attached(door, FakeModelServer("one")) as (fake,):
+        fake.inject_error("Generate", failed(), times=2)
+        assert attempts_of((await door.generate()).done) == [("one", "ENGINE_FAILED")] * 2 + [("one", "")]
+
+
+@pytest.mark.parametrize("reason", [Reason.UNKNOWN_MODEL, Reason.DRAINING])
+async def test_what_the_only_server_would_say_again_is_not_asked_again(reason):
+    async with front_door() as door, attached(door, FakeModelServer("one")) as (fake,):
+        fake.inject_error("Generate", failed(reason), times=3)
+        refusal = (await door.generate()).refused
+        assert refusal.reason is Reason.ATTEMPTS_EXHAUSTED
+        assert refusal.message.startswith(f"1 attempt failed: one: {reason} out of memory; now: ")
+        assert len(fake.calls_of("Generate")) == 1
+
+
+async def test_the_only_server_is_waited_for_while_it_starts_anew():
+    async with front_door() as door, attached(door, FakeModelServer("one")) as (old,):
+        gate = old.gate("Generate")
+        asked = asyncio.create_task(door.generate())
+        await gate.arrived.wait()
+        await old.stop()
+        await old.detach()
+        await door.until_server("one", lambda status: status.lease_state == SUSPECT)
+        async with attached(door, FakeModelServer("one")) as (new,):
+            reply = await asked
+            assert attempts_of(reply.done)[0][0] == "one" and reply.text == "Hello, world"
+            assert len(new.calls_of("Generate")) == 1
+
+
+async def test_a_server_that_cannot_be_reached_is_asked_again_after_a_sign_of_life():
+    async with front_door() as door, attached(door, FakeModelServer("one")) as (fake,):
+        port = fake.port
+        await fake.stop()  # its report stream lives on
+        asked = asyncio.create_task(door.generate())
+
+        async def failed_once() -> bool:
+            counted = door.plane.metrics.registry.get_sample_value
+            return bool(counted("modelyard_retries_total", {"reason": "SERVERS_AWAY"}))
+
+        await until(failed_once)
+        await fake.start(port)
+        attempts = attempts_of((await asked).done)
+        assert attempts[-1] == ("one", "") and {reason for _, reason in attempts[:-1]} == {"SERVERS_AWAY"}
+
+
+async def test_a_restarted_server_takes_its_own_back_in_order():
+    async with (
+        front_door() as door,
+        attached(door, FakeModelServer(FIRST), FakeModelServer(SECOND, slots=1)) as (old, second),
+    ):
+        gates = [old.gate("Generate"), second.gate("Generate")]
+        holding = door.stream(ask(server_id=SECOND))
+        await second.until(lambda: len(second.calls_of("Generate")) == 1)
+        early = [asyncio.create_task(door.generate(ask(f"early {n}"))) for n in range(2)]
+        await old.until(lambda: len(old.calls_of("Generate")) == 2)
+        late = [asyncio.create_task(door.generate(ask(f"late {n}"))) for n in range(2)]
+        await old.until(lambda: len(old.calls_of("Generate")) == 4)
+        await old.stop()
+        await old.detach()
+
+        async def all_wait() -> bool:
+            return sum(door.plane.scheduler.depth().values()) == 4
+
+        await until(all_wait)
+        # It comes back with one slot and is used at once, though it failed each of them before.
+        async with attached(door, FakeModelServer(FIRST, slots=1)) as (new,):
+            replies = await asyncio.gather(*early, *late)
+            assert {reply.done.server_id for reply in replies} == {FIRST}
+            asked = [call.request.input.messages[0].content[0].text for call in new.calls_of("Generate")]
+            # Two that were sent at the same time may arrive in any order.
+            assert [sorted(asked[:2]), sorted(asked[2:])] == [["early 0", "early 1"], ["late 0", "late 1"]]
+        for gate in gates:
+            gate.open()
+        assert (await holding.rest()).done
+
+
+async def test_what_nobody_supports_is_not_a_matter_of_waiting():
+    async with front_door() as door, attached(door, *pair()) as fakes:
+        for fake in fakes:
+            fake.inject_error("Generate", Refusal(Reason.UNSUPPORTED, "no 'not' in schemas"), times=10)
+        refusal = (await door.generate()).refused
+        assert refusal.reason is Reason.UNSUPPORTED and "no 'not'" in refusal.message
+        assert [len(fake.calls_of("Generate")) for fake in fakes] == [1, 1]
+
+
+async def test_messages_of_servers_are_for_the_caller_not_for_the_log(caplog):
+    caplog.set_level("DEBUG")
+    async with front_door() as door, attached(door, *pair()) as fakes:
+        for fake in fakes:
+            fake.inject_error("Generate", Refusal(Reason.ENGINE_FAILED, "token 'SECRET'"), times=10)
+        assert "SECRET" in (await door.generate()).refused.message
+        assert "ENGINE_FAILED" in caplog.text and "SECRET" not in caplog.text
 
 
 async def test_the_number_of_attempts_is_bounded():
@@ -143,7 +239,11 @@ async def test_a_fault_of_the_request_is_final():
 
 async def test_the_breaker_opens_and_a_good_trial_closes_it():
     async with (
-        front_door(breaker={"failures": 3, "pause": 0.4}, selection={"availability_threshold": 0.0}) as door,
+        front_door(
+            breaker={"failures": 3, "pause": 0.4},
+            selection={"availability_threshold": 0.0},
+            retry={"max_attempts": 1},
+        ) as door,
         attached(door, FakeModelServer("one")) as (fake,),
     ):
         fake.inject_error("Generate", failed(), times=3)
@@ -162,12 +262,17 @@ async def test_the_breaker_opens_and_a_good_trial_closes_it():
 async def test_an_open_breaker_sends_requests_elsewhere():
     async with front_door(breaker={"failures": 2, "pause": 30.0}) as door, attached(door, *pair()) as (first, second):
         first.inject_error("Generate", failed(), times=2)
-        first_two = [(await door.generate(ask(server_id=FIRST))).reason for _ in range(2)]
-        assert first_two == ["ATTEMPTS_EXHAUSTED"] * 2
+        pinned = door.stream(ask(server_id=FIRST))
+
+        async def waits() -> bool:
+            return sum(door.plane.scheduler.depth().values()) == 1
+
+        await until(waits)  # its third attempt is for later
         for _ in range(3):
             assert attempts_of((await door.generate()).done) == [(SECOND, "")]
         assert len(first.calls_of("Generate")) == 2
         assert len(second.calls_of("Generate")) == 3
+        pinned.cancel()
 
 
 async def test_a_busy_server_is_tried_again_when_it_is_the_only_one():

@@ -16,6 +16,7 @@ from model_servers.engines._mlx.jobs import Job, Outbox
 from model_servers.engines._mlx.loading import Model
 from model_servers.engines._mlx.prefixes import PrefixCache
 from model_servers.engines._mlx.settings import MlxSettings
+from modelyard.program import privacy
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +99,8 @@ class Batch:
                 logits_processors=[[job.guard] if job.guard else []],
             )
         except Exception as error:  # only this request has been touched
-            log.exception("a request could not be inserted")
-            outbox.append((job.sink, EngineFailed(f"the request could not be started: {error}")))
+            log.error("a request could not be inserted: %s", privacy.where(error))
+            outbox.append((job.sink, EngineFailed(f"the request could not be started ({privacy.kind(error)})")))
             return
         self.running[uid] = job
 
@@ -112,12 +113,12 @@ class Batch:
             prompts, responses = self._generator.next()
         except Exception as error:
             # The batch is one computation: which sequence is to blame cannot be told, and its caches are lost.
-            log.exception("a generation step failed")
+            log.error("a generation step failed: %s", privacy.where(error))
             self._failed_steps += 1
             if self._failed_steps >= _MAX_FAILED_STEPS:
                 raise
             for job in self.running.values():
-                outbox.append((job.sink, EngineFailed(f"a generation step failed: {error}")))
+                outbox.append((job.sink, EngineFailed(f"a generation step failed ({privacy.kind(error)})")))
             self.running.clear()
             self._prefixes.clear()  # a likely reason is memory
             self._generator.close()
@@ -131,13 +132,13 @@ class Batch:
                 try:
                     self._take_token(current, response, outbox)
                 except Exception as error:  # reading one answer concerns that answer only
-                    log.exception("an answer could not be read")
-                    self._drop(response, EngineFailed(f"the answer could not be read: {error}"), outbox)
+                    log.error("an answer could not be read: %s", privacy.where(error))
+                    failed = EngineFailed(f"the answer could not be read ({privacy.kind(error)})")
+                    self._drop(response, failed, outbox)
 
     def _take_token(self, job: Job, response: Any, outbox: Outbox) -> None:
         if job.guard is not None and job.guard.failure is not None:
-            failed = EngineFailed(f"sampling failed: {job.guard.failure}")
-            self._drop(response, failed, outbox)
+            self._drop(response, _sampling_failed(job.guard.failure), outbox)
             return
         job.made += 1
         delta, stopped = None, False
@@ -189,3 +190,10 @@ class Batch:
             self._generator.remove([response.uid])
         if job is not None:
             outbox.append((job.sink, error))
+
+
+def _sampling_failed(failure: Exception) -> EngineError:
+    if isinstance(failure, EngineError):
+        return failure  # the grammar's: its schema is to blame
+    log.error("sampling failed: %s", privacy.where(failure))
+    return EngineFailed(f"sampling failed ({privacy.kind(failure)})")

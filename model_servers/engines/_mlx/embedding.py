@@ -1,4 +1,4 @@
-"""Texts to vectors, a group at a time."""
+"""Texts to vectors, a group of short ones or a piece of a long one at a time: decoding goes on in between."""
 
 from __future__ import annotations
 
@@ -24,3 +24,33 @@ def embed_group(network: Any, inputs: Sequence[Sequence[int]]) -> list[list[floa
     norm = mx.maximum(mx.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
     rows: list[list[float]] = np.array(mean / norm).tolist()
     return rows
+
+
+class LongText:
+    """One text, computed through a KV cache as prompts are."""
+
+    def __init__(self, network: Any, tokens: Sequence[int]) -> None:
+        from mlx_lm.models.cache import make_prompt_cache
+
+        self._network = network
+        self._tokens = tokens
+        self._cache = make_prompt_cache(network)
+        self._position = 0
+        self._sum: Any = 0
+
+    def step(self, budget: int) -> list[float] | None:
+        """Computes the next `budget` tokens. Returns the vector (see embed_group) with the last, None before."""
+        import mlx.core as mx
+        import numpy as np
+
+        piece = self._tokens[self._position : self._position + budget]
+        hidden = self._network.model(mx.array([piece]), cache=self._cache).astype(mx.float32)
+        self._sum = self._sum + hidden.sum(axis=1)
+        self._position += len(piece)
+        mx.eval(self._sum, [layer.state for layer in self._cache])
+        if self._position < len(self._tokens):
+            return None
+        mean = self._sum / len(self._tokens)
+        norm = mx.maximum(mx.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
+        vector: list[float] = np.array(mean / norm)[0].tolist()
+        return vector

@@ -39,6 +39,8 @@ class EmbedJob:
     sink: asyncio.Queue[Any]
     cancelled: bool = False
     vectors: dict[int, list[float]] = field(default_factory=dict)
+    long: Any = None
+    """embedding.LongText, while one is computed. Belongs to the thread."""
 
     @property
     def done(self) -> bool:

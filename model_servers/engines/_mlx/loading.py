@@ -51,6 +51,8 @@ class Model:
     """Of the device."""
     weight_bytes: int = 0
     """Of the weights: as computed from their shapes, or as measured when they were loaded."""
+    most_bytes_per_token: int | None = None
+    """Most bytes of text that one token can stand for; None: not known."""
     texts: dict[int, str] = field(default_factory=dict)
 
     def text_of(self, token: int) -> str:
@@ -136,6 +138,7 @@ def _open(mx: Any, settings: MlxSettings) -> Model:
         device=str(info.get("device_name", "GPU")) if gpu else f"{platform.machine()} CPU",
         memory_bytes=_gpu_memory(info) if gpu else _ram(),
         weight_bytes=sum(array.nbytes for _, array in tree_flatten(network.parameters())),
+        most_bytes_per_token=most_bytes_per_token(tokenizer),
     )
 
 
@@ -279,10 +282,50 @@ def _grammar_tokenizer(tokenizer: Any, vocabulary: int, eos: frozenset[int]) -> 
     return None
 
 
+def most_bytes_per_token(tokenizer: Any) -> int | None:
+    """Most bytes of text that one token can stand for. None where tokens may swallow any number of them.
+
+    Known for BPE over bytes, or with bytes to fall back on: an unknown token would stand for text of any length.
+    Composing characters (NFC) makes text shorter, by at most three quarters.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    described = json.loads(backend.to_str())
+    model, steps = described["model"], [*_steps(described["normalizer"]), *_steps(described["pre_tokenizer"])]
+    kinds = {step["type"] for step in steps}
+    if model.get("type") != "BPE" or not ("ByteLevel" in kinds or model.get("byte_fallback")):
+        return None
+    swallows = any(token.get("lstrip") or token.get("rstrip") for token in described["added_tokens"])
+    if swallows or any(_shortens(step) for step in steps):
+        return None
+    # A token's name is never shorter than what it stands for: names of bytes have one character, or "<0x0A>".
+    longest = max(len(token.encode()) for token in backend.get_vocab(with_added_tokens=True))
+    return longest * (4 if "NFC" in kinds else 1)
+
+
+def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if part is None:
+        return []
+    inner = part.get("normalizers") or part.get("pretokenizers")
+    return [part] if inner is None else [step for each in inner for step in _steps(each)]
+
+
+def _shortens(step: dict[str, Any]) -> bool:
+    """Whether it may make a text shorter, other than NFC does."""
+    if step["type"] == "Split":
+        return bool(step.get("behavior") == "Removed")
+    if step["type"] == "Replace":
+        return bool(step.get("pattern") != {"String": " "} or not step.get("content"))
+    return step["type"] not in {"ByteLevel", "Digits", "Metaspace", "NFC", "Prepend"}
+
+
 def _gives_hidden_states(mx: Any, network: Any, logits: Any) -> bool:
-    """Whether `network.model(tokens)` gives the last hidden states, [batch, length, width]."""
+    """Whether `network.model(tokens, cache=...)` gives the last hidden states, [batch, length, width]."""
+    from mlx_lm.models.cache import make_prompt_cache
+
     try:
-        hidden = network.model(mx.array([[0]]))
+        hidden = network.model(mx.array([[0]]), cache=make_prompt_cache(network))
         return bool(hidden.ndim == 3 and hidden.shape[:2] == logits.shape[:2])
     except Exception:  # architectures differ; the answer is simply no
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from model_servers.engine import (
     Message,
     Role,
     Sampling,
+    Tool,
     ToolChoiceMode,
     Unsupported,
 )
@@ -21,6 +23,7 @@ from model_servers.engines._mlx.answer import Answer, Detokenizer
 from model_servers.engines._mlx.loading import Model
 from model_servers.engines._mlx.markup import MarkupReader
 from model_servers.engines._mlx.settings import ANY_OBJECT
+from modelyard.program import privacy
 
 _ROLES = {Role.SYSTEM: "system", Role.USER: "user", Role.ASSISTANT: "assistant", Role.TOOL: "tool"}
 
@@ -47,7 +50,7 @@ class Plan:
 
 
 def make_plan(model: Model, request: GenerationRequest) -> Plan:
-    """Raises ContextTooLong and Unsupported."""
+    """Raises ContextTooLong, InvalidRequest and Unsupported."""
     prompt = make_prompt(model, request)
     used = len(prompt.tokens)
     room = model.context_length - used
@@ -96,13 +99,34 @@ def make_prompt(model: Model, request: GenerationRequest) -> Prompt:
             tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False, **options)
         )
     except Exception as error:  # templates are programs of their own and raise what they like
-        raise Unsupported(f"the chat template of {model.name} refuses these messages: {error}") from error
+        raise Unsupported(f"the chat template of {model.name} refuses these messages ({privacy.kind(error)})") from None
     in_call = _forces_call(request)
     if in_call:
         text += model.marks.call_start + model.marks.call_glue
     start = model.marks.think_start
     in_reasoning = bool(start) and not constrained and text.rstrip().endswith(start)
     return Prompt(_encode(model, text, add_special_tokens=False), in_reasoning, in_call)
+
+
+def weight(request: GenerationRequest) -> int:
+    """About how many characters there are to work through; compiling a schema takes longer than tokenizing it."""
+    schemas = len(request.json_schema or "") + sum(len(tool.parameters_schema) for tool in request.tools)
+    messages = sum(len(part) for message in request.messages for part in message.content if isinstance(part, str))
+    calls = sum(len(call.arguments_json) for message in request.messages for call in message.tool_calls)
+    described = sum(len(tool.description) for tool in request.tools)
+    return len(request.prompt or "") + messages + calls + described + 8 * schemas
+
+
+def pieces(texts: Sequence[str], characters: int) -> Iterator[Sequence[str]]:
+    """The texts in groups that have together at most that many characters, or one text that has more."""
+    begin = size = 0
+    for end, text in enumerate(texts):
+        if end > begin and size + len(text) > characters:
+            yield texts[begin:end]
+            begin, size = end, 0
+        size += len(text)
+    if begin < len(texts):
+        yield texts[begin:]
 
 
 def embedding_tokens(model: Model, text: str) -> list[int]:
@@ -114,6 +138,13 @@ def embedding_tokens(model: Model, text: str) -> list[int]:
 
 
 def _encode(model: Model, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Raises ContextTooLong for what cannot fit however it is tokenized, which is not tried then."""
+    if model.most_bytes_per_token is not None:
+        size, most = len(text.encode("utf-8", "surrogatepass")), model.context_length * model.most_bytes_per_token
+        if size > most:
+            raise ContextTooLong(
+                f"the text has {size} bytes, a context of {model.context_length} tokens holds at most {most}"
+            )
     tokens = [int(t) for t in model.tokenizer.encode(text, add_special_tokens=add_special_tokens)]
     # Nothing at all cannot be computed on; the end-of-text token is what models know as "no text".
     return tokens or [min(model.eos, default=0)]
@@ -139,21 +170,30 @@ def _constraint(model: Model, request: GenerationRequest, prompt: Prompt) -> Any
         raise Unsupported(f"model {model.name} cannot hold its output to a grammar here: is llguidance installed?")
     from model_servers.engines._mlx import grammar
 
+    field = "response_format.json_schema.schema"
     if not _offers_tools(request):
-        return grammar.Constraint(model.grammar_tokenizer, grammar.schema_grammar(str(schema)))
+        return grammar.Constraint(model.grammar_tokenizer, grammar.schema_grammar(str(schema), field), field)
     if model.marks.parse_call is not None:
         raise Unsupported(f"the tool call format of {model.name} cannot be forced, nor mixed with JSON output")
     tools = [tool for tool in request.tools if not prompt.in_call or request.tool_name in ("", tool.name)]
     if not tools:
         raise Unsupported(f"the tool {request.tool_name!r} that must be called is not among the tools")
+    for tool in tools:
+        if tool.parameters_schema:
+            grammar.check_schema(tool.parameters_schema, _field_of(request, tool))
     if prompt.in_call:  # the call is the answer: a response format has nothing left to shape
-        text = grammar.schema_grammar(grammar.call_schema(tools))
+        field = _field_of(request, *tools)
+        text = grammar.schema_grammar(grammar.call_schema(tools), field)
     else:
         marks = model.marks
         text = grammar.answer_or_calls_grammar(
-            model.grammar_tokenizer, str(schema), tools, marks.call_start, marks.call_end
+            model.grammar_tokenizer, str(schema), tools, marks.call_start, marks.call_end, field
         )
-    return grammar.Constraint(model.grammar_tokenizer, text)
+    return grammar.Constraint(model.grammar_tokenizer, text, field)
+
+
+def _field_of(request: GenerationRequest, *tools: Tool) -> str:
+    return "tools" if len(tools) > 1 else f"tools[{request.tools.index(tools[0])}].parameters_schema"
 
 
 def _with_defaults(asked: Sampling, defaults: Sampling) -> Sampling:
@@ -165,8 +205,8 @@ def _with_defaults(asked: Sampling, defaults: Sampling) -> Sampling:
 def _tool(name: str, description: str, schema: str) -> dict[str, Any]:
     try:
         parameters = json.loads(schema) if schema else {"type": "object", "properties": {}}
-    except ValueError as error:
-        raise Unsupported(f"parameters_schema of tool {name!r} is not JSON: {error}") from error
+    except (ValueError, RecursionError):
+        raise Unsupported(f"parameters_schema of tool {name!r} is not JSON") from None
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
 

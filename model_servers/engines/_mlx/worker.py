@@ -20,10 +20,11 @@ from functools import partial
 from typing import Any
 
 from model_servers.engine import EngineError, EngineFailed
-from model_servers.engines._mlx.embedding import embed_group
+from model_servers.engines._mlx.embedding import LongText, embed_group
 from model_servers.engines._mlx.jobs import Change, EmbedJob, Gauges, Job, Outbox, deliver
 from model_servers.engines._mlx.loading import Model
 from model_servers.engines._mlx.settings import MlxSettings
+from modelyard.program import privacy
 
 log = logging.getLogger(__name__)
 
@@ -146,8 +147,8 @@ class Worker:
         except EngineError as error:
             reason = str(error)
         except BaseException as error:  # whatever it is, requests must hear of it
-            log.exception("the MLX engine thread died")
-            reason = f"the MLX engine thread died: {type(error).__name__}: {error}"
+            log.error("the MLX engine thread died: %s", privacy.where(error))
+            reason = f"the MLX engine thread died ({privacy.kind(error)}; see its log)"
         self._end(state, reason)
         if state is not None:
             # What is freed on this thread has to be given back on this thread.
@@ -247,6 +248,7 @@ class Worker:
 
     def _cancel(self, state: _State, job: Job | EmbedJob) -> None:
         if not isinstance(job, Job):
+            job.long = None
             if job in state.embeds:
                 state.embeds.remove(job)
         elif job in state.waiting:
@@ -290,11 +292,14 @@ class Worker:
         job = state.embeds[0]
         group = job.next_group(state.model.step_tokens)
         try:
-            vectors = embed_group(state.model.network, [job.inputs[i] for i in group])
+            vectors = _vectors(state.model, job, group)
         except Exception as error:
-            log.exception("embedding failed")
+            log.error("embedding failed: %s", privacy.where(error))
             state.embeds.popleft()
-            outbox.append((job.sink, EngineFailed(f"embedding failed: {error}")))
+            job.long = None
+            outbox.append((job.sink, EngineFailed(f"embedding failed ({privacy.kind(error)})")))
+            return
+        if vectors is None:
             return
         job.vectors.update(zip(group, vectors, strict=True))
         if job.done:
@@ -322,6 +327,8 @@ class Worker:
                 if not isinstance(command, _Stop | _Cancel):
                     outbox.append((command.sink, EngineFailed(reason)))
         if state is not None:
+            for embed in state.embeds:
+                embed.long = None
             left: tuple[Job | EmbedJob, ...] = (*state.running, *state.waiting, *state.embeds)
             outbox += [(job.sink, EngineFailed(reason)) for job in left]
             if state.batch is not None:
@@ -342,6 +349,21 @@ class Worker:
         # The loop may be gone already (interpreter shutdown): then nobody waits either.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(call)
+
+
+def _vectors(model: Model, job: EmbedJob, group: list[int]) -> list[list[float]] | None:
+    """One step towards the vectors of a group; None: there is more to compute first."""
+    first = job.inputs[group[0]]
+    if len(first) <= model.step_tokens:
+        return embed_group(model.network, [job.inputs[i] for i in group])
+    # Longer than a step may take: alone in its group.
+    if job.long is None:
+        job.long = LongText(model.network, first)
+    vector = job.long.step(model.step_tokens)
+    if vector is None:
+        return None
+    job.long = None
+    return [vector]
 
 
 def _release() -> int:

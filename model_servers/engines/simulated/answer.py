@@ -56,19 +56,26 @@ class Answer:
         return tuple(found)
 
 
+def is_held(request: GenerationRequest) -> bool:
+    """Whether the answer has to satisfy a schema of the request."""
+    return request.json_schema is not None or request.tool_choice is ToolChoiceMode.REQUIRED
+
+
 def compose(request: GenerationRequest, number: int, engine_seed: int, answer_tokens: int, room: int) -> Answer:
     """The answer to a request: `room` is what max_tokens and the context length leave.
 
-    Raises Unsupported for schemas that no value is known for.
+    Raises Unsupported for schemas that no value is known for, InvalidRequest for those that are none. With
+    `is_held(request)` it may take a quarter of a second.
     """
     sampling = request.sampling
+    most = room * CHARACTERS_PER_TOKEN + 1
     tool = ""
     if request.tools and request.tool_choice is ToolChoiceMode.REQUIRED:
-        chosen = next((tool for tool in request.tools if tool.name == request.tool_name), request.tools[0])
-        tool = chosen.name
-        text = minimal_json(chosen.parameters_schema)
+        index = next((n for n, each in enumerate(request.tools) if each.name == request.tool_name), 0)
+        tool = request.tools[index].name
+        text = minimal_json(request.tools[index].parameters_schema, f"tools[{index}].parameters_schema", most)
     elif request.json_schema is not None:
-        text = minimal_json(request.json_schema)
+        text = minimal_json(request.json_schema, "response_format.json_schema.schema", most)
     elif request.json_object:
         text = '{"simulated": true}'
     else:

@@ -10,8 +10,10 @@ import asyncio
 import os
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 
 from model_servers.engine import (
     CANARY_ID,
@@ -33,7 +35,7 @@ from model_servers.engine import (
     Unsupported,
     Usage,
 )
-from model_servers.engines.simulated.answer import Answer, compose
+from model_servers.engines.simulated.answer import Answer, compose, is_held
 from model_servers.engines.simulated.cache import PrefixCache, block_keys
 from model_servers.engines.simulated.faults import FaultScript
 from model_servers.engines.simulated.settings import Fault, SimulatedSettings
@@ -44,6 +46,8 @@ VERSION = "1"
 CRASH_STATUS = 70
 _STEPS = 10
 """In which the progress of a pull or a load is told."""
+_SHORT_PROMPT = 100
+"""Tokens that the expected TTFT is told for."""
 
 
 class SimulatedEngine:
@@ -52,20 +56,28 @@ class SimulatedEngine:
     def __init__(self, settings: SimulatedSettings) -> None:
         self._settings = settings
         self._scale = 0.0 if settings.instant else settings.time_scale
-        self._models = {model.name: model.describe(settings.context_length) for model in settings.models}
+        self._decoding = 0
+        self._models = {
+            model.name: replace(
+                model.describe(settings.context_length),
+                expected_ttft=self._prefill_seconds(_SHORT_PROMPT),
+                expected_tpot=self._seconds_per_token(),
+            )
+            for model in settings.models
+        }
         self._memory_used = self._warm_bytes()
         self._scripts = {model.name: model for model in settings.models}
         self._one_step: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._faults = FaultScript(settings.faults, settings.seed)
         self._slots = Slots(settings.slots)
         self._pauses = Pauses()
+        self._text = ThreadPoolExecutor(max_workers=1, thread_name_prefix="simulated-text")
         self._stalled = False
         self._stall_ends: asyncio.TimerHandle | None = None
         self._frozen = Pauses()
         """Those who wait for the end of a stall."""
         self._cache = PrefixCache(settings.cache_blocks)
         self._prefill_free_at = 0.0
-        self._decoding = 0
         self._context_tokens = 0
         self._generation = 0
         """Counts breakdowns: whoever started before the latest one has failed."""
@@ -227,6 +239,7 @@ class SimulatedEngine:
         self._closed = True
         self._health, self._detail = Health.UNHEALTHY, "closed"
         self._break("the engine was closed")
+        self._text.shutdown(wait=False)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta | Finished, None]:
         model = await self._warm(request.model)
@@ -237,13 +250,16 @@ class SimulatedEngine:
         if room < (wanted or 1):
             asked = f" and up to {wanted} of the answer" if wanted else ""
             raise ContextTooLong(f"{prompt_tokens} tokens of the prompt{asked} do not fit into {model.context_length}")
-        answer = compose(
+        make = partial(
+            compose,
             request,
             fingerprint(prompt, self._settings.seed, request.sampling.seed),
             self._settings.seed,
             self._settings.answer_tokens,
             wanted or room,
         )
+        # A schema may take a while: not on the event loop.
+        answer = await asyncio.get_running_loop().run_in_executor(self._text, make) if is_held(request) else make()
         caching = Feature.PREFIX_CACHE in model.features and self._settings.cache_blocks > 0
         block = self._settings.block_tokens
         keys = block_keys(model.name, prompt, block) if caching else ()
@@ -288,12 +304,16 @@ class SimulatedEngine:
     async def _prefill(self, tokens: int, factor: float) -> None:
         """Prompts are computed one after the other, as a busy accelerator would."""
         await self._until_thawed()
-        speed = self._settings.prefill_tokens_per_second
-        if not speed or not self._scale:
+        seconds = self._prefill_seconds(tokens) * factor
+        if not seconds:
             return
         now = asyncio.get_running_loop().time()
-        self._prefill_free_at = max(now, self._prefill_free_at) + tokens / speed * self._scale * factor
+        self._prefill_free_at = max(now, self._prefill_free_at) + seconds
         await self._pauses.sleep(self._prefill_free_at - now)
+
+    def _prefill_seconds(self, tokens: int) -> float:
+        speed = self._settings.prefill_tokens_per_second
+        return tokens / speed * self._scale if speed else 0.0
 
     def _seconds_per_token(self) -> float:
         speed = self._settings.decode_tokens_per_second

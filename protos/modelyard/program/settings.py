@@ -24,6 +24,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from modelyard.program import yaml_text
+
 DEFAULT_FILE = "modelyard.yaml"
 
 
@@ -121,7 +123,10 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class YamlFile:
-    """A YAML document that remembers the line of every key."""
+    """A YAML document that remembers the line of every key.
+
+    Raises SettingsError with the file, and the line where it is known, whatever the file holds.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -130,12 +135,10 @@ class YamlFile:
         except (OSError, UnicodeDecodeError) as error:
             raise SettingsError(f"{path}: cannot be read: {error}") from None
         try:
-            self._node = yaml.compose(text, Loader=yaml.SafeLoader)
-            self.data: Any = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f":{mark.line + 1}" if mark else ""
-            raise SettingsError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+            self._node, self.data = yaml_text.parse(text)
+        except yaml_text.YamlProblem as problem:
+            where = f":{problem.line}" if problem.line else ""
+            raise SettingsError(f"{path}{where}: not valid YAML: {problem}") from None
 
     def line(self, path: Sequence[str | int]) -> int:
         """Line (from 1) of the deepest part of `path` that the document has."""
@@ -223,8 +226,8 @@ def load(
             parsed: Any = value
             if _is_structured(key.annotation):
                 try:
-                    parsed = yaml.safe_load(value)
-                except yaml.YAMLError:
+                    _, parsed = yaml_text.parse(value)
+                except yaml_text.YamlProblem:
                     raise SettingsError(f"{source}: not valid YAML: {value!r}") from None
             _put(layer, key.path, parsed)
             sources[key.path] = source

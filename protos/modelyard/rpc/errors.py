@@ -55,6 +55,7 @@ class Refusal(Exception):
         super().__init__(message)
         self.reason = reason
         self.message = message
+        """For the caller, whose request it may quote; not for logs (modelyard.program.privacy)."""
         self.violations = tuple(violations)
         self.retry_after = retry_after
         """Seconds after which a retry may help."""

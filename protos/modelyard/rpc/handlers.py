@@ -7,7 +7,8 @@ import inspect
 import logging
 import uuid
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import grpc
 import grpc.aio
@@ -16,10 +17,43 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc.aio import ServicerContext
 
+from modelyard.program import privacy
 from modelyard.rpc.errors import Refusal, Status, to_status
 from modelyard.rpc.reasons import Reason
 
 _log = logging.getLogger(__name__)
+
+
+_UNREAD = "takes_unread"
+
+M = TypeVar("M")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Unread(Generic[M]):
+    """A request as it came. gRPC keeps its bytes until the call ends; the message, which is several times as large,
+    need not live that long."""
+
+    __slots__ = ("_parse", "_raw")
+
+    def __init__(self, raw: bytes, parse: Callable[[bytes], M]) -> None:
+        self._raw = raw
+        self._parse = parse
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self._raw)
+
+    def read(self) -> M:
+        """A new message each time. Raises Refusal INVALID_REQUEST if it does not parse or is too large."""
+        return self._parse(self._raw)
+
+
+def takes_unread(method: F) -> F:
+    """Mark a method of a servicer: its unary request comes as `Unread`."""
+    setattr(method, _UNREAD, True)
+    return method
 
 
 def service_handler(
@@ -32,9 +66,9 @@ def service_handler(
     messages. It returns a message (unary), or is an async generator of messages (stream), or
     for streams a coroutine that calls `context.write`. Wherever a message is sent, its
     serialised bytes may be given instead; they pass unread. Methods that are missing are
-    answered with UNIMPLEMENTED.
+    answered with UNIMPLEMENTED. A method that is marked `takes_unread` gets an `Unread` message.
 
-    A Refusal becomes its rich status. Any other exception is logged with an incident id and
+    A Refusal becomes its rich status. Of any other exception type and stack are logged with an incident id and
     answered as INTERNAL with that id alone. A request that does not parse, or that is larger than
     `max_request_bytes`, is refused with INVALID_REQUEST.
 
@@ -55,7 +89,11 @@ def _method_handler(
 ) -> grpc.RpcMethodHandler:
     name = f"{method.containing_service.name}.{method.name}"
     parse = _parser(GetMessageClass(method.input_type), max_request_bytes)
-    incoming: Callable[[Any], Any] = (lambda source: _Requests(source, parse)) if method.client_streaming else parse
+    incoming: Callable[[Any], Any] = parse
+    if method.client_streaming:
+        incoming = partial(_Requests, parse=parse)
+    elif getattr(behaviour, _UNREAD, False):
+        incoming = partial(Unread, parse=parse)
 
     async def unary(request: Any, context: ServicerContext) -> Any:
         try:
@@ -134,10 +172,10 @@ async def _abort(context: ServicerContext, method: str, error: Exception) -> Non
     if isinstance(error, Refusal):
         refusal = error
         if error.reason is Reason.INTERNAL:
-            _log.error("%s failed: %s", method, error.message, exc_info=error)
+            _log.error("%s failed: %s", method, privacy.where(error))
     else:
         incident = uuid.uuid4().hex[:8]
-        _log.error("%s failed, incident %s", method, incident, exc_info=error)
+        _log.error("%s failed, incident %s: %s", method, incident, privacy.where(error))
         refusal = Refusal(
             Reason.INTERNAL,
             f"a bug in modelyard; its log has the details under incident {incident}",

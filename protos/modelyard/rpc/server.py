@@ -23,18 +23,20 @@ from types import TracebackType
 import grpc.aio
 
 from modelyard.rpc.channels import Option
-from modelyard.rpc.handlers import service_handler
+from modelyard.rpc.handlers import Unread, service_handler, takes_unread
 from modelyard.rpc.health import HealthHandle, enable_standard_services
 
 __all__ = [
     "DEFAULT_MAX_REQUEST_BYTES",
     "HealthHandle",
     "InFlight",
+    "Unread",
     "bind",
     "create_server",
     "drain",
     "enable_standard_services",
     "service_handler",
+    "takes_unread",
 ]
 
 _log = logging.getLogger(__name__)
@@ -76,26 +78,40 @@ def bind(server: grpc.aio.Server, host: str, port: int) -> int:
     Raises OSError with a message for people.
     """
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    _probe(host, port, where)
     try:
         bound = int(server.add_insecure_port(where))
-    except RuntimeError as error:
-        raise _bind_error(host, port, where) from error
-    if bound == 0:
-        raise _bind_error(host, port, where)
+    except RuntimeError:
+        bound = 0
+    if bound == 0:  # taken since it was probed
+        raise _os_error(errno.EADDRINUSE, _in_use(where))
     return bound
 
 
-def _bind_error(host: str, port: int, where: str) -> OSError:
-    # gRPC tells no errno, so ask the operating system the same question.
+def _probe(host: str, port: int, where: str) -> None:
+    """Ask the operating system first: gRPC tells no errno, and writes a line of its own to stderr."""
+    problems = []
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with contextlib.closing(socket.socket(family, kind, protocol)) as probe:
-            probe.bind(address)
-            probe.listen(1)
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            try:
+                with contextlib.closing(socket.socket(family, kind, protocol)) as probe:
+                    # As gRPC does: connections of the last one here that linger are no hindrance.
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(address)
+                    probe.listen(1)
+                return
+            except OSError as error:
+                problems.append(error)
     except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            return _os_error(error.errno, f"cannot listen on {where}: {error.strerror or error}")
-    return _os_error(errno.EADDRINUSE, f"{where} is in use: choose another with --port, or stop what is there")
+        problems.append(error)
+    problem = problems[0]
+    in_use = problem.errno == errno.EADDRINUSE
+    message = _in_use(where) if in_use else f"cannot listen on {where}: {problem.strerror or problem}"
+    raise _os_error(problem.errno, message)
+
+
+def _in_use(where: str) -> str:
+    return f"{where} is in use: choose another with --port, or stop what is there"
 
 
 def _os_error(number: int | None, message: str) -> OSError:

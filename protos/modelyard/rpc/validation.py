@@ -7,7 +7,6 @@ Each `check_*` returns the violations it found, none if the message is well-form
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -29,6 +28,15 @@ MAX_TOP_LOGPROBS = 20
 MAX_MODELS = 4096
 """Of one report: each costs every control plane work and memory."""
 MAX_FINGERPRINT_CHARACTERS = 1024
+MAX_TEXT = 256
+"""Characters of a free text in a report: names, versions, labels. Everything in it is shown to everybody."""
+MAX_DETAIL = 4096
+"""Characters of `health_detail`."""
+MAX_AMOUNT = 1e9
+"""Of prices in US dollars per million tokens and of tokens per second."""
+MAX_SECONDS = 315_576_000_000
+"""The range of google.protobuf.Duration as it is documented, about 10,000 years; its field holds more."""
+MAX_CONTEXT_LENGTH = 2**32 - 1
 
 
 _ROLES = frozenset(generation_pb2.Role.values()) - {0}
@@ -333,6 +341,9 @@ def check_report(report: fleet_pb2.ServerReport) -> Violations:
     if len(report.models) > MAX_MODELS:
         found.append(Violation("models", f"at most {MAX_MODELS} are accepted, not {len(report.models)}"))
         return found[:MAX_VIOLATIONS]
+    _check_texts(report.engine, "engine", found)
+    _check_texts(report.hardware, "hardware", found)
+    _check_text(report.health_detail, "health_detail", found, MAX_DETAIL)
     offered: set[tuple[str, str]] = set()
     for i, model in enumerate(report.models):
         _check_model(model, offered, f"models[{i}]", found)
@@ -356,11 +367,15 @@ def _check_identity(identity: fleet_pb2.ServerIdentity, found: Violations) -> No
         found.append(Violation("identity.server_id", text))
     if not identity.instance_id:
         found.append(Violation("identity.instance_id", "is required"))
+    _check_text(identity.instance_id, "identity.instance_id", found)
+    _check_text(identity.version, "identity.version", found)
     endpoint = _ENDPOINT.fullmatch(identity.endpoint)
     if endpoint is None or not 1 <= int(endpoint[1]) <= 65535:
         found.append(Violation("identity.endpoint", "must be host:port" if identity.endpoint else "is required"))
     if len(identity.labels) > MAX_LABELS:
         found.append(Violation("identity.labels", f"at most {MAX_LABELS} are accepted"))
+    elif any(len(text) > MAX_TEXT for label in identity.labels.items() for text in label):
+        found.append(Violation("identity.labels", f"keys and values must have at most {MAX_TEXT} characters"))
 
 
 def _check_model(model: fleet_pb2.ModelInfo, offered: set[tuple[str, str]], path: str, found: Violations) -> None:
@@ -369,8 +384,11 @@ def _check_model(model: fleet_pb2.ModelInfo, offered: set[tuple[str, str]], path
         found.append(Violation(f"{path}.name", "is required"))
     if not provider:
         found.append(Violation(f"{path}.provider", "is required"))
+    _check_text(name, f"{path}.name", found)
+    _check_text(provider, f"{path}.provider", found)
+    _check_text(model.quantization, f"{path}.quantization", found)
     if (provider, name) in offered:
-        found.append(Violation(path, f"{provider}/{name} is offered twice"))
+        found.append(Violation(path, f"{provider[:MAX_TEXT]}/{name[:MAX_TEXT]} is offered twice"))
     offered.add((provider, name))
     if model.context_length < 1:
         found.append(Violation(f"{path}.context_length", "must be 1 or more"))
@@ -409,10 +427,21 @@ def _check_performance(performance: fleet_pb2.Performance, path: str, found: Vio
 
 
 def _check_duration(value: Duration, path: str, found: Violations) -> None:
-    if value.seconds < 0 or not 0 <= value.nanos <= 999_999_999:
-        found.append(Violation(path, "must be a duration of 0 or more"))
+    if not (0 <= value.seconds < MAX_SECONDS and 0 <= value.nanos <= 999_999_999):
+        found.append(Violation(path, f"must be a duration of 0 or more, below {MAX_SECONDS} s"))
 
 
 def _check_amount(value: float, path: str, found: Violations) -> None:
-    if not (value >= 0 and math.isfinite(value)):
-        found.append(Violation(path, "must be finite, 0 or more"))
+    if not 0 <= value <= MAX_AMOUNT:  # NaN fails this too
+        found.append(Violation(path, f"must be 0 to {MAX_AMOUNT:g}"))
+
+
+def _check_text(text: str, path: str, found: Violations, most: int = MAX_TEXT) -> None:
+    if len(text) > most:
+        found.append(Violation(path, f"must have at most {most} characters, not {len(text)}"))
+
+
+def _check_texts(message: fleet_pb2.EngineInfo | fleet_pb2.HardwareInfo, path: str, found: Violations) -> None:
+    for field, value in message.ListFields():
+        if isinstance(value, str):
+            _check_text(value, f"{path}.{field.name}", found)

@@ -122,8 +122,9 @@ class OrchestratorServicer(object):
         stream that ends without a summary has failed, and its status says why;
         tokens already received are then an unfinished answer.
 
-        A failed attempt is repeated on another server as long as no token has
-        been sent. The caller's deadline holds for everything: queue, attempts and
+        A failed attempt is repeated as long as no token has been sent: on another
+        server, or on the same one if there is no other, it may do it another time
+        and is there or expected back. The caller's deadline holds for everything: queue, attempts and
         engine; without one the control plane's own limit applies. Cancelling the
         call stops the engine.
 
@@ -139,7 +140,7 @@ class OrchestratorServicer(object):
     def Embed(self, request, context):
         """Turns texts into vectors, one each, in order.
 
-        Idempotent. Retried on another server when one fails.
+        Idempotent. Retried as Generate when a server fails.
         Errors: as Generate.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import sys
 
 import pytest
 from rich.console import Console
@@ -72,6 +74,35 @@ def test_narrow_terminals_lose_optional_columns_first() -> None:
         table = output.fitting_table(Console(width=width), columns, [row])
         titles.append([column.header for column in table.columns])
     assert titles == [["name", "device", "endpoint"], ["name", "device"], ["name"]]
+
+
+def rendered(width: int, columns: tuple[Column, ...], row: list[str]) -> str:
+    screen = Console(width=width, file=io.StringIO(), force_terminal=False)
+    screen.print(output.fitting_table(screen, columns, [row]))
+    return screen.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_key_stays_readable_however_narrow_the_terminal() -> None:
+    columns = (Column(""), Column("server"), Column("engine"), Column("models", flexible=True), Column("slots"))
+    row = ["*", "a-server-name", "simulated", "one, two, three, four", "8"]
+    for width in (50, 40, 30, 20):
+        told = rendered(width, columns, row)
+        assert "a-server-name" in told
+        assert "\N{HORIZONTAL ELLIPSIS}" not in told
+        assert max(map(len, told.splitlines())) <= width
+    assert "one," in rendered(50, columns, row)
+    # Not even the key fits: it is folded, nothing of it is lost.
+    assert "".join(rendered(12, columns, row).split()).endswith("a-server-name")
+
+
+def test_a_reader_that_left_is_told_as_print_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", encoding="utf-8") as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        with pytest.raises(BrokenPipeError):
+            output.console().print("nobody reads this")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # what is left in the buffer goes there
 
 
 def test_a_failure_is_one_line() -> None:

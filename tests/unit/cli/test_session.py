@@ -35,6 +35,7 @@ def test_the_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     [
         ("client: {adress: x}", {}, "client.adress: unknown setting"),
         ("client: {timeout: soon}", {}, "client.timeout: must be a number"),
+        ("client: {timeout: 2024-13-45}", {}, "not valid YAML: month must be"),
         ("client: {timeout: 0}", {}, "client.timeout: must be a number"),
         ("", {"MODELYARD_TIMEOUT": "-1"}, "MODELYARD_TIMEOUT: must be a number"),
     ],

@@ -533,3 +533,44 @@ async def test_wrong_arguments_fail_before_anything_is_sent(fake: FakeOrchestrat
     with pytest.raises(TypeError):
         await client.generate("hi", temprature=1)  # type: ignore[call-arg]
     assert not fake.calls
+
+
+# --------------------------------------------------- messages that do not parse ---
+
+
+class Garbled(FakeOrchestrator):
+    """Answers with bytes that are no message, as a control plane relays them unread from a careless server."""
+
+    GARBAGE = b"\x12\x02\xff\xff"
+    before = 0
+    """Good deltas before the bad one."""
+
+    async def Generate(self, request, context):
+        for _ in range(self.before):
+            yield orchestrator_pb2.GenerateResponse(delta=generation_pb2.GenerationDelta(text="good ", tokens=1))
+        yield self.GARBAGE
+        yield orchestrator_pb2.GenerateResponse(summary=self.summary)
+
+    async def Embed(self, request, context):
+        return b"\x0a\x02\xff\xff"
+
+    async def ListModels(self, request, context):
+        return b"\x0a\x02\xff\xff"
+
+    async def WatchFleet(self, request, context):
+        yield b"\x12\x02\xff\xff"
+
+
+async def test_an_answer_that_does_not_parse_is_a_typed_failure() -> None:
+    async with Garbled() as fake, AsyncClient(fake.address) as client:
+        with pytest.raises(InternalError, match="does not parse") as first:
+            await client.generate("hi")
+        assert first.value.partial is None
+        fake.before = 2
+        with pytest.raises(StreamBroken, match="does not parse") as broken:
+            await client.generate("hi")
+        assert broken.value.partial is not None
+        assert broken.value.partial.text == "good good "
+        for call in (client.embed("abc"), client.models(), anext(client.watch_fleet())):
+            with pytest.raises(InternalError, match="does not parse"):
+                await call

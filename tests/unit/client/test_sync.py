@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import pytest
 
-from modelyard.client import Cancelled, Client, Delta, InvalidRequest, OutOfMemory, QueueFull
+from modelyard.client import Cancelled, Client, Delta, InternalError, InvalidRequest, OutOfMemory, QueueFull
 from modelyard.rpc.errors import Refusal
 from modelyard.rpc.reasons import Reason
 from modelyard.testing import FakeOrchestrator
@@ -212,3 +212,20 @@ async def test_program_that_never_closes_its_client_ends(fake: FakeOrchestrator)
     assert stdout.decode().split() == ["Hello", ",", "world"]
     assert process.returncode == 0
     assert b"Traceback" not in stderr
+
+
+async def test_what_does_not_parse_is_a_typed_failure() -> None:
+    class Garbled(FakeOrchestrator):
+        async def Generate(self, request, context):
+            yield b"\x12\x02\xff\xff"
+
+        async def ListModels(self, request, context):
+            return b"\x0a\x02\xff\xff"
+
+    def work(client: Client) -> None:
+        for call in (lambda: client.generate("hi"), client.models, lambda: list(client.stream("hi").deltas())):
+            with pytest.raises(InternalError, match="does not parse"):
+                call()
+
+    async with Garbled() as fake:
+        await using(fake, work)

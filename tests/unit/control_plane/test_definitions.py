@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
 
+from control_plane.app import ControlPlane, SystemClock
+from control_plane.config import ControlPlaneSettings
 from control_plane.definitions import Watcher, read
 from control_plane.domain.definition import ModelDefinition
 from control_plane.domain.model import ModelCard, ModelName, Price, Provider
@@ -51,12 +54,26 @@ def test_a_definition_is_read_whole(tmp_path: Path) -> None:
         ("models:\n  a:\n    features: [fly]\n", r"x\.yaml:3: models\.a\.features: .*unknown feature 'fly'"),
         ("model: {}\n", r"x\.yaml:1: .*"),
         ("models: [\n", r"x\.yaml:2: not valid YAML"),
+        ("models:\n  y: {context_length: 2024-13-45}\n", r"x\.yaml:2: not valid YAML: not a timestamp"),
+        ("models:\n  a: {}\n  a: {}\n", r"x\.yaml:3: not valid YAML: duplicate key 'a'"),
+        ("models:\n  a:\n    context_length: 5000000000\n", r"x\.yaml:3: models\.a\.context_length: .*less than"),
+        ("models:\n  a:\n    price: {prompt: 1.0e+10}\n", r"x\.yaml:3: models\.a\.price\.prompt: .*less than"),
+        ("models:\n  a:\n    initial: {ttft: 1.0e+15}\n", r"x\.yaml:3: models\.a\.initial\.ttft: .*less than"),
+        ("models:\n  " + "a" * 257 + ": {}\n", r"x\.yaml:2: .*at most 256 characters"),
+        ('models:\n  "\\ud800": {}\n', r"x\.yaml:2: not valid YAML: not a str"),
+        ("models: &a\n  m: *a\n", r"x\.yaml:2: models\.m\.m: "),
         ("models:\n  a:\n    price: {prompt: .nan}\n", r"x\.yaml:3: models\.a\.price\.prompt"),
     ],
 )
 def test_a_mistake_names_file_line_and_key(tmp_path: Path, text: str, complaint: str) -> None:
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(SettingsError, match=complaint):
+        read(tmp_path)
+
+
+def test_a_provider_that_cannot_be_told_is_refused(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"\xff.yaml")).write_text("models: {a: {}}")
+    with pytest.raises(SettingsError, match="must be printable"):
         read(tmp_path)
 
 
@@ -80,6 +97,30 @@ def test_a_bad_edit_keeps_the_previous_definitions(tmp_path: Path, caplog: pytes
     changed = watcher.poll()
     assert changed is not None
     assert changed.definitions.get(Provider("ollama"), ModelName("added"))
+
+
+@pytest.mark.parametrize("bad", ["models:\n  y: {context_length: 2024-13-45}\n", "models: " + "[" * 3000, "\0"])
+def test_a_bad_edit_never_takes_a_running_control_plane_down(tmp_path: Path, bad: str) -> None:
+    (tmp_path / "ollama.yaml").write_text(GOOD)
+    plane = ControlPlane(ControlPlaneSettings(models_dir=tmp_path), SystemClock())
+    assert plane.watcher is not None
+    before = plane.fleet.definitions
+    (tmp_path / "new.yaml").write_text(bad)
+    plane.reread_definitions(plane.watcher)
+    assert plane.fleet.definitions is before
+    (tmp_path / "new.yaml").write_text("models: {added: {}}")
+    plane.reread_definitions(plane.watcher)
+    assert plane.fleet.definitions.get(Provider("new"), ModelName("added"))
+
+
+def test_whatever_the_watcher_raises_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Watcher):
+        def poll(self) -> None:
+            raise RuntimeError("overlooked")
+
+    plane = ControlPlane(ControlPlaneSettings(models_dir=tmp_path), SystemClock())
+    plane.reread_definitions(Broken(tmp_path))
+    assert "overlooked" in caplog.text and "stay in force" in caplog.text
 
 
 def test_the_shorter_context_length_holds() -> None:

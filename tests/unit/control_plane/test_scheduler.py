@@ -1,13 +1,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from control_plane.domain.decision import Verdict
 from control_plane.domain.errors import DomainError
 from control_plane.domain.model import ModelName, ModelState, ServerId
 from control_plane.domain.request import RouteRequest
-from control_plane.domain.server import Health
+from control_plane.domain.server import Failed, Health
 from control_plane.domain.task import Priority
 from control_plane.fleet.registry import Fleet, Outcome, OutcomeKind
 from control_plane.fleet.scheduler import Grant, Scheduler
@@ -16,30 +24,48 @@ from control_plane.selection.policy import Policy
 from tests.unit.control_plane.builders import ManualClock, card, fleet, report
 
 NEUTRAL = Outcome(OutcomeKind.NEUTRAL)
-NOBODY: frozenset[ServerId] = frozenset()
+NOBODY: frozenset[Failed] = frozenset()
+
+
+def failed(server_id: str, instance: str = "1") -> Failed:
+    return Failed(ServerId(server_id), instance)
 
 
 class House:
     """A scheduler over a fleet, and the clock of both."""
 
-    def __init__(self, bound: int = 100) -> None:
+    def __init__(self, bound: int = 100, max_bytes: int | None = None) -> None:
         self.clock = ManualClock()
+        self.selections = 0
+        self.selection_takes = 0.0
         self.fleet: Fleet = fleet(self.clock.now)
         self.granted: list[tuple[Priority, float]] = []
         self.scheduler = Scheduler(
             self.fleet,
             Policy(),
-            FairQueue(dict.fromkeys(Priority, bound), dict.fromkeys(Priority, 10.0)),
+            FairQueue(dict.fromkeys(Priority, bound), dict.fromkeys(Priority, 10.0), max_bytes=max_bytes),
             self.clock,
-            on_selected=lambda _: None,
+            on_selected=self.selected,
             on_granted=lambda priority, queued: self.granted.append((priority, queued)),
         )
+
+    def selected(self, seconds: float) -> None:
+        self.selections += 1
+        self.clock.now += self.selection_takes
+
+    def counted(self, event: Callable[..., object], *args: object) -> int:
+        """Selections that an event costs."""
+        before = self.selections
+        event(*args)
+        return self.selections - before
 
     def attach(self, *args: object, **kwargs: object) -> object:
         return self.fleet.attach(report(*args, **kwargs), self.clock.now, 0.0, lambda: None)  # type: ignore[arg-type]
 
-    def acquire(self, request: RouteRequest | None = None, avoid: frozenset[ServerId] = NOBODY) -> asyncio.Task[Grant]:
-        return asyncio.ensure_future(self.scheduler.acquire(request or RouteRequest("r"), avoid))
+    def acquire(
+        self, request: RouteRequest | None = None, avoid: frozenset[Failed] = NOBODY, **more: Any
+    ) -> asyncio.Task[Grant]:
+        return asyncio.ensure_future(self.scheduler.acquire(request or RouteRequest("r"), avoid, **more))
 
     def later(self, seconds: float) -> None:
         self.clock.now += seconds
@@ -153,6 +179,7 @@ async def test_a_server_that_does_not_know_its_models_yet_keeps_the_fleet_warmin
     house.later(2.5)
     error = await refused(house.acquire())
     assert error.reason == "FLEET_WARMING_UP"
+    assert error.message.startswith("servers are still coming up")  # the control plane may be there for days
     assert error.retry_after and error.retry_after > 0
     house.attach()
     assert (await house.acquire()).flight.server_id == "a"
@@ -210,10 +237,10 @@ async def test_servers_that_failed_are_avoided() -> None:
     house = House()
     house.attach("a")
     house.attach("b")
-    grant = await house.acquire(avoid=frozenset({ServerId("a")}))
+    grant = await house.acquire(avoid=frozenset({failed("a")}))
     assert grant.flight.server_id == "b"
     house.later(2.5)
-    error = await refused(house.acquire(avoid=frozenset({ServerId("a"), ServerId("b")})))
+    error = await refused(house.acquire(avoid=frozenset({failed("a"), failed("b")})))
     assert error.reason == "NO_CAPABLE_SERVER"
 
 
@@ -264,3 +291,313 @@ async def test_one_busy_model_does_not_hold_up_another() -> None:
     grant = await house.acquire(RouteRequest("r", model=ModelName("free")))
     assert grant.flight.server_id == "b"
     stuck.cancel()
+
+
+# ------------------------------------------------------ what an event costs ---
+
+
+def distinct(number: int, **fields: Any) -> RouteRequest:
+    """One whose needs nobody shares."""
+    return RouteRequest(f"r{number}", excluded=frozenset({ServerId(f"x{number}")}), **fields)
+
+
+async def crowd(house: House, count: int, **fields: Any) -> list[asyncio.Task[Grant]]:
+    """So many wait, no two with the same needs."""
+    tasks = [house.acquire(distinct(number, **fields)) for number in range(count)]
+    await settle()
+    assert sum(house.scheduler.depth().values()) == count
+    return tasks
+
+
+async def give_up(tasks: list[asyncio.Task[Grant]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_an_event_costs_what_it_starts_however_unlike_those_who_wait_are() -> None:
+    house = House(2000)
+    house.later(3.0)
+    attachment: Any = house.attach(slots=1)
+    held = await house.acquire()
+    before = house.selections
+    tasks = await crowd(house, 1000)
+    assert house.selections - before == 1000, "one who comes is offered what is open, and nobody else is"
+    assert house.counted(house.later, 0.05) == 0
+    assert house.counted(house.fleet.update, attachment, report(slots=1), house.clock.now, 0.0) == 0
+    for task in tasks[:5]:
+        assert house.counted(house.scheduler.release, held.flight, NEUTRAL) == 1
+        held = await task
+    await give_up(tasks)
+
+
+async def test_what_opens_for_others_costs_those_who_wait_nothing() -> None:
+    house = House(2000)
+    house.later(3.0)
+    house.attach("busy", slots=1, models=(card("m"),))
+    house.attach("idle", slots=1, models=(card("other"),))
+    await house.acquire(RouteRequest("r", model=ModelName("m")))
+    tasks = await crowd(house, 1000, model=ModelName("m"))
+    tasks += [
+        house.acquire(RouteRequest("r", excluded=frozenset({ServerId("idle"), ServerId(f"{n}")}))) for n in range(500)
+    ]
+    await settle()
+
+    async def pass_through() -> None:
+        grant = await house.acquire(RouteRequest("r", model=ModelName("other")))
+        house.scheduler.release(grant.flight, NEUTRAL)
+
+    before = house.selections
+    for _ in range(10):
+        await pass_through()
+    assert house.selections - before == 10
+    await give_up(tasks)
+
+
+async def test_reports_that_change_the_table_cost_those_who_wait_nothing() -> None:
+    house = House(2000)
+    house.later(3.0)
+    attachment: Any = house.attach(slots=1)
+    await house.acquire()
+    tasks = await crowd(house, 1000)
+    measured = report(slots=1, models=(replace(card(), ttft=0.3),))
+    assert house.counted(house.fleet.update, attachment, measured, house.clock.now, 0.0) == 0
+    await give_up(tasks)
+
+
+async def test_the_event_loop_gets_its_turn_between_many_starts() -> None:
+    house = House()
+    house.later(3.0)
+    house.attach("a", slots=1)
+    await house.acquire()
+    tasks = await crowd(house, 60)
+    house.selection_takes = 0.001
+    assert house.counted(lambda: house.attach("b", slots=50)) <= 3
+    late = house.acquire()  # comes while the others are being started
+    await asyncio.wait(tasks[:50], timeout=5)
+    assert [task.done() for task in tasks] == [True] * 50 + [False] * 10
+    assert not late.done()
+    await give_up([*tasks, late])
+
+
+async def test_the_event_loop_gets_its_turn_between_many_refusals() -> None:
+    house = House()
+    house.later(3.0)
+    attachment: Any = house.attach(slots=1)
+    await house.acquire()
+    tasks = await crowd(house, 60)
+    house.selection_takes = 0.001
+    other = report(slots=1, models=(card(code_generation=0.5),))
+    assert house.counted(house.fleet.update, attachment, other, house.clock.now, 0.0) <= 3
+    reasons = [(await refused(task)).reason for task in tasks]
+    assert reasons == ["NO_CAPABLE_SERVER"] * 60
+
+
+async def test_a_lane_moves_on_when_its_first_goes_away() -> None:
+    house = House()
+    house.attach("small", models=(card(context_length=5000),), slots=1)
+    house.attach("large", models=(card(context_length=9000),), slots=1)
+    await house.acquire(RouteRequest("r", prompt_tokens=6000))
+    held = await house.acquire(RouteRequest("r", prompt_tokens=4500))
+    needs_more = house.acquire(RouteRequest("r", prompt_tokens=7000))
+    await settle()
+    needs_less = house.acquire(RouteRequest("r", prompt_tokens=4500))
+    await settle()
+    house.scheduler.release(held.flight, NEUTRAL)
+    await settle()
+    assert not needs_less.done()  # of the same lane, as documented
+    needs_more.cancel()
+    await settle()
+    house.later(0.05)
+    assert (await needs_less).flight.server_id == "small"
+
+
+# -------------------------------------------------------- after a failure ---
+
+
+async def test_a_server_that_was_started_anew_is_not_avoided() -> None:
+    house = House()
+    house.attach("a", slots=1)
+    house.attach("b", slots=1)
+    await house.acquire(RouteRequest("r", server_id=ServerId("b")))
+    retried = house.acquire(avoid=frozenset({failed("a")}), again=True)
+    await settle()
+    assert not retried.done()
+    house.attach("a", instance="2", slots=1)
+    assert (await retried).flight.server_id == "a"
+
+
+async def test_a_retry_keeps_its_place() -> None:
+    house = House()
+    house.attach(slots=1)
+    place = house.scheduler.take_place()
+    held = await house.acquire()
+    others = [house.acquire(RouteRequest(str(number))) for number in range(3)]
+    await settle()
+    retried = house.acquire(place=place, again=True)
+    await settle()
+    house.scheduler.release(held.flight, NEUTRAL)
+    held = await retried
+    house.scheduler.release(held.flight, NEUTRAL)
+    await others[0]
+    await give_up(others)
+
+
+async def test_a_retry_is_not_turned_away_and_waits_for_models_to_be_known() -> None:
+    house = House(bound=0)
+    house.later(3.0)
+    house.attach(health=Health.STARTING, models=())
+    assert (await refused(house.acquire())).reason == "FLEET_WARMING_UP"
+    retried = house.acquire(again=True)
+    await settle()
+    house.later(0.05)
+    assert not retried.done()
+    house.attach()
+    assert (await retried).flight.server_id == "a"
+
+
+async def test_a_retry_does_not_wait_for_nobody() -> None:
+    house = House()
+    house.later(3.0)
+    attachment: Any = house.attach(health=Health.STARTING, models=())
+    retried = house.acquire(again=True)
+    await settle()
+    house.fleet.detach(attachment)
+    house.later(3.5)
+    await settle()
+    assert (await refused(retried)).reason in ("NO_CAPABLE_SERVER", "SERVERS_AWAY")
+
+
+async def test_a_sign_of_life_is_waited_for() -> None:
+    house = House()
+    attachment: Any = house.attach()
+    flight = (await house.acquire()).flight
+    hearing = asyncio.ensure_future(house.scheduler.heard_from(flight))
+    house.attach("b")
+    await settle()
+    assert not hearing.done()
+    house.fleet.update(attachment, report(), house.clock.now, 0.0)
+    await asyncio.wait_for(hearing, 5)
+    hearing = asyncio.ensure_future(house.scheduler.heard_from(flight))
+    await settle()
+    house.fleet.detach(attachment)
+    await asyncio.wait_for(hearing, 5)
+    await asyncio.wait_for(house.scheduler.heard_from(flight), 5)
+
+
+async def test_the_bytes_of_those_who_wait_are_bounded() -> None:
+    house = House(max_bytes=100)
+    house.attach(slots=1)
+    held = await house.acquire(size=1000)  # does not wait
+    waiting = house.acquire(size=60)
+    await settle()
+    error = await refused(house.acquire(size=41))
+    assert error.reason == "QUEUE_FULL" and "queue.max_bytes" in error.message
+    assert error.retry_after and error.retry_after > 0
+    small = house.acquire(size=40)
+    await settle()
+    house.scheduler.release(held.flight, NEUTRAL)
+    await waiting
+    small.cancel()
+
+
+# ---------------------------------------------------------------- fairness ---
+
+kinds = st.sampled_from(["m1", "m2"])
+servers = st.sampled_from(["s1", "s2", "s3"])
+
+
+class Traffic(RuleBasedStateMachine):
+    """Whatever happens: nobody waits who could start, and nobody who starts was preceded by one who could have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.house = House()
+        self.waiting: dict[int, tuple[RouteRequest, asyncio.Task[Grant]]] = {}
+        self.held: list[Grant] = []
+        self.count = 0
+
+    def teardown(self) -> None:
+        self.loop.run_until_complete(give_up([task for _, task in self.waiting.values()]))
+        self.loop.close()
+
+    def on_loop(self, event: Callable[[], Any]) -> None:
+        async def run() -> None:
+            event()
+            await settle()
+
+        self.loop.run_until_complete(run())
+        self.settle_accounts()
+
+    def could_use(self, request: RouteRequest, server_id: ServerId) -> bool:
+        offered = {card.name for card in self.house.fleet.server(server_id).cards}
+        return server_id not in request.excluded and (request.model is None or request.model in offered)
+
+    def settle_accounts(self) -> None:
+        started = {number: task for number, (_, task) in self.waiting.items() if task.done()}
+        order = sorted(self.waiting, key=lambda number: (-self.waiting[number][0].priority, number))
+        for number, task in started.items():
+            if task.exception() is not None:
+                continue
+            server_id = task.result().flight.server_id
+            for earlier in order[: order.index(number)]:
+                if earlier not in started:
+                    request = self.waiting[earlier][0]
+                    assert not self.could_use(request, server_id), f"{number} overtook {earlier} on {server_id}"
+            self.held.append(task.result())
+        for number in started:
+            del self.waiting[number]
+
+    @rule(server_id=servers, models=st.sets(kinds, min_size=1), slots=st.integers(1, 3), instance=st.sampled_from("12"))
+    def attach(self, server_id: str, models: set[str], slots: int, instance: str) -> None:
+        cards = tuple(card(name) for name in sorted(models))
+        self.on_loop(lambda: self.house.attach(server_id, instance=instance, slots=slots, models=cards))
+
+    @precondition(lambda self: self.house.fleet.servers())
+    @rule(model=st.none() | kinds, excluded=st.sets(servers), priority=st.sampled_from(Priority))
+    def arrive(self, model: str | None, excluded: set[str], priority: Priority) -> None:
+        request = RouteRequest(
+            str(self.count),
+            priority=priority,
+            model=ModelName(model) if model else None,
+            excluded=frozenset(ServerId(server_id) for server_id in excluded),
+        )
+
+        def event() -> None:
+            self.waiting[self.count] = request, self.house.acquire(request)
+
+        self.on_loop(event)
+        self.count += 1
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        grant = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        self.on_loop(lambda: self.house.scheduler.release(grant.flight, NEUTRAL))
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        _, task = self.waiting.pop(data.draw(st.sampled_from(sorted(self.waiting))))
+        self.on_loop(task.cancel)
+
+    @rule()
+    def drain_and_back(self) -> None:
+        for server in self.house.fleet.servers()[:1]:
+            self.on_loop(partial(self.house.fleet.drain, server.id, undo=False))
+            self.on_loop(partial(self.house.fleet.drain, server.id, undo=True))
+
+    @rule(seconds=st.sampled_from([0.05, 1.0]))
+    def later(self, seconds: float) -> None:
+        self.on_loop(lambda: self.house.later(seconds))
+
+    @invariant()
+    def nobody_waits_who_could_start(self) -> None:
+        self.on_loop(lambda: self.house.scheduler.tick(self.house.clock.now))
+        for request, _ in self.waiting.values():
+            assert self.house.scheduler.explain(request).verdict is Verdict.WAIT
+
+
+TestTraffic = Traffic.TestCase
+TestTraffic.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from model_servers.engine import Delta, EngineFailed, FinishReason, Sampling, TokenLogprob, Tool, Unsupported
+from model_servers.engine import (
+    Delta,
+    EngineFailed,
+    FinishReason,
+    GenerationRequest,
+    Image,
+    Message,
+    Role,
+    Sampling,
+    TokenLogprob,
+    Tool,
+    ToolCall,
+    Unsupported,
+)
 from model_servers.engines._mlx.answer import Answer, Detokenizer
 from model_servers.engines._mlx.jobs import EmbedJob
-from model_servers.engines._mlx.loading import import_mlx
+from model_servers.engines._mlx.loading import import_mlx, most_bytes_per_token
 from model_servers.engines._mlx.markup import Marks, MarkupReader
 from model_servers.engines._mlx.prefixes import PrefixCache
+from model_servers.engines._mlx.prompting import pieces, weight
 from model_servers.engines.mlx import MlxSettings, plugin
 
 # ---------------------------------------------------------------- imports ---
@@ -349,3 +365,96 @@ def test_schemas_of_forced_calls() -> None:
     for wrong in ("[1]", "{"):
         with pytest.raises(Unsupported, match="'f'"):
             grammar.call_schema([Tool("f", parameters_schema=wrong)])
+
+
+@pytest.mark.parametrize(
+    ("schema", "accepted"),
+    [
+        ('{"multipleOf": 4999}', True),
+        ('{"multipleOf": 5001}', False),
+        ('{"multipleOf": 1000000000}', True),
+        ('{"multipleOf": 1' + "0" * 400 + "}", False),
+        ('{"multipleOf": NaN}', True),
+        ('{"properties": {"a": {"multipleOf": 0.001}, "b": {"multipleOf": 7}}}', True),
+        ('{"allOf": [{"multipleOf": 71}, {"multipleOf": 73}]}', False),
+        ('{"allOf": [{"multipleOf": 1e-300}, {"multipleOf": 1e300}]}', False),
+    ],
+)
+def test_automata_for_multiples_are_bounded(schema: str, accepted: bool) -> None:
+    pytest.importorskip("llguidance")
+    from model_servers.engines._mlx import grammar
+
+    with nullcontext() if accepted else pytest.raises(Unsupported, match="multipleOf"):
+        grammar.check_schema(schema, "f")
+
+
+# --------------------------------------------------------------- tokenizing ---
+
+
+class Wrapper:
+    def __init__(self, described: dict[str, Any]) -> None:
+        from tokenizers import Tokenizer
+
+        self.backend_tokenizer = Tokenizer.from_str(json.dumps(described))
+
+
+def described(**changes: Any) -> dict[str, Any]:
+    """A tokenizer over bytes with two merges: "ab" and "abab"."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    alphabet = {letter: n for n, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    vocabulary = {**alphabet, "ab": 256, "abab": 257}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": [["a", "b"], ["ab", "ab"]], "byte_fallback": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    base = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None}
+    return {**base, "pre_tokenizer": level, "post_processor": None, "decoder": None, "model": model, **changes}
+
+
+def added(**changes: Any) -> dict[str, Any]:
+    token = {"id": 258, "content": "<end>", "single_word": False, "lstrip": False, "rstrip": False}
+    return {**token, "normalized": False, "special": True, **changes}
+
+
+def split(behavior: str) -> dict[str, Any]:
+    cut = {"type": "Split", "pattern": {"String": " "}, "behavior": behavior, "invert": False}
+    return {"type": "Sequence", "pretokenizers": [cut, described()["pre_tokenizer"]]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 4),
+        ({"added_tokens": [added()]}, 5),
+        ({"normalizer": {"type": "NFC"}}, 16),
+        ({"pre_tokenizer": split("Isolated")}, 4),
+        # These may swallow text without end.
+        ({"added_tokens": [added(rstrip=True)]}, None),
+        ({"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}}, None),
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKC"}]}}, None),
+        ({"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": ""}}, None),
+        ({"pre_tokenizer": split("Removed")}, None),
+        ({"model": {"type": "WordLevel", "vocab": {"[UNK]": 0}, "unk_token": "[UNK]"}}, None),
+    ],
+)
+def test_how_much_text_a_token_can_stand_for(changes: dict[str, Any], expected: int | None) -> None:
+    pytest.importorskip("tokenizers")
+    wrapper = Wrapper(described(**changes))
+    assert most_bytes_per_token(wrapper) == expected
+    if expected is not None:
+        for text in ("abababab" * 20, "e\u0301\u0308 <end> \U0001f600" * 20, "\u1100\u1161\u11a8" * 30):
+            assert len(wrapper.backend_tokenizer.encode(text).ids) * expected >= len(text.encode())
+
+
+def test_texts_are_taken_in_pieces_of_bounded_size() -> None:
+    texts = ["a" * 5, "b" * 5, "c" * 30, "", "d", "e" * 10]
+    assert [list(piece) for piece in pieces(texts, 10)] == [texts[:2], texts[2:3], texts[3:5], texts[5:]]
+    assert list(pieces([], 10)) == []
+
+
+def test_everything_that_is_read_counts_as_work() -> None:
+    message = Message(
+        Role.USER, ("12345", Image(b"x" * 100, "image/png"), "6"), tool_calls=(ToolCall("i", "f", "1234"),)
+    )
+    assert weight(GenerationRequest("m", messages=(message,))) == 10
+    assert weight(GenerationRequest("m", prompt="123", json_schema="{}")) == 3 + 8 * 2
+    assert weight(GenerationRequest("m", prompt="", tools=(Tool("f", "12", "{}"),))) == 2 + 8 * 2

@@ -112,6 +112,7 @@ def test_every_engine_error_has_its_reason():
     reasons = {
         engine.UnknownModel: Reason.UNKNOWN_MODEL,
         engine.ContextTooLong: Reason.CONTEXT_TOO_LONG,
+        engine.InvalidRequest: Reason.INVALID_REQUEST,
         engine.Unsupported: Reason.UNSUPPORTED,
         engine.Busy: Reason.SERVER_BUSY,
         engine.RateLimited: Reason.RATE_LIMITED,
@@ -124,6 +125,8 @@ def test_every_engine_error_has_its_reason():
     for error, reason in reasons.items():
         assert convert.refusal(error("why"), "input").reason is reason
     assert convert.refusal(engine.Busy("full", 3.0), "input").retry_after == 3.0
+    (violation,) = convert.refusal(engine.InvalidRequest("why", "tools[1]"), "input").violations
+    assert (violation.field, violation.description) == ("input.tools[1]", "why")
 
 
 # --------------------------------------------------------------- admission ---

@@ -17,6 +17,7 @@ from model_servers.engine import (
     FinishReason,
     GenerationRequest,
     Health,
+    InvalidRequest,
     Message,
     Role,
     Sampling,
@@ -241,6 +242,14 @@ async def test_images_count_and_settings_reach_the_description():
     assert two.price == (2.0, 0.0, 0.0) and two.features == Feature.STREAMING | Feature.VISION
 
 
+async def test_configured_speeds_are_expected_before_anything_is_measured():
+    engine = await started(instant=False, prefill_tokens_per_second=1000, decode_tokens_per_second=50, time_scale=2)
+    (model,) = engine.status().models
+    assert (model.expected_ttft, model.expected_tpot) == (pytest.approx(0.2), pytest.approx(0.04))
+    (model,) = (await started()).status().models
+    assert (model.expected_ttft, model.expected_tpot) == (0.0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("schema", "expected"),
     [
@@ -261,7 +270,78 @@ def test_minimal_json(schema, expected):
     assert json.loads(minimal_json(json.dumps(schema))) == expected
 
 
-@pytest.mark.parametrize("schema", ['{"$ref": "#"}', '{"$ref": "http://x"}', '{"type": "string", "pattern": "a"}'])
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        ('{"$ref": "#"}', "no finite instance"),
+        ('{"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}', "no finite instance"),
+        ('{"required": ["a"], "properties": {"a": {"$ref": "#"}}}', "no finite instance"),
+        ('{"$ref": "#/SECRET"}', "leads nowhere"),
+        ('{"$ref": 5}', "must be a string"),
+        ('{"enum": 5}', "'enum' must be a list"),
+        ('{"required": 5}', "'required' must be a list"),
+        ('{"required": [["SECRET"]]}', "malformed"),
+        ('{"required": ["a"], "properties": {"a": "SECRET"}}', "must be an object or a boolean"),
+        ('{"properties": 5, "required": ["a"]}', "'properties' must be an object"),
+        ('{"allOf": 5}', "'allOf' must be a list"),
+        ('{"type": "string", "minLength": "SECRET"}', "'minLength' must be a number"),
+        ('{"type": "integer", "minimum": 1, "multipleOf": 0}', "'multipleOf' must be above 0"),
+        ('{"type": "integer", "minimum": Infinity}', "malformed"),
+        ('{"type": "SECRET"}', "'type'"),
+        ('{"type": {}}', "'type'"),
+        ('{"required": ["a"], "properties": {"a": false}}', "accepts nothing"),
+        ("SECRET", "malformed"),
+    ],
+)
+async def test_bad_schemas_are_the_fault_of_the_request(schema, expected):
+    engine = await started()
+    with pytest.raises(InvalidRequest, match=expected) as caught:
+        await collect(engine, ask(json_schema=schema))
+    assert caught.value.field == "response_format.json_schema.schema" and "SECRET" not in str(caught.value)
+    tools = (Tool("a"), Tool("b", parameters_schema=schema))
+    with pytest.raises(InvalidRequest, match=expected) as caught:
+        await collect(engine, ask(tools=tools, tool_choice=ToolChoiceMode.REQUIRED, tool_name="b"))
+    assert caught.value.field == "tools[1].parameters_schema"
+    assert engine.status().load.running == 0
+
+
+DOUBLING = {f"a{n}": {"type": "array", "minItems": 2, "items": {"$ref": f"#/$defs/a{n + 1}"}} for n in range(30)}
+HUGE = [
+    '{"type": "array", "minItems": 300, "items": {"type": "array", "minItems": 30000}}',
+    '{"type": "array", "minItems": 1000000000}',
+    '{"type": "string", "minLength": 1000000000}',
+    json.dumps({"$ref": "#/$defs/a0", "$defs": DOUBLING | {"a30": {"type": "null"}}}),
+]
+
+
+@pytest.mark.parametrize("schema", HUGE)
+async def test_a_value_that_does_not_fit_is_cut_off_and_holds_nobody_up(schema):
+    engine = await started(tokens_per_chunk=20_000)
+    loop = asyncio.get_running_loop()
+    longest, before, done = 0.0, loop.time(), False
+
+    async def watch() -> None:
+        nonlocal longest, before
+        while not done:
+            await asyncio.sleep(0.001)
+            longest, before = max(longest, loop.time() - before), loop.time()
+
+    watcher = asyncio.create_task(watch())
+    async with asyncio.timeout(20):
+        text, _, finished = await collect(engine, ask(json_schema=schema, sampling=Sampling(max_tokens=20_000)))
+    done = True
+    await watcher
+    assert finished.finish_reason is FinishReason.LENGTH and len(text) == 80_000
+    assert longest < 0.25, f"the event loop stood still for {longest:.2f} s"
+
+
+def test_work_without_a_text_is_bounded():
+    bomb = {f"a{n}": {"allOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(40)}
+    with pytest.raises(Unsupported, match="too much work"):
+        minimal_json(json.dumps({"$ref": "#/$defs/a0", "$defs": bomb | {"a40": {}}}))
+
+
+@pytest.mark.parametrize("schema", ['{"$ref": "http://x"}', '{"type": "string", "pattern": "a"}'])
 def test_schemas_without_a_known_value_are_unsupported(schema):
     with pytest.raises(Unsupported):
         minimal_json(schema)

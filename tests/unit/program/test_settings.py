@@ -56,6 +56,45 @@ def test_a_mistake_in_the_file_is_named_with_its_line(tmp_path: Path, text: str,
         read(tmp_path, text=text)
 
 
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("outer:\n  host: 2024-13-45\n", r":2: not valid YAML: not a timestamp: month must be"),
+        ("outer:\n  host: 2001-01-01 25:61:61\n", r":2: not valid YAML: not a timestamp"),
+        ("outer:\n  host: " + "1" * 5000 + "\n", r":2: not valid YAML: not a int"),
+        ("outer:\n  verbose: !!bool perhaps\n", r":2: not valid YAML: not a bool"),
+        ("outer: !!timestamp soon\n", r":1: not valid YAML: not a timestamp"),
+        ("outer: " + "[" * 3000 + "\n", r"modelyard\.yaml: not valid YAML: nested too deeply"),
+        ("outer: " + "{a: " * 3000 + "\n", r"modelyard\.yaml: not valid YAML: nested too deeply"),
+        ("outer:\n  host: a\x00b\n", r":2: not valid YAML: character '\\x00' is not allowed"),
+        ("outer:\n  host: a\n  host: b\n", r":3: not valid YAML: duplicate key 'host'"),
+        ("outer: {}\nouter: {}\n", r":2: not valid YAML: duplicate key 'outer'"),
+        ("outer:\n  ? [a, b]\n  : {}\n", r":2: not valid YAML: found unhashable key"),
+        ("outer: !!python/object:os.system {}\n", r":1: not valid YAML: could not determine a constructor"),
+        ("outer: {}\n---\nouter: {}\n", r":2: not valid YAML: but found another document"),
+    ],
+)
+def test_every_unreadable_document_is_a_settings_error(tmp_path: Path, text: str, complaint: str) -> None:
+    with pytest.raises(SettingsError, match=complaint):
+        read(tmp_path, text=text)
+
+
+def test_binary_is_a_settings_error(tmp_path: Path) -> None:
+    (tmp_path / "modelyard.yaml").write_bytes(b"\xff\xfe\x00bad")
+    with pytest.raises(SettingsError, match=r"modelyard\.yaml: cannot be read"):
+        read(tmp_path)
+
+
+def test_a_merge_may_be_overridden(tmp_path: Path) -> None:
+    text = "base:\n  deep: &b {<<: &a {host: a, verbose: true}, host: b}\nouter: {<<: *b, host: c}\n"
+    assert read(tmp_path, text=text) == Outer(host="c", verbose=True)
+
+
+def test_an_unreadable_flag_is_a_settings_error(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"--inner\.names: not valid YAML"):
+        read(tmp_path, "--inner.names", "[2024-13-45]")
+
+
 def test_a_mistake_elsewhere_is_named_with_its_source(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"MODELYARD_OUTER_INNER__SIZE: .*got 'many'"):
         read(tmp_path, env={"MODELYARD_OUTER_INNER__SIZE": "many"})

@@ -18,11 +18,13 @@ from modelyard.rpc.errors import Refusal, Violation, from_rpc_error
 from modelyard.rpc.reasons import Reason
 from modelyard.rpc.server import (
     InFlight,
+    Unread,
     bind,
     create_server,
     drain,
     enable_standard_services,
     service_handler,
+    takes_unread,
 )
 from modelyard.v1 import fleet_pb2, generation_pb2, orchestrator_pb2, orchestrator_pb2_grpc
 
@@ -57,6 +59,23 @@ async def refusal_of(call) -> Refusal:
 
 
 # ----------------------------------------------------------------- handlers ---
+
+
+async def test_a_method_may_take_its_request_unread():
+    class Lazy:
+        @takes_unread
+        async def GetModel(self, request, context):
+            assert isinstance(request, Unread) and request.size == 3
+            assert request.read() is not request.read()  # a message lives as long as it is wanted
+            return orchestrator_pb2.GetModelResponse(model=fleet_pb2.Model(name=request.read().name))
+
+    async with serving(Lazy(), max_request_bytes=3) as link:
+        request = orchestrator_pb2.GetModelRequest(name="m")
+        assert (await stub(link).GetModel(request)).model.name == "m"
+        garbage = link.unary_unary(PATH + "GetModel")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await garbage(b"\xff\xff\xff")
+        assert from_rpc_error(caught.value).reason is Reason.INVALID_REQUEST
 
 
 class Answers:
@@ -181,7 +200,9 @@ async def test_any_other_exception_is_an_incident(caplog: pytest.LogCaptureFixtu
             assert "secret" not in refusal.message
             assert refusal.metadata["incident"] in refusal.message
             assert refusal.metadata["incident"] in caplog.text
-            assert "secret" in caplog.text
+            assert "ValueError" in caplog.text
+            assert __file__ in caplog.text
+            assert "secret" not in caplog.text
 
 
 async def test_trailing_metadata_survives_a_refusal() -> None:
@@ -270,6 +291,23 @@ async def test_bind_to_a_used_port_says_what_to_do() -> None:
         bind(second, "127.0.0.1", port)
     await first.stop(None)
     await second.stop(None)
+
+
+async def test_grpc_adds_nothing_of_its_own_to_a_used_port(capfd: pytest.CaptureFixture[str]) -> None:
+    first, second = create_server(), create_server()
+    port = bind(first, "127.0.0.1", 0)
+    with pytest.raises(OSError, match="in use"):
+        bind(second, "127.0.0.1", port)
+    assert capfd.readouterr().err == ""
+    await first.stop(None)
+    await second.stop(None)
+
+
+async def test_bind_to_a_name_that_nobody_knows() -> None:
+    server = create_server()
+    with pytest.raises(OSError, match=r"^cannot listen on no\.such\.host\.invalid:1: "):
+        bind(server, "no.such.host.invalid", 1)
+    await server.stop(None)
 
 
 async def test_bind_to_an_address_of_another_host() -> None:

@@ -250,7 +250,12 @@ def report(**changes: Any) -> fleet_pb2.ServerReport:
 def test_well_formed_report(endpoint: str) -> None:
     assert validation.check_report(report(identity__endpoint=endpoint)) == []
     assert validation.check_report(report(models=[], health=1, state=2)) == []
-    life = {"state": 3, "state_detail": "x" * 9999, "load_time": {"seconds": 2**62}, "fingerprint": "x" * 1024}
+    life = {
+        "state": 3,
+        "state_detail": "x" * 9999,
+        "load_time": {"seconds": 315_575_999_999},
+        "fingerprint": "x" * 1024,
+    }
     assert validation.check_report(report(models=[model_info(f"m{n}", **life) for n in range(4096)])) == []
 
 
@@ -290,9 +295,8 @@ def test_well_formed_report(endpoint: str) -> None:
                 {"models": [model_info(price=fleet_pb2.Price(prompt_usd_per_million_tokens=bad))]},
                 "models[0].price.prompt_usd_per_million_tokens",
             )
-            for bad in (-1, math.nan, math.inf)
+            for bad in (-1, 1.1e9, math.nan, math.inf)
         ),
-        ({"models": [model_info(performance={"ttft": {"seconds": -1}})]}, "models[0].performance.ttft"),
         ({"models": [model_info(state=7)]}, "models[0].state"),
         ({"models": [model_info(state=-1)]}, "models[0].state"),
         ({"models": [model_info(load_time={"seconds": -1})]}, "models[0].load_time"),
@@ -300,6 +304,21 @@ def test_well_formed_report(endpoint: str) -> None:
         ({"models": [model_info(load_time={"nanos": 10**9})]}, "models[0].load_time"),
         ({"models": [model_info(fingerprint="x" * 1025)]}, "models[0].fingerprint"),
         ({"models": [model_info(f"m{n}") for n in range(4097)]}, "models"),
+        *(
+            ({"models": [model_info(performance={name: bad})]}, f"models[0].performance.{name}")
+            for name in ("ttft", "tpot")
+            for bad in ({"seconds": -1}, {"nanos": 10**9}, {"seconds": 315_576_000_000}, {"seconds": 2**63 - 1})
+        ),
+        ({"models": [model_info("m" * 257)]}, "models[0].name"),
+        ({"models": [model_info(provider="p" * 257)]}, "models[0].provider"),
+        ({"models": [model_info(quantization="q" * 257)]}, "models[0].quantization"),
+        ({"health_detail": "x" * 4097}, "health_detail"),
+        *(
+            ({path: "x" * 257}, path.replace("__", "."))
+            for path in ("engine__name", "engine__version", "hardware__device", "hardware__platform")
+        ),
+        *(({f"identity__{name}": "x" * 257}, f"identity.{name}") for name in ("instance_id", "version")),
+        *(({"identity__labels": bad}, "identity.labels") for bad in ({"k" * 257: ""}, {"k": "v" * 257})),
         (
             {"models": [model_info(performance={"decode_tokens_per_second": math.nan})]},
             "models[0].performance.decode_tokens_per_second",

@@ -45,7 +45,7 @@ def take(waiting: FairQueue[str], room: dict[str, int]) -> tuple[list[str], int]
         placed.append(entry.payload)
         return True
 
-    assert waiting.dispatch(try_place) == len(placed)
+    assert waiting.dispatch(try_place).left == len(placed)
     return placed, tries
 
 
@@ -75,7 +75,7 @@ def test_refused_ones_make_way() -> None:
     push(waiting, "hopeless")
     push(waiting, "next")
     seen: list[str] = []
-    assert waiting.dispatch(lambda entry: not seen.append(entry.payload)) == 2
+    assert waiting.dispatch(lambda entry: not seen.append(entry.payload)).left == 2
     assert seen == ["hopeless", "next"]
 
 
@@ -101,13 +101,13 @@ def test_a_nested_dispatch_goes_round_once_more() -> None:
     def try_place(entry: Waiting[str]) -> bool:
         if entry.request.model == "m":
             room["full"] = 1
-            assert waiting.dispatch(try_place) == 0
+            assert waiting.dispatch(try_place).left == 0
         if not room.pop(str(entry.request.model), 0):
             return False
         placed.append(entry.payload)
         return True
 
-    assert waiting.dispatch(try_place) == 2
+    assert waiting.dispatch(try_place).left == 2
     assert placed == ["gives a place back", "blocked"]
 
 
@@ -193,6 +193,80 @@ def test_lanes() -> None:
     assert lane_of(REQUEST, {a}) != lane_of(REQUEST)
 
 
+def test_a_place_is_kept_for_who_comes_again() -> None:
+    waiting = queue()
+    early = waiting.take_place()
+    push(waiting, "n1")
+    push(waiting, "other", model="other")
+    push(waiting, "c", priority=Priority.CRITICAL)
+    assert not waiting.goes_before(REQUEST, frozenset(), early)
+    again = replace(REQUEST, model=ModelName("m"))
+    entry = waiting.push(again, "again", now=0.0, rate=1.0, place=early)
+    assert waiting.goes_before(again, frozenset(), early + 1)
+    waiting.remove(entry)
+    # The same place once more, with another expiry: the old one means nothing any more.
+    waiting.push(again, "again", now=100.0, rate=1.0, place=early)
+    assert [entry.payload for entry in waiting.expire(50.0)] == ["c", "n1", "other"]
+    push(waiting, "n2")
+    assert take(waiting, {"m": 5, "other": 5})[0] == ["again", "n2"]
+
+
+def test_who_was_let_in_once_is_not_turned_away() -> None:
+    waiting = queue(1, total=1)
+    push(waiting, "a")
+    with pytest.raises(DomainError):
+        push(waiting, "b")
+    waiting.push(REQUEST, "b", now=0.0, rate=1.0, again=True)
+    assert len(waiting) == 2
+
+
+def test_bytes_are_bounded() -> None:
+    waiting: FairQueue[str] = FairQueue(dict.fromkeys(Priority, 9), TIMEOUTS, max_bytes=100)
+    first = waiting.push(REQUEST, "a", now=0.0, rate=1.0, size=60)
+    with pytest.raises(DomainError, match=r"queue\.max_bytes") as refusal:
+        waiting.push(REQUEST, "b", now=0.0, rate=1.0, size=41)
+    assert (refusal.value.reason, refusal.value.retry_after) == ("QUEUE_FULL", 1.0)
+    waiting.push(REQUEST, "b", now=0.0, rate=1.0, size=40)
+    assert waiting.bytes == 100
+    waiting.remove(first)
+    assert waiting.bytes == 40
+    waiting.expire(1e9)
+    assert waiting.bytes == 0
+
+
+def test_only_the_kinds_that_are_asked_for_are_looked_at() -> None:
+    waiting = queue(10_000)
+    for number in range(3000):
+        # No two of a lane, all of a kind.
+        request = replace(REQUEST, model=ModelName("busy"), excluded=frozenset({ServerId(str(number))}))
+        waiting.push(request, f"busy{number}", now=0.0, rate=1.0)
+    free = push(waiting, "free", model="free")
+    kinds = dict(waiting.kinds())
+    assert len(kinds) == 2 and len(waiting.firsts()) == 3001
+    seen: list[str] = []
+    told = waiting.dispatch(lambda entry: not seen.append(entry.payload), kinds={free.kind})
+    assert (seen, told.left, told.reached) == (["free"], 1, None)
+
+
+def test_a_dispatch_may_be_interrupted_and_goes_on_where_it_was() -> None:
+    waiting = queue()
+    for name in "abcd":
+        push(waiting, name, model=name)
+    push(waiting, "high", priority=Priority.HIGH)
+    seen: list[str] = []
+
+    def refuse(entry: Waiting[str]) -> bool:
+        seen.append(entry.payload)
+        return False
+
+    told = waiting.dispatch(refuse, going=lambda: len(seen) < 2)
+    assert seen == ["high", "a"] and told.reached and told.reached.payload == "a"
+    waiting.remove(told.reached)
+    push(waiting, "e", model="e")
+    told = waiting.dispatch(refuse, after=told.reached)
+    assert seen == ["high", "a", "b", "c", "d", "e"] and told.reached is None
+
+
 priorities = st.sampled_from(list(Priority))
 names = st.sampled_from(["m1", "m2", "m3"])
 
@@ -252,6 +326,15 @@ class Life(RuleBasedStateMachine):
             assert fits
             self.inside[entry.payload] = entry
 
+    @precondition(lambda self: self.inside)
+    @rule(data=st.data(), model=names)
+    def come_again(self, data: st.DataObject, model: str) -> None:
+        name = data.draw(st.sampled_from(sorted(self.inside)))
+        entry = self.inside[name]
+        self.queue.remove(entry)
+        request = replace(entry.request, model=ModelName(model))
+        self.inside[name] = self.queue.push(request, name, now=self.now, rate=1.0, place=entry.place, again=True)
+
     @rule(room=st.dictionaries(names, st.integers(0, 3)))
     def dispatch(self, room: dict[str, int]) -> None:
         for name in take(self.queue, room)[0]:
@@ -278,6 +361,14 @@ class Life(RuleBasedStateMachine):
         assert len(self.queue) == len(self.inside)
         assert sum(self.queue.depth().values()) == len(self.inside)
         assert all(times == 1 for times in self.out.values())
+        firsts: dict[object, int] = {}
+        for entry in self.inside.values():
+            key = entry.request.priority, entry.lane
+            firsts[key] = min(entry.place, firsts.get(key, entry.place))
+        assert sorted(entry.place for entry in self.queue.firsts()) == sorted(firsts.values())
+        heads = [places for kinds in self.queue._heads.values() for places in kinds.values()]
+        assert sorted(place for places in heads for place in places) == sorted(firsts.values())
+        assert all(places == sorted(places) and places for places in heads)
         dues = [entry.expires_at for entry in self.inside.values()]
         assert self.queue.next_expiry() == (min(dues) if dues else None)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from control_plane.scheduling.retry import RetryPolicy, blames_server, retryable
+from control_plane.scheduling.retry import RetryPolicy, blames_server, repeatable, retryable
 
 POLICY = RetryPolicy(base=0.1, factor=2.0, cap=1.0)
 
@@ -28,18 +28,20 @@ def test_a_bad_value_is_named(name: str, bad: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "again", "blame"),
+    ("reason", "elsewhere", "same", "blame"),
     [
-        ("ENGINE_FAILED", True, True),
-        ("STREAM_BROKEN", True, True),
-        ("INTERNAL", True, True),
-        ("SERVER_BUSY", True, False),
-        ("DRAINING", True, False),
-        ("UNKNOWN_MODEL", True, False),
-        ("INVALID_REQUEST", False, False),
-        ("SLOW_READER", False, False),
-        ("DEADLINE_EXCEEDED", False, False),
+        ("ENGINE_FAILED", True, True, True),
+        ("STREAM_BROKEN", True, True, True),
+        ("SERVERS_AWAY", True, True, True),
+        ("INTERNAL", True, True, True),
+        ("SERVER_BUSY", True, True, False),
+        ("DRAINING", True, False, False),
+        ("UNKNOWN_MODEL", True, False, False),
+        ("UNSUPPORTED", True, False, False),
+        ("INVALID_REQUEST", False, False, False),
+        ("SLOW_READER", False, False, False),
+        ("DEADLINE_EXCEEDED", False, False, False),
     ],
 )
-def test_reasons(reason: str, again: bool, blame: bool) -> None:
-    assert (retryable(reason), blames_server(reason)) == (again, blame)
+def test_reasons(reason: str, elsewhere: bool, same: bool, blame: bool) -> None:
+    assert (retryable(reason), repeatable(reason), blames_server(reason)) == (elsewhere, same, blame)

@@ -86,18 +86,48 @@ def root(session: Session, address: str | None, config: Path | None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run the command line; the exit status. Expected failures end in one line, never in a traceback."""
+    _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     session = Session()
     try:
         status = _invoke(arguments, session)
-        sys.stdout.flush()
-        return status
+        flushed = _flush()
+        return status or flushed
     except (ReaderLeft, BrokenPipeError):
-        # The interpreter must not complain about the closed pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _drop_output()
         return _CLOSED_PIPE
+
+
+def _flush() -> int:
+    """Write what is left of the output; the exit status."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a full disk
+        _drop_output()
+        problem(str(error))
+        return FAILED
+    return 0
+
+
+def _open_standard_streams() -> None:
+    """What the shell has closed (>&-) is /dev/null now. Python has None there, and files would take its number."""
+    names = {0: "stdin", 1: "stdout", 2: "stderr"}
+    for number, name in names.items():
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
+
+
+def _drop_output() -> None:
+    """The interpreter must not complain at exit about what could not be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _invoke(arguments: list[str], session: Session) -> int:
@@ -127,7 +157,13 @@ def _invoke(arguments: list[str], session: Session) -> int:
 
 def tell(failure: Failure, session: Session) -> int:
     """Print the failure where it belongs and return the exit status."""
-    if session.json:
-        print_json(failure.to_dict(), indent=None)
+    try:
+        if session.json:
+            print_json(failure.to_dict(), indent=None)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:
+        _drop_output()
     problem(failure.line())
     return failure.status

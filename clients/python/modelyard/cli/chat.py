@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from modelyard.cli import output
-from modelyard.cli.errors import from_sdk
+from modelyard.cli.connection import told
+from modelyard.cli.errors import words
 from modelyard.cli.generate import AnswerPrinter, answer, statistics
 from modelyard.cli.options import chat_options, timeout_option
 from modelyard.cli.session import ClientSettings, Session, client_settings
@@ -125,9 +126,9 @@ class Conversation:
                 client, asked, {**self.options, "explain": self.explain}, AnswerPrinter(explain=self.explain)
             )
         except ModelyardError as error:
-            output.problem(from_sdk(error, address).line())
+            output.problem((await told(error, address)).line())
         except (ValueError, TypeError) as error:
-            output.problem(str(error))
+            output.problem(words(error))
         else:
             self.messages = [*asked, result.message]
             if output.is_terminal(sys.stderr):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from modelyard.cli.errors import Failed, from_sdk
+from modelyard.cli.errors import USAGE, Failed, Failure, from_sdk, words
 from modelyard.cli.session import ClientSettings, Session, client_settings
 
 if TYPE_CHECKING:
-    from modelyard.client import AsyncClient
+    from modelyard.client import AsyncClient, ModelyardError
 
 T = TypeVar("T")
+
+_PROBE_SECONDS = 2.0
 
 
 def call(session: Session, work: Callable[[AsyncClient], Awaitable[T]]) -> T:
@@ -27,13 +30,37 @@ async def _with_client(settings: ClientSettings, work: Callable[[AsyncClient], A
         async with AsyncClient(settings.address, timeout=settings.timeout) as client:
             return await work(client)
     except ModelyardError as error:
-        raise Failed(from_sdk(error, settings.address)) from error
+        raise Failed(await told(error, settings.address)) from error
     except (ValueError, TypeError) as error:
         # The SDK's word on arguments that it does not even send.
         raise _usage(error) from error
 
 
-def _usage(error: Exception) -> Failed:
-    from modelyard.cli.errors import USAGE, Failure
+async def told(error: ModelyardError, address: str) -> Failure:
+    """The failure, with a closer look at who answers where that is no control plane."""
+    from modelyard.client._errors import FOREIGN_PEER
 
-    return Failed(Failure(USAGE, "INVALID_REQUEST", str(error)))
+    failure = from_sdk(error, address)
+    if error.metadata.get("peer") == FOREIGN_PEER and await _is_model_server(address):
+        failure = replace(failure, message=f"what answers at {address} is a model server, not a control plane")
+    return failure
+
+
+async def _is_model_server(address: str) -> bool:
+    """Whether the standard health service there knows of a ModelServer."""
+    import grpc.aio
+
+    from modelyard.rpc.channels import channel
+
+    name = b"modelyard.v1.ModelServer"
+    async with channel(address) as link:
+        check = link.unary_unary("/grpc.health.v1.Health/Check")
+        try:
+            await check(b"\x0a" + bytes([len(name)]) + name, timeout=_PROBE_SECONDS)
+        except grpc.aio.AioRpcError:
+            return False
+    return True
+
+
+def _usage(error: Exception) -> Failed:
+    return Failed(Failure(USAGE, "INVALID_REQUEST", words(error)))

@@ -115,12 +115,25 @@ class Failed(Exception):
         self.failure = failure
 
 
+NOT_UTF8 = "is not UTF-8 text; convert it first, for example with `iconv -f LATIN1 -t UTF-8`"
+
+
+def words(error: Exception) -> str:
+    """The message of an exception that is not modelyard's own."""
+    if isinstance(error, UnicodeError):  # what the terminal or a file gave was taken over byte by byte
+        return f"an argument or the input {NOT_UTF8}"
+    return str(error)
+
+
 def from_sdk(error: ModelyardError, address: str) -> Failure:
     """The failure behind an exception of the SDK (`modelyard.client.ModelyardError`)."""
     from modelyard.client import ConnectionFailed
+    from modelyard.client._errors import FOREIGN_PEER
 
     reason = "CONNECTION_FAILED" if isinstance(error, ConnectionFailed) else error.reason
     status, cure = REASONS.get(reason, (FAILED, ""))
+    if error.metadata.get("peer") == FOREIGN_PEER:
+        cure = "name a control plane with --address"
     message = " ".join(str(error).split())
     if reason == "CONNECTION_FAILED":
         message = f"no control plane answers at {address}"

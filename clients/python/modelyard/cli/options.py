@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from modelyard.cli.errors import USAGE, CliError
+from modelyard.cli.errors import NOT_UTF8, USAGE, CliError
 from modelyard.cli.output import is_terminal
 from modelyard.cli.session import Session
 
@@ -148,8 +148,8 @@ def read_prompt(given: str | None) -> str:
         raise CliError("a prompt is missing: give it as an argument, or - to read standard input", USAGE, "USAGE")
     try:
         prompt = sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise CliError(f"standard input is not text: {error}", USAGE, "USAGE") from None
+    except UnicodeDecodeError:
+        raise CliError(f"standard input {NOT_UTF8}", USAGE, "USAGE") from None
     if not prompt.strip():
         raise CliError("the prompt on standard input is empty", USAGE, "USAGE")
     return prompt

@@ -9,7 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ class Column:
 
 Row = Sequence[str]
 
+_NARROWEST = 8
+"""Characters that a flexible column is left."""
+
 
 def is_terminal(stream: IO[str]) -> bool:
     try:
@@ -48,10 +51,14 @@ def printable(text: str) -> str:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A rich console for standard output or standard error."""
+    """A rich console for standard output or standard error. Raises BrokenPipeError as print does."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, emoji=False, markup=False, soft_wrap=False)
+    class Screen(Console):
+        def on_broken_pipe(self) -> None:  # rich would exit with status 1
+            raise BrokenPipeError
+
+    return Screen(stderr=stderr, highlight=False, emoji=False, markup=False, soft_wrap=False)
 
 
 def print_json(value: Any, *, indent: int | None = 2) -> None:
@@ -75,16 +82,23 @@ def print_table(columns: Sequence[Column], rows: Sequence[Row], *, empty: str = 
 
 
 def fitting_table(screen: Console, columns: Sequence[Column], rows: Sequence[Row], *, title: str = "") -> Any:
-    """A rich table without the optional columns that the terminal has no room for."""
+    """A rich table without the columns that the terminal has no room for: the optional ones first, the key never."""
     kept = list(range(len(columns)))
+    key = next((index for index, column in enumerate(columns) if column.title), 0)
 
-    def width() -> int:
+    def width(flexible: int | None = None) -> int:
+        """Characters needed, with flexible columns not wider than that."""
         cells = [max([len(columns[i].title), *(len(row[i]) for row in rows)]) for i in kept]
+        if flexible is not None:
+            cells = [min(cell, flexible) if columns[i].flexible else cell for i, cell in zip(kept, cells, strict=True)]
         return sum(cells) + 2 * (len(kept) - 1)
 
     while width() > screen.width and any(columns[index].optional for index in kept):
         kept.remove(max(kept, key=lambda index: columns[index].optional))
-    return rich_table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows], title=title)
+    while width(_NARROWEST) > screen.width and kept[-1] > key:
+        kept.pop()
+    fitting = [replace(columns[i], flexible=True) if i == key and len(kept) <= key + 1 else columns[i] for i in kept]
+    return rich_table(fitting, [[row[i] for i in kept] for row in rows], title=title)
 
 
 def aligned(columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:

@@ -143,7 +143,7 @@ def parse_server(text: str) -> dict[str, Any]:
             raise CliError(f"--server {text}: {pair!r} is not key=value", USAGE, "USAGE")
         try:
             parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except Exception:  # PyYAML lets pass what its conversions raise: ValueError for 2024-13-45
             parsed = value
         key = "server_id" if key == "id" else key
         (entry if key in _SERVER_KEYS else options)[key] = parsed

@@ -59,6 +59,8 @@ def section(path: Path | None, name: str) -> dict[str, Any]:
         where = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", error)
         raise CliError(f"{path}{where}: not valid YAML: {problem}", status=2, reason="INVALID_CONFIG") from None
+    except Exception as error:  # PyYAML lets pass what its conversions raise: dates such as 2024-13-45, deep nesting
+        raise CliError(f"{path}: not valid YAML: {error}", status=2, reason="INVALID_CONFIG") from None
     if data is None:
         return {}
     if not isinstance(data, dict):

@@ -14,7 +14,7 @@ import grpc
 import grpc.aio
 
 from modelyard.client import _answers as answers
-from modelyard.client._errors import Cancelled, from_call
+from modelyard.client._errors import Cancelled, from_call, parsed
 from modelyard.client._requests import GenerateOptions, Input, Requirements, embed_request, generate_request
 from modelyard.client._stream import GenerationStream
 from modelyard.client._timing import Patience
@@ -244,7 +244,7 @@ class AsyncClient:
         patience = self._patience(timeout, retries)
         while True:
             try:
-                return await self._guarded(getattr(self._connected(), method)(request, timeout=patience.left()))
+                return parsed(await self._guarded(getattr(self._connected(), method)(request, timeout=patience.left())))
             except grpc.aio.AioRpcError as error:
                 failure = from_call(error, address=self.address, request_id=request_id)
                 await patience.wait_or_raise(failure, error)
@@ -255,7 +255,7 @@ class AsyncClient:
         try:
             while (message := await call.read()) is not grpc.aio.EOF:
                 started = True
-                yield message
+                yield parsed(message)
         except grpc.aio.AioRpcError as error:
             raise from_call(error, address=self.address, started=started) from error
         except asyncio.CancelledError:

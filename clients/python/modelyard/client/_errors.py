@@ -37,7 +37,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import grpc
 
@@ -48,6 +48,11 @@ if TYPE_CHECKING:
     from modelyard.client._types import GenerationResult
 
 REQUEST_ID_KEY = "modelyard-request-id"
+
+FOREIGN_PEER = "no control plane"
+"""`metadata["peer"]` of Unsupported where not the model lacks something, but what answers is no control plane."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +177,7 @@ class OutOfMemory(TryAgain):
 
 
 class FleetWarmingUp(TryAgain):
-    """The control plane has just started and servers are still attaching."""
+    """Servers are still coming up: it is not known yet what the fleet can do."""
 
     default_reason = "FLEET_WARMING_UP"
 
@@ -286,6 +291,13 @@ BY_REASON: Mapping[Reason, type[ModelyardError]] = {
 }
 
 
+def parsed(message: T | None) -> T:
+    """A message of the control plane. gRPC gives None for one that does not parse: raises InternalError."""
+    if message is None:
+        raise InternalError("the control plane sent a message that does not parse")
+    return message
+
+
 def from_call(error: grpc.RpcError, *, address: str, request_id: str = "", started: bool = False) -> ModelyardError:
     """The exception for a failed call; `started` if some of its answer had arrived."""
     refusal = from_rpc_error(error)
@@ -308,7 +320,10 @@ def _unanswered(refusal: Refusal, address: str, started: bool) -> ModelyardError
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded("the timeout of the call passed")
     if code is grpc.StatusCode.UNIMPLEMENTED:
-        return Unsupported(f"what answers at {address} is not a modelyard control plane of this version")
+        return Unsupported(
+            f"what answers at {address} is not a modelyard control plane of this version",
+            metadata={"peer": FOREIGN_PEER},
+        )
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN):
         # gRPC strings whole histories together; the last piece is the cause.
         cause = refusal.message.rsplit(": ", 1)[-1]

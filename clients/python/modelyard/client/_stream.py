@@ -11,7 +11,15 @@ import grpc
 import grpc.aio
 
 from modelyard.client import _answers as answers
-from modelyard.client._errors import Cancelled, ModelyardError, StreamBroken, TryAgain, from_call
+from modelyard.client._errors import (
+    Cancelled,
+    InternalError,
+    ModelyardError,
+    StreamBroken,
+    TryAgain,
+    from_call,
+    parsed,
+)
 from modelyard.client._timing import Patience
 from modelyard.client._types import Decision, Delta, GenerationResult
 from modelyard.v1 import orchestrator_pb2
@@ -143,8 +151,10 @@ class GenerationStream:
                     self._call = stub.Generate(self._request, timeout=self._patience.left())
                 message = await self._call.read()
                 if message is not grpc.aio.EOF:
-                    return message  # type: ignore[no-any-return]
+                    return parsed(message)  # type: ignore[no-any-return]
                 raise self._failed(StreamBroken("the control plane ended the stream without a summary"))
+            except InternalError as error:  # of a message that does not parse
+                raise self._failed(StreamBroken(error.message) if self._answer.started else error) from None
             except grpc.aio.AioRpcError as error:
                 failure = from_call(
                     error,
