@@ -133,7 +133,10 @@ class Attempts:
             reason = refusal.reason
             # Without details nobody of ours spoke: what answers there is no model server.
             foreign = refusal.transport and reason in (Reason.UNSUPPORTED, Reason.UNKNOWN_MODEL)
-            self._scheduler.release(flight, FAILURE if foreign or blames_server(reason) else NEUTRAL)
+            # A process that is gone has no use for blame, and the one that has taken its place is not to have it.
+            gone = flight.server.report.identity.instance_id != server.instance_id
+            blamed = (foreign or blames_server(reason)) and not gone
+            self._scheduler.release(flight, FAILURE if blamed else NEUTRAL)
             entry.failure_reason = reason
             entry.failure_message = refusal.message
             # Not the message: it is for the caller and may quote the request (modelyard.program.privacy).

@@ -230,6 +230,8 @@ class Fleet:
                 # A new process: the drain order was for the old one, and its work died with it.
                 server.drain_ordered = False
                 self._abandon(server)
+                for pair in server.pairs.values():
+                    pair.stats = pair.stats.renewed(now)
             server.attached_wall = server.reported_wall = wall
             server.lease = Lease.grant(epoch, now, self._policy.lease_duration)
         server.attachment = Attachment(server, on_directive)

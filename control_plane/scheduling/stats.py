@@ -98,6 +98,11 @@ class RuntimeStats:
             updated_at=now,
         )
 
+    def renewed(self, now: float) -> RuntimeStats:
+        """After the server was started anew: one death fails all that runs there at once, and says nothing of the next
+        process. How fast it is has not changed."""
+        return replace(self, success=self.prior, updated_at=now)
+
     @overload
     def _moved(self, old: float, observed: float) -> float: ...
 

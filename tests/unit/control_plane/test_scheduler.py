@@ -427,6 +427,20 @@ async def test_a_server_that_was_started_anew_is_not_avoided() -> None:
     assert (await retried).flight.server_id == "a"
 
 
+async def test_the_failures_of_a_process_die_with_it() -> None:
+    house = House()
+    house.attach("a", slots=30)
+    grants = [await house.acquire() for _ in range(30)]
+    for grant in grants:
+        house.scheduler.release(grant.flight, Outcome(OutcomeKind.FAILURE))
+    house.later(1.5)  # its breaker is ready for a trial
+    assert "fails too often" in house.scheduler.explain(RouteRequest("r")).summary
+    house.attach("a", instance="2", slots=30)
+    grant = await house.acquire()
+    house.scheduler.release(grant.flight, Outcome(OutcomeKind.SUCCESS))
+    assert [(await house.acquire()).flight.server_id for _ in range(30)] == ["a"] * 30
+
+
 async def test_a_retry_keeps_its_place() -> None:
     house = House()
     house.attach(slots=1)
@@ -514,6 +528,7 @@ class Traffic(RuleBasedStateMachine):
         super().__init__()
         self.loop = asyncio.new_event_loop()
         self.house = House()
+        self.house.later(3.0)  # no warming up
         self.waiting: dict[int, tuple[RouteRequest, asyncio.Task[Grant]]] = {}
         self.held: list[Grant] = []
         self.count = 0
