@@ -40,7 +40,7 @@ _SLOW: dict[str, Any] = {
         {
             "name": "sim-3b",
             "context_length": 4096,
-            "capabilities": {"chat": 0.1, "extraction": 0.4, "code_generation": 0.4, "summarization": 0.4},
+            "capabilities": {"chat": 0.1, "classification": 0.4, "code_generation": 0.4, "summarization": 0.4},
             "features": ["streaming", "json"],
         }
     ],
@@ -53,7 +53,7 @@ _SMALL: dict[str, Any] = {
         {
             "name": "sim-yardling",
             "context_length": 2048,
-            "capabilities": {"chat": 0.2, "extraction": 0.2, "tool_use": 0.2, "translation": 0.1},
+            "capabilities": {"chat": 0.2, "classification": 0.2, "tool_use": 0.2, "translation": 0.1},
             "features": ["streaming", "json", "json_schema", "function_calling"],
         }
     ],
@@ -99,23 +99,26 @@ class Step:
         return str(self.options.get("priority", "normal"))
 
 
-_PERSON = {
-    "title": "person",
+_REVIEW = {
+    "title": "review",
     "type": "object",
-    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "city": {"type": "string"}},
-    "required": ["name", "age", "city"],
+    "properties": {"sentiment": {"enum": ["positive", "negative", "neutral"]}},
+    "required": ["sentiment"],
     "additionalProperties": False,
 }
-_WEATHER = {
-    "name": "get_weather",
-    "description": "Get the weather of a city.",
-    "parameters": {
-        "type": "object",
-        "properties": {"city": {"type": "string"}},
-        "required": ["city"],
-        "additionalProperties": False,
+_TOOLS = [
+    {"name": "list_servers", "description": "List the model servers of the fleet."},
+    {
+        "name": "roll_dice",
+        "description": "Roll a die with a number of sides.",
+        "parameters": {
+            "type": "object",
+            "properties": {"sides": {"type": "integer"}},
+            "required": ["sides"],
+            "additionalProperties": False,
+        },
     },
-}
+]
 _LINE = "12:00:07 INFO worker-3 request 4711 finished in 231 ms\n"
 _LOG_LINES = 4000
 
@@ -128,15 +131,16 @@ STEPS = (
         note="Before those of lower priority in the queue. By now the latency is measured, no longer assumed.",
     ),
     Step(
-        "Facts as JSON",
-        "Extract name, age and city as JSON: Anna is 31 years old and lives in Rome.",
-        {"task_type": "extraction", "response_format": _PERSON, "max_tokens": 64, "temperature": 0},
+        "A judgement as JSON",
+        "The coffee was cold and the staff was rude. Answer in JSON with the key sentiment.",
+        {"task_type": "classification", "response_format": _REVIEW, "max_tokens": 64, "temperature": 0},
         note="The answer is held to a JSON Schema, so only servers that can do this are considered.",
     ),
     Step(
         "A tool call",
-        "What is the weather in Rome?",
-        {"task_type": "tool_use", "tools": [_WEATHER], "tool_choice": "required", "max_tokens": 64, "temperature": 0},
+        "Roll a die with 12 sides.",
+        {"task_type": "tool_use", "tools": _TOOLS, "tool_choice": "required", "max_tokens": 64, "temperature": 0},
+        note="Two tools are offered, and one must be called: which, and with what, is up to the model.",
     ),
     Step(
         "Code",
