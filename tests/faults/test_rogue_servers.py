@@ -348,7 +348,7 @@ async def test_huge_numbers_in_reports_do_no_harm():
             state=fleet_pb2.MODEL_STATE_COLD,
             state_detail="\x1b[31m" * 100_000,
             memory_bytes=2**64 - 1,
-            load_time={"seconds": 2**63 - 1, "nanos": 999_999_999},
+            load_time={"seconds": 315_575_999_999, "nanos": 999_999_999},
         )
     ]
     load = {"slots": huge, "running": huge, "waiting": huge, "foreign": huge, "kv_cache_utilization": 1.0}

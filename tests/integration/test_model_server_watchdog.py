@@ -120,11 +120,13 @@ async def test_a_canary_finds_what_is_silent_while_idle_and_its_recovery():
 async def test_canaries_are_neither_load_nor_statistics():
     engine = Observed(instant=False, decode_tokens_per_second=0, prefill_tokens_per_second=20)
     async with model_server(engine, canary_seconds=0.1) as server:
+        told = (await server.report()).models[0].performance  # what the engine expects, nothing measured
+
         # Each canary takes some tenths of a second: reports are made while one runs.
         async def seen() -> bool:
             report = await server.report()
             assert (report.load.running, report.load.waiting, report.load.foreign) == (0, 0, 0)
-            assert not report.models[0].HasField("performance")
+            assert report.models[0].performance == told
             return engine.canaries >= 2
 
         await eventually(seen)
