@@ -33,11 +33,12 @@ class RejectionReason(IntEnum):
     NO_FREE_SLOT = 12
     LOADING_TAKES_LONGER = 13
     MODEL_NOT_HERE = 14
+    TOO_EXPENSIVE = 15
 
     @property
     def permanent(self) -> bool:
         """True if no passing of time can mend it."""
-        return self <= RejectionReason.EXCLUDED
+        return self <= RejectionReason.EXCLUDED or self is RejectionReason.TOO_EXPENSIVE
 
 
 @dataclass(frozen=True, slots=True)

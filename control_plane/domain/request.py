@@ -24,6 +24,10 @@ class RouteRequest:
     server_id: ServerId | None = None
     excluded: frozenset[ServerId] = frozenset()
     """By the request."""
+    excluded_models: frozenset[tuple[ModelName, Provider | None]] = frozenset()
+    """By the request; None: of any provider."""
+    max_cost_nano_usd: int = 0
+    """That prompt and answer may be expected to cost, 1e-9 US dollars; 0: any."""
     min_context_length: int = 0
     features: Feature = Feature.NONE
     labels: tuple[tuple[str, str], ...] = ()

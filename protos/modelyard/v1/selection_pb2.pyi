@@ -32,6 +32,7 @@ class RejectionReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REJECTION_REASON_NO_FREE_SLOT: _ClassVar[RejectionReason]
     REJECTION_REASON_LOADING_TAKES_LONGER: _ClassVar[RejectionReason]
     REJECTION_REASON_MODEL_NOT_HERE: _ClassVar[RejectionReason]
+    REJECTION_REASON_TOO_EXPENSIVE: _ClassVar[RejectionReason]
 VERDICT_UNSPECIFIED: Verdict
 VERDICT_CHOSEN: Verdict
 VERDICT_WAIT: Verdict
@@ -51,9 +52,10 @@ REJECTION_REASON_DRAINING: RejectionReason
 REJECTION_REASON_NO_FREE_SLOT: RejectionReason
 REJECTION_REASON_LOADING_TAKES_LONGER: RejectionReason
 REJECTION_REASON_MODEL_NOT_HERE: RejectionReason
+REJECTION_REASON_TOO_EXPENSIVE: RejectionReason
 
 class Requirements(_message.Message):
-    __slots__ = ("model", "provider", "server_id", "excluded_server_ids", "min_context_length", "features", "labels")
+    __slots__ = ("model", "provider", "server_id", "excluded_server_ids", "min_context_length", "features", "labels", "max_cost_nano_usd", "excluded_models")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +70,8 @@ class Requirements(_message.Message):
     MIN_CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    MAX_COST_NANO_USD_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDED_MODELS_FIELD_NUMBER: _ClassVar[int]
     model: str
     provider: str
     server_id: str
@@ -75,7 +79,9 @@ class Requirements(_message.Message):
     min_context_length: int
     features: _containers.RepeatedScalarFieldContainer[_fleet_pb2.ModelFeature]
     labels: _containers.ScalarMap[str, str]
-    def __init__(self, model: _Optional[str] = ..., provider: _Optional[str] = ..., server_id: _Optional[str] = ..., excluded_server_ids: _Optional[_Iterable[str]] = ..., min_context_length: _Optional[int] = ..., features: _Optional[_Iterable[_Union[_fleet_pb2.ModelFeature, str]]] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    max_cost_nano_usd: int
+    excluded_models: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model: _Optional[str] = ..., provider: _Optional[str] = ..., server_id: _Optional[str] = ..., excluded_server_ids: _Optional[_Iterable[str]] = ..., min_context_length: _Optional[int] = ..., features: _Optional[_Iterable[_Union[_fleet_pb2.ModelFeature, str]]] = ..., labels: _Optional[_Mapping[str, str]] = ..., max_cost_nano_usd: _Optional[int] = ..., excluded_models: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Decision(_message.Message):
     __slots__ = ("verdict", "server_id", "model", "provider", "candidates", "summary")
