@@ -6,6 +6,7 @@ itself plays no part.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -81,7 +82,7 @@ def _keys(history: History) -> Iterable[str]:
 
 
 def _order(events: list[pb.TaskEvent]) -> Iterable[str]:
-    for before, event in zip(events, events[1:], strict=False):
+    for before, event in itertools.pairwise(events):
         if event.id <= before.id:
             yield f"event {event.id} came after event {before.id}"
 
