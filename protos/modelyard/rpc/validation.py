@@ -54,6 +54,7 @@ _TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SERVER_ID = re.compile(r"[a-z0-9._-]{1,63}")
 _REQUEST_ID = re.compile(r"[\x20-\x7e]{1,64}")
 _MEDIA_TYPE = re.compile(r"image/[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
+_TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _ENDPOINT = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]{1,253}):([0-9]{1,5})")
 
 Violations = list[Violation]
@@ -99,6 +100,13 @@ def check_model_server_embed_request(request: model_server_pb2.ModelServerEmbedR
         found.append(Violation("model", "is required"))
     _check_inputs(len(request.inputs), found)
     return found
+
+
+def check_tenant(name: str) -> Violations:
+    """Violations of the metadata `modelyard-tenant`."""
+    if _TENANT.fullmatch(name):
+        return []
+    return [Violation("modelyard-tenant", 'must be 1 to 64 letters, digits, ".", "_" or "-"')]
 
 
 def _check_required_input(
