@@ -19,6 +19,9 @@ texts, `Image`s, {"type": "text", "text": ...} and {"type": "image", "data": byt
 "media_type": ...}; assistant messages may carry "tool_calls", tool messages "tool_call_id".
 """
 
+# US dollars that the contract can say: whole nano-dollars above 0 (which means any price), in 63 bits.
+_LEAST_COST, _MOST_COST = 1e-9, 9e9
+
 
 class Requirements(TypedDict, total=False):
     """Hard conditions and urgency, common to generating and embedding."""
@@ -31,6 +34,10 @@ class Requirements(TypedDict, total=False):
     """Only this server."""
     excluded_server_ids: Sequence[str]
     """Never these servers."""
+    excluded_models: Sequence[str]
+    """Never these models: names or "provider/name"."""
+    max_cost: float | None
+    """Most US dollars that prompt and answer may be expected to cost."""
     min_context_length: int
     """Least context length in tokens."""
     features: Sequence[str]
@@ -99,6 +106,8 @@ def generate_request(
     provider: str | None = None,
     server_id: str | None = None,
     excluded_server_ids: Sequence[str] = (),
+    excluded_models: Sequence[str] = (),
+    max_cost: float | None = None,
     min_context_length: int = 0,
     features: Sequence[str] = (),
     stop: str | Sequence[str] = (),
@@ -142,7 +151,9 @@ def generate_request(
         ),
         task_type=names.TASK_TYPE.number(task_type) if task_type else 0,  # type: ignore[arg-type]
         priority=names.PRIORITY.number(priority) if priority else 0,  # type: ignore[arg-type]
-        requirements=_requirements(model, provider, server_id, excluded_server_ids, min_context_length, features),
+        requirements=_requirements(
+            model, provider, server_id, excluded_server_ids, excluded_models, max_cost, min_context_length, features
+        ),
         explain=explain,
         request_id=request_id or "",
         preset=preset or "",
@@ -158,13 +169,17 @@ def embed_request(
     provider: str | None = None,
     server_id: str | None = None,
     excluded_server_ids: Sequence[str] = (),
+    excluded_models: Sequence[str] = (),
+    max_cost: float | None = None,
     min_context_length: int = 0,
     features: Sequence[str] = (),
 ) -> orchestrator_pb2.EmbedRequest:
     """Build a request. Raises ValueError or TypeError for what cannot be said in one."""
     return orchestrator_pb2.EmbedRequest(
         inputs=[inputs] if isinstance(inputs, str) else inputs,
-        requirements=_requirements(model, provider, server_id, excluded_server_ids, min_context_length, features),
+        requirements=_requirements(
+            model, provider, server_id, excluded_server_ids, excluded_models, max_cost, min_context_length, features
+        ),
         priority=names.PRIORITY.number(priority) if priority else 0,  # type: ignore[arg-type]
         request_id=request_id or "",
     )
@@ -175,16 +190,22 @@ def _requirements(
     provider: str | None,
     server_id: str | None,
     excluded_server_ids: Sequence[str],
+    excluded_models: Sequence[str],
+    max_cost: float | None,
     min_context_length: int,
     features: Sequence[str],
 ) -> selection_pb2.Requirements:
-    if isinstance(excluded_server_ids, str) or isinstance(features, str):
-        raise TypeError("excluded_server_ids and features are lists of texts, not one text")
+    if any(isinstance(texts, str) for texts in (excluded_server_ids, excluded_models, features)):
+        raise TypeError("excluded_server_ids, excluded_models and features are lists of texts, not one text")
+    if max_cost is not None and not _LEAST_COST <= max_cost <= _MOST_COST:
+        raise ValueError(f"max_cost must be {_LEAST_COST:g} to {_MOST_COST:g} US dollars")
     return selection_pb2.Requirements(
         model=model or "",
         provider=provider or "",
         server_id=server_id or "",
         excluded_server_ids=excluded_server_ids,
+        excluded_models=excluded_models,
+        max_cost_nano_usd=0 if max_cost is None else round(max_cost * 1e9),
         min_context_length=min_context_length,
         features=[names.FEATURE.number(feature) for feature in features],  # type: ignore[misc]
     )
