@@ -24,9 +24,9 @@ from control_plane.api.task_queue import TaskQueueServicer
 from control_plane.api.upstream import Upstreams
 from control_plane.config import ControlPlaneSettings, SelectionSettings
 from control_plane.domain.definition import Definitions
+from control_plane.domain.errors import DomainError
 from control_plane.domain.ports import Clock
 from control_plane.domain.task import Priority
-from control_plane.domain.errors import DomainError
 from control_plane.fleet.registry import Fleet, FleetPolicy, InitialStats
 from control_plane.fleet.scheduler import Scheduler
 from control_plane.presets import compile_presets
@@ -131,14 +131,13 @@ class ControlPlane:
         if not tasks.store:
             return
         # Imported only where it is wanted: the database layer takes memory and time.
-        from control_plane.tasks.location import StoreError, located
+        from control_plane.tasks.location import StoreError
         from control_plane.tasks.opening import open_store
         from control_plane.tasks.store import StorePolicy
 
         try:
-            location = located(tasks.store, os.environ)
             policy = StorePolicy(lease=tasks.lease, max_lost=tasks.max_lost, retention=tasks.retention)
-            self.store = store = await open_store(location, policy, self.metrics.store_time.observe)
+            self.store = store = await open_store(tasks.store, policy, os.environ)
         except StoreError as error:
             raise SettingsError(str(error)) from None
         self.fleet.remember(await store.learned(), self.clock.monotonic(), self.clock.wall())
@@ -167,7 +166,6 @@ class ControlPlane:
             lambda: self.servicer.in_flight,
         )
         self.metrics.observe_tasks(self.dispatcher)
-        log.info("tasks are kept in %s", location.shown)
 
     async def close_tasks(self) -> None:
         """Close the store, when nothing runs any more."""
