@@ -69,6 +69,9 @@ class Lane:
     """Servers that said what they would say again."""
     failed: frozenset[Failed] = frozenset()
     """Servers that failed and may do another time: avoided while there are others."""
+    avoided_models: frozenset[tuple[ModelName, Provider | None]] = frozenset()
+    """Models that failed on two servers or do not suit the task: avoided while there are others. None: of any
+    provider."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
+from control_plane.domain.learned import Learned
 from control_plane.fleet.scheduler import Grant
 from control_plane.tasks.model import (
     Changes,
@@ -82,8 +83,8 @@ class TaskStore(Protocol):
 
     # ----------------------------------------------------- for dispatchers ---
 
-    async def waiting_lanes(self) -> list[WaitingLane]:
-        """Every lane with tasks that can start now."""
+    async def waiting_lanes(self, among: Collection[LaneId] | None = None) -> list[WaitingLane]:
+        """Every lane with tasks that can start now; with `among` only those of these."""
         ...
 
     async def claim(self, lane: LaneId, placements: Sequence[Placement]) -> list[Claim]:
@@ -115,6 +116,14 @@ class TaskStore(Protocol):
         """Renew the lease of this dispatcher, and find out which tasks were taken away from it."""
         ...
 
+    async def learned(self) -> list[Learned]:
+        """What was last kept by `keep_learned`."""
+        ...
+
+    async def keep_learned(self, learned: Sequence[Learned]) -> None:
+        """Keep what was learned of these pairs over what is kept of them."""
+        ...
+
     async def sweep(self) -> None:
         """Let time pass: what is due becomes startable, what is over expires, what dispatchers left behind whose
         lease ran out is queued again (or fails, if that happened too often), what was kept long enough is purged."""
@@ -127,6 +136,37 @@ class Executor(Protocol):
     async def run(self, claim: Claim, grant: Grant, timeout: float) -> tuple[bytes, int]:
         """The serialised TaskResult and its cost in 1e-9 US dollars. Always releases the grant, with the outcome.
 
-        Raises Refusal with a reason of the contract. Cancelling stops the engine.
+        `timeout` in seconds: until the task's deadline. Raises DomainError with a reason of the contract. Cancelling
+        stops the engine.
         """
+        ...
+
+
+class Dispatching(Protocol):
+    """What the API tells of the dispatcher of this process."""
+
+    @property
+    def running_here(self) -> int:
+        """Tasks in hand."""
+        ...
+
+    @property
+    def workers(self) -> int:
+        """Tasks that may be in hand at the same time."""
+        ...
+
+    def waiting_for(self, lane: LaneId) -> str:
+        """Why the first task of a lane has not started, one sentence for people; empty if nobody knows."""
+        ...
+
+
+class Callbacks(Protocol):
+    """What the API asks of whoever delivers callbacks."""
+
+    def problem(self, url: str) -> str | None:
+        """What keeps a well-formed address from being called, for example that its host is not allowed."""
+        ...
+
+    async def counts(self, tenant: Tenant) -> tuple[int, int]:
+        """Callbacks that wait for delivery, and those that were given up."""
         ...

@@ -54,6 +54,7 @@ _TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SERVER_ID = re.compile(r"[a-z0-9._-]{1,63}")
 _REQUEST_ID = re.compile(r"[\x20-\x7e]{1,64}")
 _MEDIA_TYPE = re.compile(r"image/[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
+_TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _ENDPOINT = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]{1,253}):([0-9]{1,5})")
 
 Violations = list[Violation]
@@ -69,7 +70,7 @@ def check_generate_request(request: orchestrator_pb2.GenerateRequest, path: str 
     """
     found = _check_required_input(request, f"{path}input")
     if request.task_type not in _TASK_TYPES:
-        found.append(Violation(f"{path}task_type", _unknown_number(request.task_type)))
+        found.append(Violation(f"{path}task_type", unknown_number(request.task_type)))
     _check_routing(request, path, found)
     return found[:MAX_VIOLATIONS]
 
@@ -101,6 +102,13 @@ def check_model_server_embed_request(request: model_server_pb2.ModelServerEmbedR
     return found
 
 
+def check_tenant(name: str) -> Violations:
+    """Violations of the metadata `modelyard-tenant`."""
+    if _TENANT.fullmatch(name):
+        return []
+    return [Violation("modelyard-tenant", 'must be 1 to 64 letters, digits, ".", "_" or "-"')]
+
+
 def _check_required_input(
     request: orchestrator_pb2.GenerateRequest
     | model_server_pb2.ModelServerGenerateRequest
@@ -121,8 +129,9 @@ def _check_routing(
     request: orchestrator_pb2.GenerateRequest | orchestrator_pb2.EmbedRequest, path: str, found: Violations
 ) -> None:
     if request.priority not in _PRIORITIES:
-        found.append(Violation(f"{path}priority", _unknown_number(request.priority)))
-    if (request_id := request.request_id) and not _REQUEST_ID.fullmatch(request_id):
+        found.append(Violation(f"{path}priority", unknown_number(request.priority)))
+    # A TaskSpec, which is checked as well, has no request id.
+    if (request_id := getattr(request, "request_id", "")) and not _REQUEST_ID.fullmatch(request_id):
         found.append(Violation(f"{path}request_id", "must be at most 64 printable ASCII characters"))
     if request.HasField("requirements"):
         _check_requirements(request.requirements, f"{path}requirements", found)
@@ -131,9 +140,11 @@ def _check_routing(
 def _check_requirements(requirements: selection_pb2.Requirements, path: str, found: Violations) -> None:
     if requirements.min_context_length < 0:
         found.append(Violation(f"{path}.min_context_length", "must be 0 or more"))
+    if requirements.max_cost_nano_usd < 0:
+        found.append(Violation(f"{path}.max_cost_nano_usd", "must be 0 or more"))
     for i, feature in enumerate(requirements.features):
         if feature not in _FEATURES:
-            found.append(Violation(f"{path}.features[{i}]", _unknown_number(feature)))
+            found.append(Violation(f"{path}.features[{i}]", unknown_number(feature)))
             if len(found) >= MAX_VIOLATIONS:
                 return
 
@@ -169,7 +180,7 @@ def _check_messages(messages: Sequence[generation_pb2.Message], path: str, found
         content = message.content
         calls = message.tool_calls
         if role not in _ROLES:
-            found.append(Violation(f"{path}.messages[{i}].role", _unknown_number(role) if role else "is required"))
+            found.append(Violation(f"{path}.messages[{i}].role", unknown_number(role) if role else "is required"))
         if not content and not (calls and role == _ASSISTANT):
             found.append(Violation(f"{path}.messages[{i}].content", "at least one part is required"))
         for j, part in enumerate(content):
@@ -298,7 +309,7 @@ def _check_tools(tools: Sequence[generation_pb2.Tool], path: str, found: Violati
 def _check_tool_choice(choice: generation_pb2.ToolChoice, names: frozenset[str], path: str, found: Violations) -> None:
     required = choice.mode == generation_pb2.TOOL_CHOICE_MODE_REQUIRED
     if choice.mode not in _TOOL_CHOICE_MODES:
-        found.append(Violation(f"{path}.mode", _unknown_number(choice.mode)))
+        found.append(Violation(f"{path}.mode", unknown_number(choice.mode)))
     elif required and not names:
         found.append(Violation(f"{path}.mode", "a tool is required but none is offered"))
     if choice.name:
@@ -325,7 +336,8 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _unknown_number(value: int) -> str:
+def unknown_number(value: int) -> str:
+    """What is wrong with the number of an enum value that nobody knows."""
     return f"unknown value {value}"
 
 
@@ -355,9 +367,9 @@ def check_report(report: fleet_pb2.ServerReport) -> Violations:
     if not 0 <= load.kv_cache_utilization <= 1:
         found.append(Violation("load.kv_cache_utilization", "must be 0 to 1"))
     if report.health not in _HEALTHS:
-        found.append(Violation("health", _unknown_number(report.health)))
+        found.append(Violation("health", unknown_number(report.health)))
     if report.state not in _STATES:
-        found.append(Violation("state", _unknown_number(report.state)))
+        found.append(Violation("state", unknown_number(report.state)))
     return found[:MAX_VIOLATIONS]
 
 
@@ -394,7 +406,7 @@ def _check_model(model: fleet_pb2.ModelInfo, offered: set[tuple[str, str]], path
         found.append(Violation(f"{path}.context_length", "must be 1 or more"))
     for i, capability in enumerate(model.capabilities):
         if capability.task_type not in _TASK_TYPES or not capability.task_type:
-            text = _unknown_number(capability.task_type) if capability.task_type else "is required"
+            text = unknown_number(capability.task_type) if capability.task_type else "is required"
             found.append(Violation(f"{path}.capabilities[{i}].task_type", text))
         if not 0 <= capability.score <= 1:
             found.append(Violation(f"{path}.capabilities[{i}].score", "must be 0 to 1"))
@@ -402,7 +414,7 @@ def _check_model(model: fleet_pb2.ModelInfo, offered: set[tuple[str, str]], path
             return
     for i, feature in enumerate(model.features):
         if feature not in _FEATURES:
-            found.append(Violation(f"{path}.features[{i}]", _unknown_number(feature)))
+            found.append(Violation(f"{path}.features[{i}]", unknown_number(feature)))
             if len(found) >= MAX_VIOLATIONS:
                 return
     if model.HasField("price"):
@@ -411,7 +423,7 @@ def _check_model(model: fleet_pb2.ModelInfo, offered: set[tuple[str, str]], path
     if model.HasField("performance"):
         _check_performance(model.performance, f"{path}.performance", found)
     if model.state not in _MODEL_STATES:
-        found.append(Violation(f"{path}.state", _unknown_number(model.state)))
+        found.append(Violation(f"{path}.state", unknown_number(model.state)))
     if model.HasField("load_time"):
         _check_duration(model.load_time, f"{path}.load_time", found)
     if len(model.fingerprint) > MAX_FINGERPRINT_CHARACTERS:
