@@ -73,9 +73,7 @@ class BeliefsServicer:
         self._admit()
         if violations := _check_key(request.key, "key"):
             raise invalid(violations)
-        return belief_pb2.GetBeliefResponse(
-            belief=rendered(await self._store.belief(tenant_of(context), request.key))
-        )
+        return belief_pb2.GetBeliefResponse(belief=rendered(await self._store.belief(tenant_of(context), request.key)))
 
     @served
     async def ListBeliefs(
@@ -104,9 +102,7 @@ class BeliefsServicer:
         return belief_pb2.DeleteBeliefResponse()
 
     @served
-    async def WatchBeliefs(
-        self, request: belief_pb2.WatchBeliefsRequest, context: grpc.aio.ServicerContext
-    ) -> None:
+    async def WatchBeliefs(self, request: belief_pb2.WatchBeliefsRequest, context: grpc.aio.ServicerContext) -> None:
         self._admit()
         if violations := _check_prefix(request.prefix):
             raise invalid(violations)
@@ -182,9 +178,7 @@ def _json(value: struct_pb2.Value, violations: list[Violation]) -> str:
         violations.append(Violation("belief.value", "is required"))
         return ""
     try:
-        text = json.dumps(
-            json_format.MessageToDict(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")
-        )
+        text = json.dumps(json_format.MessageToDict(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (ValueError, json_format.Error):
         violations.append(Violation("belief.value", "must be JSON, which has no NaN and no infinity"))
         return ""

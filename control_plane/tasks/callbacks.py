@@ -29,6 +29,8 @@ _URL = re.compile(
     re.IGNORECASE,
 )
 _HOST = re.compile(r"(?:\*\.)?[a-z0-9](?:[a-z0-9._-]{0,251}[a-z0-9])?|\*|\[[0-9a-f:.]{2,45}\]")
+# What ends so is an address to every resolver, or to none: "127.1", "2130706433", "0x7f.1".
+_NUMERIC = re.compile(r"(?:^|\.)(?:[0-9]+|0x[0-9a-f]*)$")
 _LOOPBACK_NAMES = frozenset({"localhost"})
 _PORTS = {"https": 443, "http": 80}
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
@@ -98,8 +100,8 @@ def read(url: str) -> Target:
     port = int(found["port"]) if found["port"] else _PORTS[scheme]
     if not 1 <= port <= 65535:
         raise NotAllowed(f"has no port {port}")
-    if ":" in host and literal(host) is None:
-        raise NotAllowed("has no valid IPv6 address")
+    if literal(host) is None and (":" in host or _NUMERIC.search(host)):
+        raise NotAllowed("has no valid IP address")
     return Target(scheme, host, port)
 
 

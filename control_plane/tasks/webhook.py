@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
+import ssl
 from importlib.metadata import version
 
 import aiohttp
@@ -65,6 +66,7 @@ class Sender:
             self._sessions[scheme] = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(
                     resolver=_Checked(self._rules, scheme),
+                    ssl=ssl.create_default_context() if scheme == "https" else True,
                     use_dns_cache=False,
                     limit=0,
                     keepalive_timeout=_KEEP_ALIVE,
