@@ -15,9 +15,9 @@ from control_plane.api.metrics import Metrics
 from control_plane.api.orchestrator import served
 from control_plane.api.tenant import tenant_of
 from control_plane.domain.errors import draining
-from control_plane.tasks.beliefs import TASKS_PREFIX, BeliefRecord, BeliefStore
-from control_plane.tasks.model import Changes
-from modelyard.rpc.errors import Violation, invalid
+from control_plane.tasks.beliefs import TASKS_PREFIX, BeliefRecord, Beliefs
+from modelyard.rpc.errors import Refusal, Violation, invalid
+from modelyard.rpc.reasons import Reason
 from modelyard.v1 import belief_pb2
 
 MAX_KEY_CHARACTERS = 500
@@ -33,9 +33,9 @@ class BeliefsServicer:
     """All methods of the service. Once `stop_accepting` was called, new work is refused with DRAINING and watches
     end."""
 
-    def __init__(self, store: BeliefStore, metrics: Metrics) -> None:
+    def __init__(self, beliefs: Beliefs | None, metrics: Metrics) -> None:
         self.metrics = metrics
-        self._store = store
+        self._kept = beliefs
         self._stopping = asyncio.Event()
 
     def stop_accepting(self) -> None:
@@ -45,6 +45,11 @@ class BeliefsServicer:
     def _admit(self) -> None:
         if self._stopping.is_set():
             raise draining()
+
+    def _beliefs(self) -> Beliefs:
+        if self._kept is None:
+            raise Refusal(Reason.UNSUPPORTED, "this control plane keeps no beliefs (setting tasks.store)")
+        return self._kept
 
     @served
     async def PutBelief(
@@ -63,7 +68,7 @@ class BeliefsServicer:
         if violations:
             raise invalid(violations)
         confidence = belief.confidence if belief.HasField("confidence") else 1.0
-        record = await self._store.put_belief(tenant_of(context), belief.key, value, confidence, belief.source)
+        record = await self._beliefs().put(tenant_of(context), belief.key, value, confidence, belief.source)
         return belief_pb2.PutBeliefResponse(belief=rendered(record))
 
     @served
@@ -73,7 +78,7 @@ class BeliefsServicer:
         self._admit()
         if violations := _check_key(request.key, "key"):
             raise invalid(violations)
-        return belief_pb2.GetBeliefResponse(belief=rendered(await self._store.belief(tenant_of(context), request.key)))
+        return belief_pb2.GetBeliefResponse(belief=rendered(await self._beliefs().get(tenant_of(context), request.key)))
 
     @served
     async def ListBeliefs(
@@ -87,7 +92,7 @@ class BeliefsServicer:
         if violations:
             raise invalid(violations)
         size = request.page_size or _PAGE
-        found = await self._store.beliefs(tenant_of(context), request.prefix, size + 1, after)
+        found = await self._beliefs().page(tenant_of(context), request.prefix, size + 1, after)
         token = _token(request.prefix, found[size - 1].key) if len(found) > size else ""
         return belief_pb2.ListBeliefsResponse(beliefs=map(rendered, found[:size]), next_page_token=token)
 
@@ -98,7 +103,7 @@ class BeliefsServicer:
         self._admit()
         if violations := _check_key(request.key, "key"):
             raise invalid(violations)
-        await self._store.delete_belief(tenant_of(context), request.key)
+        await self._beliefs().delete(tenant_of(context), request.key)
         return belief_pb2.DeleteBeliefResponse()
 
     @served
@@ -107,21 +112,17 @@ class BeliefsServicer:
         if violations := _check_prefix(request.prefix):
             raise invalid(violations)
         tenant, news = tenant_of(context), asyncio.Event()
-
-        def told(changes: Changes) -> None:
-            if changes.beliefs:
-                news.set()
-
-        forget = self._store.listen(told)
+        beliefs = self._beliefs()
+        forget = beliefs.listen(news.set)
         try:
             resumed = request.HasField("after_version")
-            position = request.after_version if resumed else await self._store.last_version()
+            position = request.after_version if resumed else await beliefs.last_version()
             silent = True
             while not self._stopping.is_set():
                 news.clear()
                 # The table has one row per key: whoever reads slowly finds the latest value there, and memory is
                 # taken for one batch only.
-                found, position = await self._store.beliefs_since(tenant, request.prefix, position, _BATCH)
+                found, position = await beliefs.since(tenant, request.prefix, position, _BATCH)
                 for record in found:
                     await context.write(_change(record))
                 if silent and not found:

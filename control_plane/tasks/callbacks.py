@@ -216,7 +216,7 @@ class Rules:
             raise NotAllowed(f"{target.host} is not on the loopback interface, http is for that only")
         if not is_public(address) and not any(pattern.matches(target) for pattern in self.private_hosts):
             raise NotAllowed(
-                f"{target.host} has an address that is not public: the setting tasks.callbacks.private_hosts must name it"
+                f"{target.host} has an address that is not public: only tasks.callbacks.private_hosts can allow that"
             )
 
 

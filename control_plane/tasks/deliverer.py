@@ -7,12 +7,12 @@ import contextlib
 import logging
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 from control_plane.domain.errors import DomainError
 from control_plane.tasks.callbacks import Answer, CallbackState, DeliveryRecord, Repetition, Rules, headers, origin_of
-from control_plane.tasks.model import Changes
+from control_plane.tasks.deliveries import Deliveries
 from modelyard.program import privacy
 
 if TYPE_CHECKING:
@@ -22,38 +22,6 @@ log = logging.getLogger(__name__)
 
 _POLL = 1.0
 """Seconds after which to look again for what another control plane has made, or the database could not tell."""
-
-
-class Deliveries(Protocol):
-    """Callbacks in the database. Every method raises DomainError STORE_UNAVAILABLE, a writing one STORE_FULL."""
-
-    def now(self) -> float: ...
-
-    def listen(self, told: Callable[[Changes], None]) -> Callable[[], None]: ...
-
-    async def claim(
-        self, limit: int, per_origin: int, running: Mapping[str, int], lease: float
-    ) -> list[DeliveryRecord]:
-        """Take callbacks that are due, the longest due first, so that at most `per_origin` run against one host and
-        port together with those of `running`. Each counts as an attempt, and nobody else takes it for `lease`
-        seconds."""
-        ...
-
-    async def next_due(self) -> float | None:
-        """When the first callback is due; None: there is none."""
-        ...
-
-    async def ended(self, id: str, attempt: int, state: CallbackState, failure: str) -> bool:
-        """It is delivered or dead. False: attempt number `attempt` is no longer the latest, nothing was written."""
-        ...
-
-    async def again(self, id: str, attempt: int, due_at: float, failure: str) -> bool:
-        """It is due again at a time. False as above."""
-        ...
-
-    async def drop(self, id: str) -> None:
-        """Forget it: its task was queued again, or deleted."""
-        ...
 
 
 class Deliverer:
@@ -89,7 +57,6 @@ class Deliverer:
         self._outcome = outcome
         self._jitter = jitter
         self._running: Counter[str] = Counter()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._stopping = False
         self._sender: Sender | None = None
@@ -106,7 +73,7 @@ class Deliverer:
 
     async def run(self) -> None:
         """Until `stop`. Failures of the database are waited out."""
-        forget = self._deliveries.listen(self._told)
+        forget = self._deliveries.listen(self._wake.set)
         try:
             async with asyncio.TaskGroup() as group:
                 while not self._stopping:
@@ -116,10 +83,6 @@ class Deliverer:
             forget()
             if self._sender:
                 await self._sender.close()
-
-    def _told(self, changes: Changes) -> None:
-        if changes.deliveries:
-            self._wake.set()
 
     async def _wait(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -132,20 +95,20 @@ class Deliverer:
         if free <= 0:
             return _POLL  # the end of one wakes us
         try:
-            taken = await self._deliveries.claim(free, self._most_per_host, dict(self._running), self.lease)
-            for delivery in taken:
-                origin = origin_of(delivery.url)
-                self._running[origin] += 1
-                group.create_task(self._deliver(delivery, origin), name=f"callback {delivery.id}")
-            if len(taken) == free:
-                return _POLL
             due = await self._deliveries.next_due()
+            left = _POLL if due is None else due - self._deliveries.now()
+            if left > 0:
+                return min(left, _POLL)
+            taken = await self._deliveries.claim(free, self._most_per_host, dict(self._running), self.lease)
         except DomainError as error:
             log.warning("callbacks wait: %s", error.reason)
             return _POLL
-        left = _POLL if due is None else due - self._deliveries.now()
-        # What is due already waits for its host: the end of what runs against it wakes us.
-        return min(left, _POLL) if left > 0 else _POLL
+        for delivery in taken:
+            origin = origin_of(delivery.url)
+            self._running[origin] += 1
+            group.create_task(self._deliver(delivery, origin), name=f"callback {delivery.id}")
+        # What is due and was not taken waits for its host: the end of what runs against it wakes us.
+        return 0.0 if taken else _POLL
 
     async def _deliver(self, delivery: DeliveryRecord, origin: str) -> None:
         try:

@@ -19,7 +19,7 @@ _KEEP_ALIVE = 15.0
 
 
 class _Checked(AbstractResolver):
-    """Resolves names, each time anew, to addresses that the rules allow. What is checked here is what is connected to."""
+    """Resolves names, each time anew, to addresses that the rules allow. What is checked is what is connected to."""
 
     def __init__(self, rules: Rules, scheme: str) -> None:
         self._rules = rules
