@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Protocol, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 import grpc
 
@@ -45,6 +45,7 @@ from modelyard.rpc.task_validation import (
 from modelyard.v1 import task_queue_pb2
 from modelyard.v1.selection_pb2 import Requirements
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _PAGE_SIZE = 100
@@ -342,7 +343,7 @@ class TaskQueueServicer:
         """The task, if this event made it terminal and it has stayed so."""
         if not event.state.terminal:
             return None
-        full = await self._patiently(lambda: self._store().get(tenant, event.task_id))
+        full = await self._patiently(self._store().get, tenant, event.task_id)
         record = full.record
         return full if record.state.terminal and record.epoch == event.epoch else None
 
@@ -381,14 +382,13 @@ class TaskQueueServicer:
                 stopping.cancel()
                 reading.cancel()
             if tenant is not None and watch.task_id is not None:
-                task_id = watch.task_id
-                await self._patiently(lambda: self._store().get(tenant, task_id))
+                await self._patiently(self._store().get, tenant, watch.task_id)
 
-    async def _patiently(self, read: Callable[[], Awaitable[T]]) -> T:
+    async def _patiently(self, read: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
         """What `read` returns. A stream that runs goes on when the store is away."""
         while True:
             try:
-                return await read()
+                return await read(*args, **kwargs)
             except DomainError as error:
                 if error.reason != Reason.STORE_UNAVAILABLE:
                     raise

@@ -9,7 +9,7 @@
 to do (see `modelyard.client.ModelyardError` and the tree in its module's docstring).
 """
 
-from modelyard.client._async import ADDRESS_VARIABLE, DEFAULT_ADDRESS, AsyncClient
+from modelyard.client._async import ADDRESS_VARIABLE, DEFAULT_ADDRESS, TENANT_VARIABLE, AsyncClient
 from modelyard.client._errors import (
     AttemptsExhausted,
     Cancelled,
@@ -22,8 +22,10 @@ from modelyard.client._errors import (
     EngineFailed,
     FieldViolation,
     FleetWarmingUp,
+    IdempotencyConflict,
     InternalError,
     InvalidRequest,
+    LeaseLost,
     ModelyardError,
     NoCapableServer,
     OutOfMemory,
@@ -33,18 +35,28 @@ from modelyard.client._errors import (
     ServerBusy,
     ServersAway,
     SlowReader,
+    StoreFull,
+    StoreUnavailable,
     StreamBroken,
     Superseded,
+    TaskFailed,
     TimedOut,
     TryAgain,
+    UnknownBelief,
     UnknownModel,
     UnknownServer,
+    UnknownTask,
     Unsupported,
+    WrongState,
 )
-from modelyard.client._names import FEATURES, PRIORITIES, TASK_TYPES
+from modelyard.client._names import FEATURES, PRIORITIES, TASK_STATES, TASK_TYPES
 from modelyard.client._requests import GenerateOptions, Input, Requirements
 from modelyard.client._stream import GenerationStream
 from modelyard.client._sync import Client, SyncGenerationStream
+from modelyard.client._sync_tasks import Tasks
+from modelyard.client._task_messages import NewTask, TaskOptions
+from modelyard.client._task_types import QueueStats, Submission, Task, TaskAttempt, TaskEvent, TaskLane
+from modelyard.client._tasks import AsyncTasks
 from modelyard.client._types import (
     Attempt,
     Candidate,
@@ -81,8 +93,11 @@ __all__ = [
     "DEFAULT_ADDRESS",
     "FEATURES",
     "PRIORITIES",
+    "TASK_STATES",
     "TASK_TYPES",
+    "TENANT_VARIABLE",
     "AsyncClient",
+    "AsyncTasks",
     "Attempt",
     "AttemptsExhausted",
     "Cancelled",
@@ -106,21 +121,25 @@ __all__ = [
     "GenerationResult",
     "GenerationStream",
     "Health",
+    "IdempotencyConflict",
     "Image",
     "Input",
     "InternalError",
     "InvalidRequest",
+    "LeaseLost",
     "Message",
     "Model",
     "ModelProgress",
     "ModelRuntime",
     "ModelyardError",
+    "NewTask",
     "NoCapableServer",
     "OutOfMemory",
     "Placement",
     "Preset",
     "Price",
     "QueueFull",
+    "QueueStats",
     "QueueTimeout",
     "RateLimited",
     "Rejection",
@@ -131,9 +150,19 @@ __all__ = [
     "ServerStatus",
     "ServersAway",
     "SlowReader",
+    "StoreFull",
+    "StoreUnavailable",
     "StreamBroken",
+    "Submission",
     "Superseded",
     "SyncGenerationStream",
+    "Task",
+    "TaskAttempt",
+    "TaskEvent",
+    "TaskFailed",
+    "TaskLane",
+    "TaskOptions",
+    "Tasks",
     "TimedOut",
     "Timings",
     "TokenLogprob",
@@ -142,8 +171,11 @@ __all__ = [
     "ToolCallDelta",
     "TopLogprob",
     "TryAgain",
+    "UnknownBelief",
     "UnknownModel",
     "UnknownServer",
+    "UnknownTask",
     "Unsupported",
     "Usage",
+    "WrongState",
 ]

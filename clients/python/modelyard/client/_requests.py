@@ -35,6 +35,10 @@ class Requirements(TypedDict, total=False):
     """Least context length in tokens."""
     features: Sequence[str]
     """Features that the model must have: see `FEATURES`."""
+    excluded_models: Sequence[str]
+    """Never these models: names or "provider/name"."""
+    max_cost_usd: float
+    """Only models for which prompt and answer are not expected to cost more; 0: any."""
     priority: str | None
     """See `PRIORITIES`; default "normal"."""
     request_id: str | None
@@ -101,6 +105,8 @@ def generate_request(
     excluded_server_ids: Sequence[str] = (),
     min_context_length: int = 0,
     features: Sequence[str] = (),
+    excluded_models: Sequence[str] = (),
+    max_cost_usd: float = 0,
     stop: str | Sequence[str] = (),
     logprobs: bool = False,
     top_logprobs: int = 0,
@@ -142,7 +148,9 @@ def generate_request(
         ),
         task_type=names.TASK_TYPE.number(task_type) if task_type else 0,  # type: ignore[arg-type]
         priority=names.PRIORITY.number(priority) if priority else 0,  # type: ignore[arg-type]
-        requirements=_requirements(model, provider, server_id, excluded_server_ids, min_context_length, features),
+        requirements=_requirements(
+            model, provider, server_id, excluded_server_ids, min_context_length, features, excluded_models, max_cost_usd
+        ),
         explain=explain,
         request_id=request_id or "",
         preset=preset or "",
@@ -160,11 +168,15 @@ def embed_request(
     excluded_server_ids: Sequence[str] = (),
     min_context_length: int = 0,
     features: Sequence[str] = (),
+    excluded_models: Sequence[str] = (),
+    max_cost_usd: float = 0,
 ) -> orchestrator_pb2.EmbedRequest:
     """Build a request. Raises ValueError or TypeError for what cannot be said in one."""
     return orchestrator_pb2.EmbedRequest(
         inputs=[inputs] if isinstance(inputs, str) else inputs,
-        requirements=_requirements(model, provider, server_id, excluded_server_ids, min_context_length, features),
+        requirements=_requirements(
+            model, provider, server_id, excluded_server_ids, min_context_length, features, excluded_models, max_cost_usd
+        ),
         priority=names.PRIORITY.number(priority) if priority else 0,  # type: ignore[arg-type]
         request_id=request_id or "",
     )
@@ -177,9 +189,11 @@ def _requirements(
     excluded_server_ids: Sequence[str],
     min_context_length: int,
     features: Sequence[str],
+    excluded_models: Sequence[str],
+    max_cost_usd: float,
 ) -> selection_pb2.Requirements:
-    if isinstance(excluded_server_ids, str) or isinstance(features, str):
-        raise TypeError("excluded_server_ids and features are lists of texts, not one text")
+    if isinstance(excluded_server_ids, str) or isinstance(features, str) or isinstance(excluded_models, str):
+        raise TypeError("excluded_server_ids, excluded_models and features are lists of texts, not one text")
     return selection_pb2.Requirements(
         model=model or "",
         provider=provider or "",
@@ -187,6 +201,8 @@ def _requirements(
         excluded_server_ids=excluded_server_ids,
         min_context_length=min_context_length,
         features=[names.FEATURE.number(feature) for feature in features],  # type: ignore[misc]
+        excluded_models=excluded_models,
+        max_cost_nano_usd=round(max_cost_usd * 1e9),
     )
 
 
