@@ -143,9 +143,22 @@ def _pins(requirements: selection_pb2.Requirements, model: tuple[ModelName, Prov
         "provider": Provider(requirements.provider) if requirements.provider else provider,
         "server_id": ServerId(requirements.server_id) if requirements.server_id else None,
         "excluded": frozenset(ServerId(server_id) for server_id in requirements.excluded_server_ids),
+        "excluded_models": excluded_models(requirements.excluded_models),
+        "max_cost_nano_usd": requirements.max_cost_nano_usd,
         "min_context_length": requirements.min_context_length,
         "labels": tuple(sorted(requirements.labels.items())),
     }
+
+
+def excluded_models(texts: Iterable[str]) -> frozenset[tuple[ModelName, Provider | None]]:
+    """Names, and "provider/name". A name may contain "/" itself, so such a text means both."""
+    excluded: set[tuple[ModelName, Provider | None]] = set()
+    for text in texts:
+        excluded.add((ModelName(text), None))
+        provider, _, name = text.partition("/")
+        if name:
+            excluded.add((ModelName(name), Provider(provider)))
+    return frozenset(excluded)
 
 
 # ----------------------------------------------------------------- reports ---

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum
 
 from control_plane.domain.decision import DecisionRecord, Verdict
 from control_plane.domain.errors import (
@@ -61,6 +62,16 @@ class _Waiter:
     explain: bool
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Standing:
+    """Work in the background that waits for a server."""
+
+    future: asyncio.Future[Grant]
+    """Its grant; never an exception."""
+    entry: Waiting[_Waiter] | None
+    """None: it did not have to wait."""
+
+
 @dataclass(slots=True)
 class _Offer:
     """Rows that have opened, and how far down the queue they were offered."""
@@ -82,6 +93,17 @@ class _Offer:
             choices = servers(mask & rows)
             if choices:
                 self.choices[kind] = choices
+
+
+class Outlook(Enum):
+    """What there is to hope for."""
+
+    HERE = "here"
+    """A server that can do it is there, though perhaps busy."""
+    AWAY = "away"
+    """Those that can do it are not ready, or draining, or without the model."""
+    NONE = "none"
+    """No server can do it."""
 
 
 class Scheduler:
@@ -129,9 +151,10 @@ class Scheduler:
         """What would be decided now."""
         return explain(self._fleet.table, request, self._policy_for(request))
 
-    def take_place(self) -> int:
-        """The place in the queue of a request that arrives now; it keeps it through all its attempts."""
-        return self._queue.take_place()
+    def take_place(self, *, background: bool = False) -> int:
+        """The place in the queue of a request that arrives now; it keeps it through all its attempts. One in the
+        background is behind every other request of its class, whenever that comes."""
+        return self._queue.take_place(background=background)
 
     async def acquire(
         self,
@@ -174,6 +197,41 @@ class Scheduler:
             if self._queue.remove(entry):
                 self._known = None  # the next of its lane may need less
             raise
+
+    def stand(self, request: RouteRequest, avoid: frozenset[Failed], place: int, *, explain: bool = False) -> Standing:
+        """Let work wait in the background, at a `place` that was taken for that, until a server can start it: for as
+        long as it takes, whatever becomes of the fleet. End it with its grant or with `leave`."""
+        now = self._clock.monotonic()
+        waiter = _Waiter(asyncio.get_running_loop().create_future(), explain)
+        grant = self._without_waiting(request, avoid, place, now, explain)
+        if grant is not None:
+            waiter.future.set_result(grant)
+            return Standing(waiter.future, None)
+        entry = self._queue.push(request, waiter, now=now, avoid=avoid, rate=1.0, place=place)
+        self._welcome()
+        return Standing(waiter.future, entry)
+
+    def leave(self, standing: Standing) -> None:
+        """End the waiting of work in the background; a grant that it has already is given back."""
+        if standing.entry is not None and self._queue.remove(standing.entry):
+            self._known = None  # the next of its lane may need less
+        if not standing.future.done():
+            standing.future.cancel()
+        elif not standing.future.cancelled():
+            self.release(standing.future.result().flight, Outcome(OutcomeKind.NEUTRAL))
+
+    def try_acquire(
+        self, request: RouteRequest, avoid: frozenset[Failed], place: int, *, explain: bool = False
+    ) -> Grant | None:
+        """A server for work in the background if one is free that nobody waits for; None if not."""
+        return self._without_waiting(request, avoid, place, self._clock.monotonic(), explain)
+
+    def outlook(self, request: RouteRequest, avoid: frozenset[Failed] = frozenset()) -> Outlook:
+        """Whether waiting for a server is of use."""
+        choice = select(self._fleet.table, request, self._policy_for(request), self._avoided(avoid))
+        if choice.verdict is Verdict.IMPOSSIBLE:
+            return Outlook.NONE
+        return Outlook.AWAY if choice.all_away else Outlook.HERE
 
     def release(self, flight: Flight, outcome: Outcome) -> None:
         """Give the slot back. A second call does nothing."""
@@ -279,9 +337,11 @@ class Scheduler:
             try:
                 grant = self._place(
                     entry.request, entry.avoid, entry.enqueued_at, now, waiter.explain,
-                    patient=True, queued=self._queue.behind(entry),
+                    patient=True, queued=self._queue.behind(entry), background=entry.background,
                 )  # fmt: skip
             except DomainError as error:
+                if entry.background:
+                    return False  # the fleet may change
                 _fail(entry, error)
                 return True
             if grant is None:
@@ -313,7 +373,12 @@ class Scheduler:
             while self._doubtful:
                 entry = self._queue.first_like(self._doubtful.pop())
                 # Most of them: a server that can serve it is there.
-                if entry is not None and not self._suits(entry, choices[entry.kind]) and self._given_up(entry, now):
+                if (
+                    entry is not None
+                    and not entry.background
+                    and not self._suits(entry, choices[entry.kind], priced=True)
+                    and self._given_up(entry, now)
+                ):
                     self._doubtful.append(entry)  # for the next of its lane
                 if not going():
                     return False
@@ -340,7 +405,10 @@ class Scheduler:
         self._reach = {kind: mask for kind, mask in self._reach.items() if kind in kinds}
         for kind in kinds.keys() - self._reach.keys():
             request = kinds[kind].request
-            least = replace(request, prompt_tokens=0, max_tokens=None, min_context_length=0, excluded=NO_SERVERS)
+            least = replace(
+                request, prompt_tokens=0, max_tokens=None, min_context_length=0, excluded=NO_SERVERS,
+                max_cost_nano_usd=0,
+            )  # fmt: skip
             self._reach[kind] = passing(PERMANENT, Query(self._table, least, self._policy, NO_SERVERS))
         return self._reach
 
@@ -353,8 +421,11 @@ class Scheduler:
             longest[server_id] = max(length, longest.get(server_id, 0))
         return list(longest.items())
 
-    def _suits(self, entry: Waiting[_Waiter], choices: list[tuple[ServerId, int]]) -> bool:
-        """Whether one of these servers, which can serve its kind, can serve this very request."""
+    def _suits(self, entry: Waiting[_Waiter], choices: list[tuple[ServerId, int]], *, priced: bool = False) -> bool:
+        """Whether one of these servers, which can serve its kind, can serve this very request; `priced`: for certain,
+        where the price is limited."""
+        if priced and entry.request.max_cost_nano_usd:
+            return False  # looked at more closely
         needed, excluded, avoided = entry.request.context_needed, entry.request.excluded, self._avoided(entry.avoid)
         return any(
             length >= needed and server_id not in excluded and server_id not in avoided for server_id, length in choices
@@ -370,6 +441,19 @@ class Scheduler:
 
     # --------------------------------------------------------------- place ---
 
+    def _without_waiting(
+        self, request: RouteRequest, avoid: frozenset[Failed], place: int, now: float, with_record: bool
+    ) -> Grant | None:
+        """A grant for work in the background, unless somebody who waits may have a use for it."""
+        if len(self._queue):
+            self._pump()
+        if self._later is not None or self._queue.goes_before(request, avoid, place):
+            return None
+        try:
+            return self._place(request, avoid, now, now, with_record, patient=True, background=True)
+        except DomainError:
+            return None  # the fleet may change
+
     def _place(
         self,
         request: RouteRequest,
@@ -381,6 +465,7 @@ class Scheduler:
         overtake: bool = True,
         patient: bool = False,
         queued: int = 0,
+        background: bool = False,
     ) -> Grant | None:
         """A grant if a server can start the request now, None if it must wait; raises if
         waiting is no use. Without `overtake` others wait already and go first; one that is
@@ -395,7 +480,8 @@ class Scheduler:
             record = explain(table, request, policy, avoided, queued) if with_record else None
             flight = self._fleet.begin(choice.row, now)
             self._granted += 1
-            self._on_granted(request.priority, now - since)
+            if not background:
+                self._on_granted(request.priority, now - since)
             return Grant(flight, now - since, record)
         if choice.verdict is Verdict.IMPOSSIBLE or (choice.all_away and not self._may_return()):
             if patient and self._fleet.warming_up(now):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ LaneKey: TypeAlias = tuple[object, ...]
 _RETRY_SOONEST = 0.5
 _RETRY_LATEST = 30.0
 
+BACKGROUND = 1 << 62
+"""Places from here on are in the background: behind every request that somebody waits for, class by class."""
+
 # Dead entries that the expiry heap may hold beside as many as there are live ones.
 _SLACK = 64
 
@@ -38,13 +42,18 @@ class Waiting(Generic[T]):
     enqueued_at: float
     """Monotonic seconds."""
     expires_at: float
-    """Monotonic seconds."""
+    """Monotonic seconds; infinite in the background."""
     place: int
     """Order of the request's first arrival, over all classes: a request that comes again keeps it."""
     kind: KindKey
     lane: LaneKey
     size: int
     """Bytes."""
+
+    @property
+    def background(self) -> bool:
+        """Nobody waits for it at this moment."""
+        return self.place >= BACKGROUND
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +75,11 @@ class FairQueue(Generic[T]):
 
     Requests with the same needs share a lane, and only the first of a lane is tried: if it cannot start, neither can
     those behind it. A wave of thousands for one busy model so costs one try per event, and holds nobody else up.
-    Lanes that differ in what they exclude or avoid, and in size only, are of one kind: a dispatch that is told which
-    kinds may start does not even look at the others.
+    Lanes that differ in which servers they exclude or avoid, and in size only, are of one kind: a dispatch that is told
+    which kinds may start does not even look at the others.
+
+    Requests in the background wait behind all others of their class. They stand for work that waits elsewhere: no bound
+    holds for them, no depth counts them, no time ends their waiting.
 
     Args:
         bounds: most waiting requests per class, >= 0.
@@ -115,7 +127,7 @@ class FairQueue(Generic[T]):
         return len(self._live)
 
     def depth(self) -> dict[Priority, int]:
-        """Waiting requests per class, highest class first."""
+        """Waiting requests per class, highest class first, without those in the background."""
         return dict(self._depth)
 
     def behind(self, entry: Waiting[T]) -> int:
@@ -137,11 +149,11 @@ class FairQueue(Generic[T]):
             heapq.heappop(self._expiry)
         return self._expiry[0][0] if self._expiry else None
 
-    def take_place(self) -> int:
+    def take_place(self, *, background: bool = False) -> int:
         """The place of a request that arrives now, to be given to `push` whenever it has to wait."""
         place = self._next_place
         self._next_place += 1
-        return place
+        return place + BACKGROUND if background else place
 
     def push(
         self,
@@ -163,20 +175,23 @@ class FairQueue(Generic[T]):
         Raises DomainError QUEUE_FULL.
         """
         priority = request.priority
-        if not again:
-            self._admit(self._depth[priority], self._bounds[priority], rate)
-            self._admit(len(self._live), self._total, rate)
-            if self._max_bytes is not None and self._bytes + size > self._max_bytes:
-                raise queue_bytes_full(self._bytes, self._max_bytes, _pause(len(self._live), rate))
-        expires_at = now + self._timeouts[priority]
-        if deadline is not None:
-            expires_at = min(expires_at, deadline)
         if place is None:
             place = self.take_place()
+        background = place >= BACKGROUND
+        if not again and not background:
+            waiting = sum(self._depth.values())
+            self._admit(self._depth[priority], self._bounds[priority], rate)
+            self._admit(waiting, self._total, rate)
+            if self._max_bytes is not None and self._bytes + size > self._max_bytes:
+                raise queue_bytes_full(self._bytes, self._max_bytes, _pause(waiting, rate))
+        expires_at = math.inf if background else now + self._timeouts[priority]
+        if deadline is not None:
+            expires_at = min(expires_at, deadline)
         kind, lane = kind_of(request), lane_of(request, avoid)
         entry = Waiting(request, payload, avoid, now, expires_at, place, kind, lane, size)
         self._live[place] = entry
-        self._depth[priority] += 1
+        if not background:
+            self._depth[priority] += 1
         self._bytes += size
         places = self._lanes[priority].setdefault(lane, [])
         if not places or place < places[0]:
@@ -185,7 +200,8 @@ class FairQueue(Generic[T]):
                 _drop(heads, places[0])
             insort(heads, place)
         insort(places, place)
-        heapq.heappush(self._expiry, (expires_at, place))
+        if expires_at < math.inf:
+            heapq.heappush(self._expiry, (expires_at, place))
         return entry
 
     def goes_before(self, request: RouteRequest, avoid: frozenset[Failed], place: int) -> bool:
@@ -211,11 +227,13 @@ class FairQueue(Generic[T]):
         _drop(places, entry.place)
         if not places:
             del lanes[entry.lane]
-        self._depth[priority] -= 1
+        if not entry.background:
+            self._depth[priority] -= 1
         self._bytes -= entry.size
         # The heap is cleaned when it is half dead, so that its upkeep stays O(log n) per request.
         if len(self._expiry) > 2 * len(self._live) + _SLACK:
-            self._expiry = [(live.expires_at, live.place) for live in self._live.values()]
+            live = [(live.expires_at, live.place) for live in self._live.values() if live.expires_at < math.inf]
+            self._expiry = live
             heapq.heapify(self._expiry)
         return True
 
@@ -245,8 +263,13 @@ class FairQueue(Generic[T]):
                 yield kind, self._live[heads[0]]
 
     def firsts(self) -> list[Waiting[T]]:
-        """The first of every lane, in no order."""
-        return [self._live[places[0]] for lanes in self._lanes.values() for places in lanes.values()]
+        """The first of every lane, in no order, but for those in the background."""
+        return [
+            self._live[places[0]]
+            for lanes in self._lanes.values()
+            for places in lanes.values()
+            if places[0] < BACKGROUND
+        ]
 
     def first_like(self, entry: Waiting[T]) -> Waiting[T] | None:
         """The first in the lane of a request, which may have left."""
@@ -321,17 +344,27 @@ def _pause(waiting: int, rate: float) -> float:
 
 def kind_of(request: RouteRequest) -> KindKey:
     """What a request needs of a server, leaving aside how much, and which servers it does not want."""
-    return (request.task_type, request.model, request.provider, request.server_id, int(request.features))
+    return (
+        request.task_type,
+        request.model,
+        request.provider,
+        request.server_id,
+        int(request.features),
+        request.labels,
+        request.excluded_models,
+    )
 
 
 def lane_of(request: RouteRequest, avoid: Iterable[Hashable] = ()) -> LaneKey:
     """What requests must share for one to be startable wherever the other is.
 
     Context is rounded up to a power of two, as context lengths mostly are: exact lengths would give almost every
-    request a lane of its own. A shorter request may so wait behind one that needs up to twice as much.
+    request a lane of its own. A shorter request may so wait behind one that needs up to twice as much. A limited price
+    depends on each token: such requests share a lane only if they are of the same size.
     """
     unwanted: frozenset[Hashable] = frozenset(request.excluded).union(avoid)
-    return (kind_of(request), unwanted, (max(request.context_needed, 1) - 1).bit_length())
+    price = (request.max_cost_nano_usd, request.prompt_tokens, request.max_tokens) if request.max_cost_nano_usd else ()
+    return (kind_of(request), unwanted, (max(request.context_needed, 1) - 1).bit_length(), price)
 
 
 def _drop(places: _Places, place: int) -> None:

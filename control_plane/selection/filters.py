@@ -16,7 +16,7 @@ from control_plane.domain.model import ModelState, ServerId
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.task import Feature
 from control_plane.selection.policy import Policy
-from control_plane.selection.table import CandidateTable, Mask
+from control_plane.selection.table import CandidateTable, Floats, Mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,12 @@ class Query:
     """Servers that failed in earlier attempts of this request."""
     queued: int = 0
     """Requests with the same needs that the control plane lets wait behind this one."""
+
+    @property
+    def output_tokens(self) -> int:
+        """As many as the request may generate, or as are expected where it leaves that open."""
+        tokens = self.request.max_tokens
+        return self.policy.expected_output_tokens if tokens is None else tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +136,41 @@ def _excluded_detail(query: Query, row: int) -> str:
     return f"server {query.table.rows[row].server_id} is excluded by the request"
 
 
+def _excluded_models(query: Query) -> Mask | None:
+    if not query.request.excluded_models:
+        return None
+    table = query.table
+    passing = np.ones(len(table), dtype=np.bool_)
+    for model, provider in query.request.excluded_models:
+        hit = np.equal(table.model_code, table.model_codes.get(model, -1))
+        if provider is not None:
+            hit &= np.equal(table.provider_code, table.provider_codes.get(provider, -1))
+        passing &= ~hit
+    return passing
+
+
+def _excluded_models_detail(query: Query, row: int) -> str:
+    return f"model {query.table.rows[row].card.name} is excluded by the request"
+
+
+def _price(query: Query) -> Mask | None:
+    if not query.request.max_cost_nano_usd:
+        return None
+    return _expected_nano_usd(query) <= query.request.max_cost_nano_usd
+
+
+def _price_detail(query: Query, row: int) -> str:
+    expected, most = _expected_nano_usd(query)[row], query.request.max_cost_nano_usd
+    return f"expected to cost {expected * 1e-9:.6f} US dollars > {most * 1e-9:.6f} allowed"
+
+
+def _expected_nano_usd(query: Query) -> Floats:
+    """What the request is expected to cost, 1e-9 US dollars, shape (rows,); whole, as `Price.nano_usd` is."""
+    table = query.table
+    prompt = query.request.prompt_tokens * table.prompt_price
+    return np.rint(1e3 * (prompt + query.output_tokens * table.completion_price))
+
+
 def _avoided(query: Query) -> Mask | None:
     return _outside(query.table, query.avoid)
 
@@ -218,6 +259,8 @@ PERMANENT: tuple[Filter, ...] = (
     Filter(RejectionReason.CONTEXT_TOO_SHORT, _context, _context_detail),
     Filter(RejectionReason.FEATURE_MISSING, _features, _features_detail),
     Filter(RejectionReason.EXCLUDED, _excluded, _excluded_detail),
+    Filter(RejectionReason.EXCLUDED, _excluded_models, _excluded_models_detail),
+    Filter(RejectionReason.TOO_EXPENSIVE, _price, _price_detail),
 )
 """A row that fails one can never serve the request."""
 

@@ -37,7 +37,7 @@ def cost(query: Query) -> Floats:
     table, reference = query.table, query.policy.cost_reference_usd
     # Prices are per million tokens.
     expected: Floats = (query.request.prompt_tokens * 1e-6) * table.prompt_price
-    expected += (output_tokens(query) * 1e-6) * table.completion_price
+    expected += (query.output_tokens * 1e-6) * table.completion_price
     expected += reference
     return reference / expected
 
@@ -89,7 +89,7 @@ def expected_seconds(query: Query) -> Floats:
     table, policy = query.table, query.policy
     ttft = np.where(np.isnan(table.ttft), policy.ttft_prior_s, table.ttft)
     tpot = np.where(np.isnan(table.tpot), policy.tpot_prior_s, table.tpot)
-    expected: Floats = ttft + tpot * output_tokens(query)
+    expected: Floats = ttft + tpot * query.output_tokens
     return expected
 
 
@@ -97,9 +97,3 @@ def load_seconds(query: Query) -> Floats:
     """Until a cold model is loaded, shape (rows,): the prior where its server does not know, 0 for warm ones."""
     load_time = query.table.load_time
     return np.where(np.isnan(load_time), query.policy.load_time_prior_s, load_time)
-
-
-def output_tokens(query: Query) -> int:
-    """As many as the request may generate, or as are expected where it leaves that open."""
-    tokens = query.request.max_tokens
-    return query.policy.expected_output_tokens if tokens is None else tokens

@@ -19,7 +19,7 @@ from control_plane.domain.request import RouteRequest
 from control_plane.selection.filters import AVOIDED, PERMANENT, TRANSIENT, Query, passing
 from control_plane.selection.loading import outrun
 from control_plane.selection.policy import Policy
-from control_plane.selection.scorers import SCORERS, output_tokens, parts, weigh
+from control_plane.selection.scorers import SCORERS, parts, weigh
 from control_plane.selection.summary import summarise
 from control_plane.selection.table import CandidateTable, Mask
 
@@ -124,7 +124,6 @@ def _candidates(query: Query) -> list[ScoredCandidate]:
     if slower is not None:
         for row in slower.rows.nonzero()[0].tolist():
             rejections[row].append(Rejection(RejectionReason.LOADING_TAKES_LONGER, slower.detail(query, row)))
-    generated = output_tokens(query)
     weights = [(name, float(getattr(query.policy.weights, name))) for name, _ in SCORERS]
     return [
         ScoredCandidate(
@@ -134,7 +133,7 @@ def _candidates(query: Query) -> list[ScoredCandidate]:
             score=score,
             parts=tuple(ScorePart(name, value, weight) for (name, weight), value in zip(weights, column, strict=True)),
             rejections=tuple(reasons),
-            estimated_cost_nano_usd=row.card.price.nano_usd(query.request.prompt_tokens, 0, generated),
+            estimated_cost_nano_usd=row.card.price.nano_usd(query.request.prompt_tokens, 0, query.output_tokens),
         )
         for row, score, column, reasons in zip(query.table.rows, scores, values.T.tolist(), rejections, strict=True)
     ]

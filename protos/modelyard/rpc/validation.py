@@ -25,6 +25,8 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_LABELS = 32
 MAX_TOP_LOGPROBS = 20
+MAX_EXCLUDED_MODELS = 100
+"""Each costs the selector a look at the table."""
 MAX_MODELS = 4096
 """Of one report: each costs every control plane work and memory."""
 MAX_FINGERPRINT_CHARACTERS = 1024
@@ -142,6 +144,15 @@ def _check_requirements(requirements: selection_pb2.Requirements, path: str, fou
         found.append(Violation(f"{path}.min_context_length", "must be 0 or more"))
     if requirements.max_cost_nano_usd < 0:
         found.append(Violation(f"{path}.max_cost_nano_usd", "must be 0 or more"))
+    if len(requirements.excluded_models) > MAX_EXCLUDED_MODELS:
+        found.append(Violation(f"{path}.excluded_models", f"at most {MAX_EXCLUDED_MODELS} are accepted"))
+        return
+    for i, model in enumerate(requirements.excluded_models):
+        if not model.strip("/") or len(model) > MAX_TEXT:
+            problem = f'must be a name or "provider/name" of at most {MAX_TEXT} characters'
+            found.append(Violation(f"{path}.excluded_models[{i}]", problem))
+            if len(found) >= MAX_VIOLATIONS:
+                return
     for i, feature in enumerate(requirements.features):
         if feature not in _FEATURES:
             found.append(Violation(f"{path}.features[{i}]", unknown_number(feature)))

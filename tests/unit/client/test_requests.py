@@ -23,6 +23,18 @@ def test_a_text_is_a_user_message() -> None:
     assert check_generate_request(request) == []
 
 
+def test_prices_and_models_that_are_not_wanted() -> None:
+    wanted = generate_request("hi", excluded_models=["a", "p/b"], max_cost=0.0025).requirements
+    assert (list(wanted.excluded_models), wanted.max_cost_nano_usd) == (["a", "p/b"], 2_500_000)
+    assert embed_request("hi", max_cost=1.0).requirements.max_cost_nano_usd == 10**9
+    assert not generate_request("hi").requirements.max_cost_nano_usd
+    for wrong in (0.0, -1.0, 1e10, float("nan")):
+        with pytest.raises(ValueError, match="max_cost"):
+            generate_request("hi", max_cost=wrong)
+    with pytest.raises(TypeError, match="excluded_models"):
+        generate_request("hi", excluded_models="a")
+
+
 def test_raw_prompt() -> None:
     request = generate_request("once", raw_prompt=True)
     assert request.input.prompt == "once"

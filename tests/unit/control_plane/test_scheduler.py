@@ -13,12 +13,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from control_plane.domain.decision import Verdict
 from control_plane.domain.errors import DomainError
-from control_plane.domain.model import ModelName, ModelState, ServerId
+from control_plane.domain.model import ModelName, ModelState, Price, ServerId
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Failed, Health
 from control_plane.domain.task import Priority
 from control_plane.fleet.registry import Fleet, Outcome, OutcomeKind
-from control_plane.fleet.scheduler import Grant, Scheduler
+from control_plane.fleet.scheduler import Grant, Scheduler, Standing
 from control_plane.scheduling.queue import FairQueue
 from control_plane.selection.policy import Policy
 from tests.unit.control_plane.builders import ManualClock, card, fleet, report
@@ -66,6 +66,10 @@ class House:
         self, request: RouteRequest | None = None, avoid: frozenset[Failed] = NOBODY, **more: Any
     ) -> asyncio.Task[Grant]:
         return asyncio.ensure_future(self.scheduler.acquire(request or RouteRequest("r"), avoid, **more))
+
+    def stand(self, request: RouteRequest | None = None) -> Standing:
+        place = self.scheduler.take_place(background=True)
+        return self.scheduler.stand(request or RouteRequest("r"), NOBODY, place)
 
     def later(self, seconds: float) -> None:
         self.clock.now += seconds
@@ -515,6 +519,101 @@ async def test_the_bytes_of_those_who_wait_are_bounded() -> None:
     small.cancel()
 
 
+# ---------------------------------------------------------- in the background ---
+
+
+async def test_the_background_gives_way_to_its_class_and_goes_before_lower_ones() -> None:
+    house = House(bound=1)
+    house.attach(slots=1)
+    held = await house.acquire()
+    work = house.stand()
+    low, normal = house.acquire(RouteRequest("low", priority=Priority.LOW)), house.acquire()
+    await settle()
+    assert house.scheduler.depth()[Priority.NORMAL] == 1
+    for task in (normal, work.future, low):
+        assert not task.done()
+        house.scheduler.release(held.flight, NEUTRAL)
+        held = await asyncio.wait_for(task, 5)
+    assert house.granted.count((Priority.NORMAL, 0.0)) == 2, "the background is not among the waiting times"
+
+
+async def test_the_background_waits_whatever_becomes_of_the_fleet() -> None:
+    house = House()
+    house.later(3.0)
+    work = house.stand(RouteRequest("r", model=ModelName("m")))
+    attachment: Any = house.attach(models=(card("other"),))
+    house.later(100.0)
+    house.fleet.detach(attachment)
+    house.later(1000.0)
+    await settle()
+    assert not work.future.done()
+    house.attach("b", models=(card("m"),))
+    assert (await asyncio.wait_for(work.future, 5)).flight.server_id == "b"
+
+
+async def test_what_is_free_is_taken_unless_somebody_waits_for_it() -> None:
+    house = House()
+    house.later(3.0)
+    house.attach(slots=2)
+    place = house.scheduler.take_place(background=True)
+    first = house.scheduler.try_acquire(RouteRequest("r"), NOBODY, place)
+    second = house.scheduler.try_acquire(RouteRequest("r"), NOBODY, place)
+    assert first and second and house.scheduler.try_acquire(RouteRequest("r"), NOBODY, place) is None
+    waiting = house.acquire()
+    await settle()
+    house.scheduler.release(first.flight, NEUTRAL)
+    assert house.scheduler.try_acquire(RouteRequest("r"), NOBODY, place) is None
+    await waiting
+
+
+async def test_who_leaves_the_background_leaves_no_trace() -> None:
+    house = House()
+    house.attach(slots=1)
+    at_once = house.stand()
+    work, next_one = house.stand(), house.stand()
+    house.scheduler.leave(work)
+    house.scheduler.leave(at_once)
+    assert (await asyncio.wait_for(next_one.future, 5)).flight.server_id == "a"
+    assert len(house.fleet.server("a").flights) == 1
+    house.scheduler.leave(next_one)
+    assert not house.fleet.server("a").flights
+
+
+async def test_an_event_costs_the_background_nothing_either() -> None:
+    house = House()
+    house.later(3.0)
+    attachment: Any = house.attach(slots=1)
+    held = await house.acquire()
+    works = [house.stand(distinct(number)) for number in range(1000)]
+    works += [house.stand(RouteRequest("r", model=ModelName("nowhere"))) for number in range(100)]
+    assert house.counted(house.later, 0.05) == 0
+    assert house.counted(house.fleet.update, attachment, report(slots=1), house.clock.now, 0.0) == 0
+    measured = report(slots=1, models=(replace(card(), ttft=0.3),))
+    assert house.counted(house.fleet.update, attachment, measured, house.clock.now, 0.0) == 0
+    for work in works[:5]:
+        assert house.counted(house.scheduler.release, held.flight, NEUTRAL) == 1
+        held = await asyncio.wait_for(work.future, 5)
+    for work in works[5:]:
+        house.scheduler.leave(work)
+
+
+async def test_a_price_that_nobody_offers_any_more_is_refused() -> None:
+    house = House()
+    house.later(3.0)
+    cheap = replace(card(), price=Price(0.0, 0.0, 1.0))
+    attachment: Any = house.attach(slots=1, models=(cheap,))
+    await house.acquire()
+    limited = RouteRequest("r", max_tokens=100, max_cost_nano_usd=100_000)
+    waiting = house.acquire(limited)
+    await settle()
+    assert not waiting.done()
+    dear = replace(cheap, price=Price(0.0, 0.0, 2.0))
+    house.fleet.update(attachment, report(slots=1, models=(dear,)), house.clock.now, 0.0)
+    error = await refused(waiting)
+    assert error.reason == "NO_CAPABLE_SERVER" and "expected to cost" in error.message
+    assert (await refused(house.acquire(limited))).reason == "NO_CAPABLE_SERVER"
+
+
 # ---------------------------------------------------------------- fairness ---
 
 kinds = st.sampled_from(["m1", "m2"])
@@ -529,11 +628,15 @@ class Traffic(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         self.house = House()
         self.house.later(3.0)  # no warming up
-        self.waiting: dict[int, tuple[RouteRequest, asyncio.Task[Grant]]] = {}
+        self.waiting: dict[int, tuple[RouteRequest, asyncio.Future[Grant]]] = {}
+        self.background: dict[int, Standing] = {}
         self.held: list[Grant] = []
         self.count = 0
 
     def teardown(self) -> None:
+        for number, standing in self.background.items():
+            self.house.scheduler.leave(standing)
+            del self.waiting[number]
         self.loop.run_until_complete(give_up([task for _, task in self.waiting.values()]))
         self.loop.close()
 
@@ -551,7 +654,9 @@ class Traffic(RuleBasedStateMachine):
 
     def settle_accounts(self) -> None:
         started = {number: task for number, (_, task) in self.waiting.items() if task.done()}
-        order = sorted(self.waiting, key=lambda number: (-self.waiting[number][0].priority, number))
+        order = sorted(
+            self.waiting, key=lambda number: (-self.waiting[number][0].priority, number in self.background, number)
+        )
         for number, task in started.items():
             if task.exception() is not None:
                 continue
@@ -563,6 +668,7 @@ class Traffic(RuleBasedStateMachine):
             self.held.append(task.result())
         for number in started:
             del self.waiting[number]
+            self.background.pop(number, None)
 
     @rule(server_id=servers, models=st.sets(kinds, min_size=1), slots=st.integers(1, 3), instance=st.sampled_from("12"))
     def attach(self, server_id: str, models: set[str], slots: int, instance: str) -> None:
@@ -585,6 +691,22 @@ class Traffic(RuleBasedStateMachine):
         self.on_loop(event)
         self.count += 1
 
+    @rule(model=st.none() | kinds, excluded=st.sets(servers), priority=st.sampled_from(Priority))
+    def stand(self, model: str | None, excluded: set[str], priority: Priority) -> None:
+        request = RouteRequest(
+            str(self.count),
+            priority=priority,
+            model=ModelName(model) if model else None,
+            excluded=frozenset(ServerId(server_id) for server_id in excluded),
+        )
+
+        def event() -> None:
+            standing = self.background[self.count] = self.house.stand(request)
+            self.waiting[self.count] = request, standing.future
+
+        self.on_loop(event)
+        self.count += 1
+
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
@@ -594,8 +716,10 @@ class Traffic(RuleBasedStateMachine):
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        _, task = self.waiting.pop(data.draw(st.sampled_from(sorted(self.waiting))))
-        self.on_loop(task.cancel)
+        number = data.draw(st.sampled_from(sorted(self.waiting)))
+        _, task = self.waiting.pop(number)
+        standing = self.background.pop(number, None)
+        self.on_loop(task.cancel if standing is None else partial(self.house.scheduler.leave, standing))
 
     @rule()
     def drain_and_back(self) -> None:
@@ -610,8 +734,9 @@ class Traffic(RuleBasedStateMachine):
     @invariant()
     def nobody_waits_who_could_start(self) -> None:
         self.on_loop(lambda: self.house.scheduler.tick(self.house.clock.now))
-        for request, _ in self.waiting.values():
-            assert self.house.scheduler.explain(request).verdict is Verdict.WAIT
+        for number, (request, _) in self.waiting.items():
+            verdict = self.house.scheduler.explain(request).verdict
+            assert verdict is Verdict.WAIT or (number in self.background and verdict is Verdict.IMPOSSIBLE)
 
 
 TestTraffic = Traffic.TestCase

@@ -175,6 +175,10 @@ def generate_request(**fields: Any) -> orchestrator_pb2.GenerateRequest:
         ({"request_id": "a\nb"}, "request_id"),
         ({"request_id": "ä"}, "request_id"),
         ({"requirements": {"min_context_length": -1}}, "requirements.min_context_length"),
+        ({"requirements": {"max_cost_nano_usd": -1}}, "requirements.max_cost_nano_usd"),
+        ({"requirements": {"excluded_models": ["m", ""]}}, "requirements.excluded_models[1]"),
+        ({"requirements": {"excluded_models": ["m" * 257]}}, "requirements.excluded_models[0]"),
+        ({"requirements": {"excluded_models": ["m"] * 101}}, "requirements.excluded_models"),
         ({"requirements": {"features": [1, 99]}}, "requirements.features[1]"),
     ],
 )

@@ -14,7 +14,7 @@ from control_plane.domain.errors import DomainError
 from control_plane.domain.model import ModelName, ServerId
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.task import Priority
-from control_plane.scheduling.queue import FairQueue, Waiting, lane_of
+from control_plane.scheduling.queue import BACKGROUND, FairQueue, Waiting, lane_of
 
 TIMEOUTS = {Priority.LOW: 40.0, Priority.NORMAL: 30.0, Priority.HIGH: 20.0, Priority.CRITICAL: 10.0}
 REQUEST = RouteRequest("r")
@@ -267,6 +267,31 @@ def test_a_dispatch_may_be_interrupted_and_goes_on_where_it_was() -> None:
     assert seen == ["high", "a", "b", "c", "d", "e"] and told.reached is None
 
 
+def test_the_background_is_behind_everybody_of_its_class_and_counts_for_nothing() -> None:
+    waiting = queue(1, total=2)
+    places = [waiting.take_place(background=True) for _ in range(3)]
+    for name, place, priority in zip(
+        ("b1", "b2", "high"), places, (Priority.NORMAL, Priority.NORMAL, Priority.HIGH), strict=True
+    ):
+        waiting.push(replace(REQUEST, model=ModelName("m"), priority=priority), name, now=0.0, rate=1.0, place=place)
+    push(waiting, "n")
+    push(waiting, "l", priority=Priority.LOW)
+    assert waiting.depth()[Priority.NORMAL] == 1 and len(waiting) == 5
+    assert [entry.payload for entry in waiting.expire(1e9)] == ["n", "l"]
+    push(waiting, "n")
+    push(waiting, "l", priority=Priority.LOW)
+    assert take(waiting, {"m": 9})[0] == ["high", "n", "b1", "b2", "l"]
+
+
+def test_a_limited_price_makes_a_lane_of_each_size() -> None:
+    cheap = replace(REQUEST, max_cost_nano_usd=5)
+    assert lane_of(replace(cheap, prompt_tokens=100)) != lane_of(replace(cheap, prompt_tokens=101))
+    assert lane_of(replace(REQUEST, prompt_tokens=100)) == lane_of(replace(REQUEST, prompt_tokens=101))
+    other = frozenset({(ModelName("m"), None)})
+    assert lane_of(replace(REQUEST, excluded_models=other)) != lane_of(REQUEST)
+    assert lane_of(replace(REQUEST, labels=(("a", "b"),))) != lane_of(REQUEST)
+
+
 priorities = st.sampled_from(list(Priority))
 names = st.sampled_from(["m1", "m2", "m3"])
 
@@ -313,10 +338,22 @@ class Life(RuleBasedStateMachine):
         del self.inside[name]
         self.out[name] += 1
 
+    def _foreground(self) -> list[Waiting[str]]:
+        return [entry for entry in self.inside.values() if not entry.background]
+
+    @rule(model=names, priority=priorities)
+    def stand_in_the_background(self, model: str, priority: Priority) -> None:
+        self.count += 1
+        request = replace(REQUEST, model=ModelName(model), priority=priority)
+        place = self.queue.take_place(background=True)
+        entry = self.queue.push(request, str(self.count), now=self.now, rate=1.0, place=place)
+        assert entry.background
+        self.inside[entry.payload] = entry
+
     @rule(model=names, priority=priorities)
     def arrive(self, model: str, priority: Priority) -> None:
-        same = sum(entry.request.priority is priority for entry in self.inside.values())
-        fits = same < self.BOUND and len(self.inside) < 8
+        same = sum(entry.request.priority is priority for entry in self._foreground())
+        fits = same < self.BOUND and len(self._foreground()) < 8
         self.count += 1
         try:
             entry = push(self.queue, str(self.count), model, priority, self.now)
@@ -359,17 +396,18 @@ class Life(RuleBasedStateMachine):
     @invariant()
     def nothing_lost_nothing_twice(self) -> None:
         assert len(self.queue) == len(self.inside)
-        assert sum(self.queue.depth().values()) == len(self.inside)
+        assert sum(self.queue.depth().values()) == len(self._foreground())
         assert all(times == 1 for times in self.out.values())
         firsts: dict[object, int] = {}
         for entry in self.inside.values():
             key = entry.request.priority, entry.lane
             firsts[key] = min(entry.place, firsts.get(key, entry.place))
-        assert sorted(entry.place for entry in self.queue.firsts()) == sorted(firsts.values())
+        waited_for = sorted(place for place in firsts.values() if place < BACKGROUND)
+        assert sorted(entry.place for entry in self.queue.firsts()) == waited_for
         heads = [places for kinds in self.queue._heads.values() for places in kinds.values()]
         assert sorted(place for places in heads for place in places) == sorted(firsts.values())
         assert all(places == sorted(places) and places for places in heads)
-        dues = [entry.expires_at for entry in self.inside.values()]
+        dues = [entry.expires_at for entry in self._foreground()]
         assert self.queue.next_expiry() == (min(dues) if dues else None)
 
 

@@ -24,6 +24,7 @@ POLICY = Policy()
 LLAMA, MLX = ModelName("llama"), Provider("mlx")
 MAC, GPU = ServerId("mac"), ServerId("gpu")
 REQUEST = RouteRequest("r", prompt_tokens=100, max_tokens=100)
+EXCLUDED_MODEL = "model llama is excluded by the request"
 
 
 def card(quality: float = 0.8, **fields: object) -> ModelCard:
@@ -109,6 +110,8 @@ def test_weights_decide() -> None:
             "lacks vision, logprobs",
         ),
         ({"excluded": frozenset({MAC})}, RejectionReason.EXCLUDED, "server mac is excluded by the request"),
+        ({"excluded_models": frozenset({(LLAMA, None)})}, RejectionReason.EXCLUDED, EXCLUDED_MODEL),
+        ({"excluded_models": frozenset({(LLAMA, MLX)})}, RejectionReason.EXCLUDED, EXCLUDED_MODEL),
     ],
 )
 def test_permanent_filters(change: dict[str, object], reason: RejectionReason, detail: str) -> None:
@@ -118,6 +121,34 @@ def test_permanent_filters(change: dict[str, object], reason: RejectionReason, d
     assert (reasons(record), details(record)) == ([reason], [detail])
     assert reason.permanent
     assert record.summary == f"no server can serve this request; nearest is mac/mlx/llama: {detail}"
+
+
+def test_a_price_is_too_high_from_the_first_nano_dollar_on() -> None:
+    table = fleet("mac", price=Price(1.0, 0.5, 2.0))  # 100 * 1 + 100 * 2 dollars per million
+    request = replace(REQUEST, max_cost_nano_usd=300_000)
+    assert select(table, request, POLICY).verdict is Verdict.CHOSEN
+    assert explain(table, request, POLICY).candidates[0].estimated_cost_nano_usd == 300_000
+    record = explain(table, replace(request, max_cost_nano_usd=299_999), POLICY)
+    assert record.verdict is Verdict.IMPOSSIBLE and reasons(record) == [RejectionReason.TOO_EXPENSIVE]
+    assert details(record) == ["expected to cost 0.000300 US dollars > 0.000300 allowed"]
+    assert record.candidates[0].rejections[0].reason.permanent
+    unbounded = replace(request, max_tokens=None)  # 256 tokens are expected
+    assert select(table, unbounded, POLICY).verdict is Verdict.IMPOSSIBLE
+
+
+@given(st.floats(0, 1e6), st.floats(0, 1e6), st.integers(0, 10**6), st.integers(1, 10**6), st.integers(1, 10**15))
+def test_the_price_filter_agrees_with_the_estimate(
+    prompt: float, completion: float, prompt_tokens: int, max_tokens: int, most: int
+) -> None:
+    table = fleet("mac", price=Price(prompt, 0, completion), context_length=10**7)
+    request = RouteRequest("r", prompt_tokens=prompt_tokens, max_tokens=max_tokens, max_cost_nano_usd=most)
+    record = explain(table, request, POLICY)
+    assert (record.verdict is Verdict.CHOSEN) == (record.candidates[0].estimated_cost_nano_usd <= most)
+
+
+def test_other_models_and_providers_are_not_excluded() -> None:
+    excluded = frozenset({(LLAMA, Provider("vllm")), (ModelName("qwen"), None)})
+    assert select(fleet("mac"), replace(REQUEST, excluded_models=excluded), POLICY).verdict is Verdict.CHOSEN
 
 
 def test_the_permitted_limit_passes() -> None:

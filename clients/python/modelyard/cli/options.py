@@ -49,6 +49,15 @@ _REQUIREMENTS = (
     click.option("--model", metavar="NAME", help='Only this model: "name" or "provider/name".'),
     click.option("--provider", metavar="NAME", help="Only models of this provider."),
     click.option("--server", "server_id", metavar="ID", help="Only this server."),
+    click.option(
+        "--exclude-model", "excluded_models", multiple=True, metavar="NAME", help="Never this model. May be repeated."
+    ),
+    click.option(
+        "--max-cost",
+        type=click.FloatRange(1e-9, 9e9),
+        metavar="USD",
+        help="Only where it is expected to cost no more US dollars.",
+    ),
     click.option("--priority", type=click.Choice(PRIORITIES), help="Urgency. Default: normal."),
 )
 _ROUTING = (

@@ -19,6 +19,9 @@ texts, `Image`s, {"type": "text", "text": ...} and {"type": "image", "data": byt
 "media_type": ...}; assistant messages may carry "tool_calls", tool messages "tool_call_id".
 """
 
+# US dollars that the contract can say: whole nano-dollars above 0 (which means any price), in 63 bits.
+_LEAST_COST, _MOST_COST = 1e-9, 9e9
+
 
 class Requirements(TypedDict, total=False):
     """Hard conditions and urgency, common to generating and embedding."""
@@ -31,14 +34,14 @@ class Requirements(TypedDict, total=False):
     """Only this server."""
     excluded_server_ids: Sequence[str]
     """Never these servers."""
+    excluded_models: Sequence[str]
+    """Never these models: names or "provider/name"."""
+    max_cost: float | None
+    """Most US dollars that prompt and answer may be expected to cost."""
     min_context_length: int
     """Least context length in tokens."""
     features: Sequence[str]
     """Features that the model must have: see `FEATURES`."""
-    excluded_models: Sequence[str]
-    """Never these models: names or "provider/name"."""
-    max_cost_usd: float
-    """Only models for which prompt and answer are not expected to cost more; 0: any."""
     priority: str | None
     """See `PRIORITIES`; default "normal"."""
     request_id: str | None
@@ -103,10 +106,10 @@ def generate_request(
     provider: str | None = None,
     server_id: str | None = None,
     excluded_server_ids: Sequence[str] = (),
+    excluded_models: Sequence[str] = (),
+    max_cost: float | None = None,
     min_context_length: int = 0,
     features: Sequence[str] = (),
-    excluded_models: Sequence[str] = (),
-    max_cost_usd: float = 0,
     stop: str | Sequence[str] = (),
     logprobs: bool = False,
     top_logprobs: int = 0,
@@ -149,7 +152,7 @@ def generate_request(
         task_type=names.TASK_TYPE.number(task_type) if task_type else 0,  # type: ignore[arg-type]
         priority=names.PRIORITY.number(priority) if priority else 0,  # type: ignore[arg-type]
         requirements=_requirements(
-            model, provider, server_id, excluded_server_ids, min_context_length, features, excluded_models, max_cost_usd
+            model, provider, server_id, excluded_server_ids, excluded_models, max_cost, min_context_length, features
         ),
         explain=explain,
         request_id=request_id or "",
@@ -166,16 +169,16 @@ def embed_request(
     provider: str | None = None,
     server_id: str | None = None,
     excluded_server_ids: Sequence[str] = (),
+    excluded_models: Sequence[str] = (),
+    max_cost: float | None = None,
     min_context_length: int = 0,
     features: Sequence[str] = (),
-    excluded_models: Sequence[str] = (),
-    max_cost_usd: float = 0,
 ) -> orchestrator_pb2.EmbedRequest:
     """Build a request. Raises ValueError or TypeError for what cannot be said in one."""
     return orchestrator_pb2.EmbedRequest(
         inputs=[inputs] if isinstance(inputs, str) else inputs,
         requirements=_requirements(
-            model, provider, server_id, excluded_server_ids, min_context_length, features, excluded_models, max_cost_usd
+            model, provider, server_id, excluded_server_ids, excluded_models, max_cost, min_context_length, features
         ),
         priority=names.PRIORITY.number(priority) if priority else 0,  # type: ignore[arg-type]
         request_id=request_id or "",
@@ -187,22 +190,24 @@ def _requirements(
     provider: str | None,
     server_id: str | None,
     excluded_server_ids: Sequence[str],
+    excluded_models: Sequence[str],
+    max_cost: float | None,
     min_context_length: int,
     features: Sequence[str],
-    excluded_models: Sequence[str],
-    max_cost_usd: float,
 ) -> selection_pb2.Requirements:
-    if isinstance(excluded_server_ids, str) or isinstance(features, str) or isinstance(excluded_models, str):
+    if any(isinstance(texts, str) for texts in (excluded_server_ids, excluded_models, features)):
         raise TypeError("excluded_server_ids, excluded_models and features are lists of texts, not one text")
+    if max_cost is not None and not _LEAST_COST <= max_cost <= _MOST_COST:
+        raise ValueError(f"max_cost must be {_LEAST_COST:g} to {_MOST_COST:g} US dollars")
     return selection_pb2.Requirements(
         model=model or "",
         provider=provider or "",
         server_id=server_id or "",
         excluded_server_ids=excluded_server_ids,
+        excluded_models=excluded_models,
+        max_cost_nano_usd=0 if max_cost is None else round(max_cost * 1e9),
         min_context_length=min_context_length,
         features=[names.FEATURE.number(feature) for feature in features],  # type: ignore[misc]
-        excluded_models=excluded_models,
-        max_cost_nano_usd=round(max_cost_usd * 1e9),
     )
 
 
