@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, collate, delete, or_, select
+from sqlalchemy import ColumnElement, Connection, Row, and_, collate, or_, select
 from sqlalchemy.sql import ClauseElement
 
 from control_plane.domain.errors import DomainError
@@ -29,7 +29,7 @@ class BeliefRecord:
 
     key: str
     value: str
-    """JSON; empty if it was deleted."""
+    """JSON; of no meaning if it was deleted."""
     confidence: float
     """[0, 1]"""
     source: str
@@ -123,15 +123,6 @@ class Beliefs:
     async def last_version(self) -> int:
         """Of all facts that are visible."""
         return await self._database.read(_last)
-
-    async def purge(self, before: float) -> None:
-        """Forget deletions that are older: who has not looked for so long must begin anew."""
-
-        def work(transaction: Transaction) -> None:
-            old = and_(_TABLE.c.deleted, _TABLE.c.updated_at < before)
-            transaction.connection.execute(delete(_TABLE).where(old))
-
-        await self._database.write(work)
 
 
 def _unknown(key: str) -> DomainError:
