@@ -20,18 +20,20 @@ from control_plane.tasks.deliveries import Deliveries
 from control_plane.tasks.model import TaskState, Tenant
 from control_plane.tasks.store import SqlTaskStore
 from modelyard.program.settings import SettingsError
-from tests.harness.kept_tasks import HERE, claimed, open_tasks, succeeded
-from tests.harness.postgres import Postgres, postgres
+from tests.harness.kept_tasks import HERE, PLACE, claimed, open_tasks, succeeded
+from tests.harness.postgres import Postgres, migrated, postgres
 from tests.harness.programs import until
 from tests.harness.receivers import PATIENCE, Receiver, receiver, reset, silence, status, verified
 
+TEMPLATE = "modelyard_template"
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 OLD_SECRET = "whsec_b2xkLW9sZC1vbGQtb2xkLW9sZC1vbGQtb2xkLW9sZA=="
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Postgres]:
-    with postgres() as running:
+    with postgres("fsync=off") as running:
+        asyncio.run(migrated(running))
         yield running
 
 
@@ -40,7 +42,7 @@ async def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/tasks.db"
     running: Postgres = request.getfixturevalue("server")
-    return running.url(await running.new_database())
+    return running.url(await running.new_database(TEMPLATE))
 
 
 @pytest_asyncio.fixture
@@ -202,7 +204,7 @@ async def test_one_that_dies_with_it_in_hand_leaves_it_to_others(tmp_path: Path,
 
 
 async def test_several_control_planes_send_each_callback_once(server: Postgres, hook: Receiver) -> None:
-    database = server.url(await server.new_database())
+    database = server.url(await server.new_database(TEMPLATE))
     count = 60
     async with open_tasks(database) as one, open_tasks(database) as two, open_tasks(database) as three:
         async with desk(one, concurrency_per_host=8) as made, desk(two, concurrency_per_host=8), desk(three):
@@ -225,13 +227,7 @@ async def test_one_slow_host_does_not_hold_up_others(tmp_path: Path, hook: Recei
             assert hook.most_at_once <= 2
             slow.then = status(200)
             made.deliverer.stop()
-            # Those in flight would take their whole timeout.
-            await slow_ends(slow)
-
-
-async def slow_ends(slow: Receiver) -> None:
-    for connection in list(slow.open):
-        connection.abort()
+            slow.break_off()
 
 
 async def test_a_task_that_runs_again_is_told_of_once(tmp_path: Path, hook: Receiver) -> None:
@@ -241,7 +237,7 @@ async def test_a_task_that_runs_again_is_told_of_once(tmp_path: Path, hook: Rece
         await store.retry(HERE, claim.id)
         full = await store.get(HERE, claim.id)
         assert full.lane_id
-        (claim,) = await store.claim(full.lane_id, [_place()])
+        (claim,) = await store.claim(full.lane_id, [PLACE])
         await store.succeeded(claim.id, claim.epoch, b"", 0)
         gone = await succeeded(store, hook.url)
         await store.delete(HERE, gone)
@@ -253,12 +249,6 @@ async def test_a_task_that_runs_again_is_told_of_once(tmp_path: Path, hook: Rece
 
             await until(settled, PATIENCE)
     assert [received.notice["type"] for received in hook.received] == ["task.succeeded"]
-
-
-def _place():  # type: ignore[no-untyped-def]
-    from tests.harness.kept_tasks import PLACE
-
-    return PLACE
 
 
 async def test_addresses_are_checked_again_when_it_is_sent(tmp_path: Path, hook: Receiver) -> None:
