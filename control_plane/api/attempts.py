@@ -121,7 +121,7 @@ class Attempts:
             try:
                 if on_grant:
                     await on_grant(grant)
-                result, outcome = await _judged(attempt(grant, progress), progress)
+                result, outcome = await judged(attempt(grant, progress), progress)
             except AttemptFailed as failure:
                 refusal = failure.refusal
             except BaseException:
@@ -131,12 +131,8 @@ class Attempts:
                 self._scheduler.release(flight, outcome)
                 return result
             reason = refusal.reason
-            # Without details nobody of ours spoke: what answers there is no model server.
-            foreign = refusal.transport and reason in (Reason.UNSUPPORTED, Reason.UNKNOWN_MODEL)
-            # A process that is gone has no use for blame, and the one that has taken its place is not to have it.
-            gone = flight.server.report.identity.instance_id != server.instance_id
-            blamed = (foreign or blames_server(reason)) and not gone
-            self._scheduler.release(flight, FAILURE if blamed else NEUTRAL)
+            foreign = is_foreign(refusal)
+            self._scheduler.release(flight, outcome_of(refusal, flight, server.instance_id))
             entry.failure_reason = reason
             entry.failure_message = refusal.message
             # Not the message: it is for the caller and may quote the request (modelyard.program.privacy).
@@ -157,7 +153,7 @@ class Attempts:
             await asyncio.sleep(self._policy.delay(len(history), random()))
 
 
-async def _judged(attempt: Awaitable[T], progress: Progress) -> T:
+async def judged(attempt: Awaitable[T], progress: Progress) -> T:
     """The attempt's result; whatever the server did wrong is raised as AttemptFailed."""
     try:
         return await attempt
@@ -170,6 +166,19 @@ async def _judged(attempt: Awaitable[T], progress: Progress) -> T:
         if not progress.lost or (task is not None and task.cancelling()):
             raise  # the caller went away
         raise AttemptFailed(Refusal(Reason.SERVERS_AWAY, "the server's lease ran out during the attempt")) from None
+
+
+def is_foreign(refusal: Refusal) -> bool:
+    """Without details nobody of ours spoke: what answers there is no model server."""
+    return refusal.transport and refusal.reason in (Reason.UNSUPPORTED, Reason.UNKNOWN_MODEL)
+
+
+def outcome_of(refusal: Refusal, flight: Flight, instance_id: str) -> Outcome:
+    """What a failed attempt says of the server, which was this instance then."""
+    # A process that is gone has no use for blame, and the one that has taken its place is not to have it.
+    gone = flight.server.report.identity.instance_id != instance_id
+    blamed = (is_foreign(refusal) or blames_server(refusal.reason)) and not gone
+    return FAILURE if blamed else NEUTRAL
 
 
 def broken(flight: Flight, refusal: Refusal) -> Refusal:

@@ -147,9 +147,9 @@ class Scheduler:
         """Waiting requests per class."""
         return self._queue.depth()
 
-    def explain(self, request: RouteRequest) -> DecisionRecord:
+    def explain(self, request: RouteRequest, avoid: frozenset[Failed] = frozenset()) -> DecisionRecord:
         """What would be decided now."""
-        return explain(self._fleet.table, request, self._policy_for(request))
+        return explain(self._fleet.table, request, self._policy_for(request), self._avoided(avoid))
 
     def take_place(self, *, background: bool = False) -> int:
         """The place in the queue of a request that arrives now; it keeps it through all its attempts. One in the

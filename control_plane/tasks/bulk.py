@@ -94,7 +94,7 @@ def _values(columns: int, count: int) -> str:
 
 @cache
 def _insert_text(table: str, columns: tuple[str, ...], count: int) -> str:
-    return f"INSERT INTO {table} ({', '.join(_quoted(columns))}) {_values(len(columns), count)}"  # noqa: S608
+    return f"INSERT INTO {table} ({', '.join(_quoted(columns))}) {_values(len(columns), count)}"
 
 
 @cache
@@ -108,7 +108,7 @@ def _update_text(table: str, keys: tuple[str, ...], columns: tuple[str, ...], co
     changes = ", ".join(f"{name} = new.column{len(keys) + 1 + i}" for i, name in enumerate(_quoted(columns)))
     found = " AND ".join(f"{table}.{key} = new.column{1 + i}" for i, key in enumerate(_quoted(keys)))
     values = _values(len(keys) + len(columns), count)
-    return f"UPDATE {table} SET {changes} FROM ({values}) AS new WHERE {found}"  # noqa: S608
+    return f"UPDATE {table} SET {changes} FROM ({values}) AS new WHERE {found}"  # noqa: S608 - names of our own tables
 
 
 def _quoted(names: Any) -> list[str]:

@@ -58,6 +58,9 @@ tasks = Table(
     Column("lost", Integer, nullable=False),
     Column("max_attempts", Integer, nullable=False),
     Column("owner", Text),  # the dispatcher that has it in hand
+    _text("server_id"),  # of the latest attempt, with the next two
+    _text("model"),
+    _text("provider"),
     Column("created_at", Double, nullable=False),
     Column("updated_at", Double, nullable=False),
     Column("finished_at", Double),
@@ -104,6 +107,7 @@ attempts = Table(
     _text("provider"),
     Column("started_at", Double, nullable=False),
     Column("ended_at", Double),
+    Column("failed", Boolean, nullable=False),  # counts; one that was lost or given back does not
     _text("failure_reason"),
     _text("failure_message"),
     Column("cost_nano_usd", BigInteger, nullable=False),
@@ -188,6 +192,7 @@ beliefs = Table(
     Column("deleted", Boolean, nullable=False),
 )
 Index("beliefs_version", beliefs.c.version, unique=True)
+Index("beliefs_deleted", beliefs.c.updated_at, **_where("deleted"))
 
 statistics = Table(
     "statistics",

@@ -130,7 +130,7 @@ def _locked(place: SqliteFile) -> IO[bytes]:
     # What people wrote to models is nobody else's business: both files are for their owner alone.
     os.close(os.open(place.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     name = f"{place.path}.lock"
-    file = open(os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b", buffering=0)  # noqa: SIM115
+    file = open(os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b", buffering=0)  # noqa: SIM115, PTH123
     try:
         _lock(file)
     except OSError:

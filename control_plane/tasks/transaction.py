@@ -72,6 +72,11 @@ class Transaction:
         """Write a fact when the transaction ends; the last of several for one key holds. `value` is JSON."""
         self.beliefs[tenant, key] = (tenant, key, value, confidence, source, deleted)
 
+    def forget(self, task_id: TaskId) -> None:
+        """Drop what was to be written about a task that is deleted in the same transaction."""
+        self.events = [row for row in self.events if row[0] != task_id]
+        self.deliveries = [row for row in self.deliveries if row[1] != task_id]
+
     def numbers(self, events: int = 0, beliefs: int = 0) -> tuple[int, int]:
         """The first of so many new numbers of events, and of versions of beliefs.
 

@@ -10,6 +10,8 @@ to do (see `modelyard.client.ModelyardError` and the tree in its module's docstr
 """
 
 from modelyard.client._async import ADDRESS_VARIABLE, DEFAULT_ADDRESS, TENANT_VARIABLE, AsyncClient
+from modelyard.client._belief_types import Belief, CallbackDelivery
+from modelyard.client._beliefs import AsyncBeliefs, AsyncCallbacks
 from modelyard.client._errors import (
     AttemptsExhausted,
     Cancelled,
@@ -50,9 +52,11 @@ from modelyard.client._errors import (
     WrongState,
 )
 from modelyard.client._names import FEATURES, PRIORITIES, TASK_STATES, TASK_TYPES
+from modelyard.client._request_queue import RequestOptions, RequestQueue, RequestQueueStatistics
 from modelyard.client._requests import GenerateOptions, Input, Requirements
 from modelyard.client._stream import GenerationStream
 from modelyard.client._sync import Client, SyncGenerationStream
+from modelyard.client._sync_beliefs import Beliefs, Callbacks
 from modelyard.client._sync_tasks import Tasks
 from modelyard.client._task_messages import NewTask, TaskOptions
 from modelyard.client._task_types import QueueStats, Submission, Task, TaskAttempt, TaskEvent, TaskLane
@@ -96,10 +100,16 @@ __all__ = [
     "TASK_STATES",
     "TASK_TYPES",
     "TENANT_VARIABLE",
+    "AsyncBeliefs",
+    "AsyncCallbacks",
     "AsyncClient",
     "AsyncTasks",
     "Attempt",
     "AttemptsExhausted",
+    "Belief",
+    "Beliefs",
+    "CallbackDelivery",
+    "Callbacks",
     "Cancelled",
     "Candidate",
     "Client",
@@ -143,6 +153,9 @@ __all__ = [
     "QueueTimeout",
     "RateLimited",
     "Rejection",
+    "RequestOptions",
+    "RequestQueue",
+    "RequestQueueStatistics",
     "Requirements",
     "ScorePart",
     "ServedModel",

@@ -15,6 +15,7 @@ import grpc
 import grpc.aio
 
 from modelyard.client import _answers as answers
+from modelyard.client._beliefs import AsyncBeliefs, AsyncCallbacks
 from modelyard.client._errors import Cancelled, from_call, parsed
 from modelyard.client._requests import GenerateOptions, Input, Requirements, embed_request, generate_request
 from modelyard.client._stream import GenerationStream
@@ -81,6 +82,10 @@ class AsyncClient:
         self._metadata = _tenant_metadata(tenant or os.environ.get(TENANT_VARIABLE))
         self.tasks = AsyncTasks(self)
         """Durable tasks."""
+        self.beliefs = AsyncBeliefs(self)
+        """What is held to be true."""
+        self.callbacks = AsyncCallbacks(self)
+        """What became of the callbacks of durable tasks."""
 
     async def __aenter__(self) -> Self:
         return self

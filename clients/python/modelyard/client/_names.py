@@ -50,6 +50,7 @@ HEALTH = Names(fleet_pb2.ServerHealth, "SERVER_HEALTH_", "health")
 MODEL_STATE = Names(fleet_pb2.ModelState, "MODEL_STATE_", "model state")
 BREAKER_STATE = Names(fleet_pb2.BreakerState, "BREAKER_STATE_", "breaker state")
 TASK_STATE = Names(task_queue_pb2.TaskState, "TASK_STATE_", "state")
+CALLBACK_STATE = Names(task_queue_pb2.CallbackState, "CALLBACK_STATE_", "state of a callback")
 TASK_EVENT_TYPE = Names(task_queue_pb2.TaskEventType, "TASK_EVENT_TYPE_", "event")
 
 TASK_TYPES: tuple[str, ...] = tuple(TASK_TYPE)
