@@ -61,6 +61,9 @@ REQUEST_ID_KEY = "modelyard-request-id"
 FOREIGN_PEER = "no control plane"
 """`metadata["peer"]` of Unsupported where not the model lacks something, but what answers is no control plane."""
 
+_LOST_STATUS = "Internal error from Core"
+"""What gRPC's library says, whatever the peer said, where a write meets the end of its stream."""
+
 T = TypeVar("T")
 
 
@@ -385,6 +388,8 @@ def from_call(error: grpc.RpcError, *, address: str, request_id: str = "", start
 def _unanswered(refusal: Refusal, address: str, started: bool) -> ModelyardError | None:
     """Failures of which the transport tells less than we know; None for the others."""
     code = refusal.code
+    if refusal.message == _LOST_STATUS:
+        return StreamBroken(f"the connection to {address} broke")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded("the timeout of the call passed")
     if code is grpc.StatusCode.UNIMPLEMENTED:

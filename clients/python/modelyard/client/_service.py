@@ -92,7 +92,9 @@ class Resume:
         now = self._clock()
         if self._begun and now - self._opened > _SOUND:
             self.came()
-        if not self._begun or not isinstance(failure, (TryAgain, StreamBroken, SlowReader)):
+        if not isinstance(failure, (TryAgain, StreamBroken, SlowReader)):
+            raise failure
+        if not self._begun and not isinstance(failure, StreamBroken):
             raise failure
         if self._failing_since is None:
             self._failing_since = now
