@@ -195,9 +195,11 @@ class TaskSettings(Settings):
     retention: PositiveSeconds = Field(
         7 * 86400.0, description="Seconds that terminal tasks, their results and idempotency keys are kept."
     )
+    callbacks: CallbackSettings = CallbackSettings()
+
+
 ALIASES = {"MODELS_DIR": "models_dir", "DEFAULT_MODEL_CONFIG": "default_preset", "LLM_PROVIDER": "default_provider"}
 """Environment variables without modelyard's prefix, and the settings that they mean."""
-    callbacks: CallbackSettings = CallbackSettings()
 
 
 def with_aliases(env: Mapping[str, str]) -> dict[str, str]:

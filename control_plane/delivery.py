@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from control_plane.config import CallbackSettings
 from control_plane.tasks.callbacks import DeliveryRecord, Repetition, Rules, read_secrets
 from control_plane.tasks.deliverer import Deliverer
-from control_plane.tasks.deliveries import Deliveries
 from modelyard.program.settings import SettingsError
+
+if TYPE_CHECKING:
+    from control_plane.tasks.deliveries import Deliveries
 
 
 def rules(settings: CallbackSettings) -> Rules:

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import binascii
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf import json_format, struct_pb2
@@ -15,10 +15,13 @@ from control_plane.api.metrics import Metrics
 from control_plane.api.orchestrator import served
 from control_plane.api.tenant import tenant_of
 from control_plane.domain.errors import draining
-from control_plane.tasks.beliefs import TASKS_PREFIX, BeliefRecord, Beliefs
+from control_plane.tasks.facts import TASKS_PREFIX, BeliefRecord
 from modelyard.rpc.errors import Refusal, Violation, invalid
 from modelyard.rpc.reasons import Reason
 from modelyard.v1 import belief_pb2
+
+if TYPE_CHECKING:
+    from control_plane.tasks.beliefs import Beliefs
 
 MAX_KEY_CHARACTERS = 500
 MAX_SOURCE_CHARACTERS = 200

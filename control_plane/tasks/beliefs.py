@@ -11,33 +11,14 @@ from sqlalchemy.sql import ClauseElement
 from control_plane.domain.errors import DomainError
 from control_plane.tasks import bulk, schema
 from control_plane.tasks.database import Database
+from control_plane.tasks.facts import BeliefRecord
 from control_plane.tasks.model import Changes, Tenant
 from control_plane.tasks.transaction import Batch, Transaction
-
-TASKS_PREFIX = "tasks/"
-"""Keys that only the control plane writes: the final states of tasks."""
 
 _TABLE = schema.beliefs
 _COLUMNS = tuple(column.name for column in _TABLE.columns)
 _MOST_KEYS = 200
 """In one look at what is there: databases bound the parameters of a statement."""
-
-
-@dataclass(frozen=True, slots=True)
-class BeliefRecord:
-    """A fact, or that there was one."""
-
-    key: str
-    value: str
-    """JSON; of no meaning if it was deleted."""
-    confidence: float
-    """[0, 1]"""
-    source: str
-    updated_at: float
-    """Seconds since the epoch by the database's clock."""
-    version: int
-    """Grows with every write of any fact; what becomes visible later has a greater one."""
-    deleted: bool = False
 
 
 @dataclass(frozen=True, slots=True)

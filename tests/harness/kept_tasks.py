@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from control_plane.domain.model import ModelName, Provider, ServerId
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.task import TaskType
 from control_plane.tasks.lanes import lane_of
+from control_plane.tasks.location import located
 from control_plane.tasks.model import Claim, NewTask, Placement, TaskId, Tenant
-from control_plane.tasks.opening import open_store
-from control_plane.tasks.store import SqlTaskStore, StorePolicy
+from control_plane.tasks.opening import open_database
+from control_plane.tasks.store import SqlTaskStore
 from modelyard.v1.task_queue_pb2 import TaskResult
+from tests.harness.postgres import Postgres, migrated
 
 HERE = Tenant("default")
 PLACE = Placement(ServerId("gpu-1"), "i-1", ModelName("llama"), Provider("vllm"))
 _numbers = itertools.count()
 
 
+async def fresh(server: Postgres) -> str:
+    """The URL of a new database with modelyard's tables."""
+    name = await server.new_database()
+    await server.execute(f'DROP DATABASE "{name}"')
+    return server.url(await migrated(server, name))
+
+
 @asynccontextmanager
 async def open_tasks(url: str) -> AsyncIterator[SqlTaskStore]:
-    store = await open_store(url, StorePolicy(), {})
+    store = await SqlTaskStore.open(await open_database(located(url, {})))
     try:
         yield store
     finally:
@@ -49,6 +58,3 @@ async def succeeded(store: SqlTaskStore, callback_url: str = "", tenant: Tenant 
     claim = await claimed(store, callback_url, tenant)
     assert await store.succeeded(claim.id, claim.epoch, TaskResult(text=text).SerializeToString(), 7)
     return claim.id
-
-
-Ending = Callable[[SqlTaskStore, str], object]

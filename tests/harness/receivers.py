@@ -115,7 +115,7 @@ async def receiver(tls: ssl.SSLContext | None = None) -> AsyncIterator[Receiver]
     kept = Receiver()
     app = web.Application(client_max_size=64 << 20)
     app.router.add_route("*", "/{path:.*}", kept.answer)
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1, access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
     await site.start()

@@ -20,12 +20,11 @@ from control_plane.tasks.deliveries import Deliveries
 from control_plane.tasks.model import TaskState, Tenant
 from control_plane.tasks.store import SqlTaskStore
 from modelyard.program.settings import SettingsError
-from tests.harness.kept_tasks import HERE, PLACE, claimed, open_tasks, succeeded
-from tests.harness.postgres import Postgres, migrated, postgres
+from tests.harness.kept_tasks import HERE, PLACE, claimed, fresh, open_tasks, succeeded
+from tests.harness.postgres import Postgres, postgres
 from tests.harness.programs import until
 from tests.harness.receivers import PATIENCE, Receiver, receiver, reset, silence, status, verified
 
-TEMPLATE = "modelyard_template"
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 OLD_SECRET = "whsec_b2xkLW9sZC1vbGQtb2xkLW9sZC1vbGQtb2xkLW9sZA=="
 
@@ -33,7 +32,6 @@ OLD_SECRET = "whsec_b2xkLW9sZC1vbGQtb2xkLW9sZC1vbGQtb2xkLW9sZA=="
 @pytest.fixture(scope="module")
 def server() -> Iterator[Postgres]:
     with postgres("fsync=off") as running:
-        asyncio.run(migrated(running))
         yield running
 
 
@@ -42,7 +40,7 @@ async def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/tasks.db"
     running: Postgres = request.getfixturevalue("server")
-    return running.url(await running.new_database(TEMPLATE))
+    return await fresh(running)
 
 
 @pytest_asyncio.fixture
@@ -104,8 +102,8 @@ async def desk(store: SqlTaskStore, **given: object) -> AsyncIterator[Desk]:
             await task
 
 
-async def test_a_callback_tells_of_the_end(url: str, hook: Receiver) -> None:
-    async with open_tasks(url) as store, desk(store) as made:
+async def test_a_callback_tells_of_the_end(tmp_path: Path, hook: Receiver) -> None:
+    async with open_tasks(f"sqlite:///{tmp_path}/tasks.db") as store, desk(store) as made:
         id = await succeeded(store, hook.url, text="blue \u00fc")
         (received,) = await hook.until(1)
         assert verified(received, SECRET) and verified(received, OLD_SECRET)
@@ -135,9 +133,9 @@ async def test_every_end_is_told(tmp_path: Path, hook: Receiver, end: str) -> No
         assert received.notice["task"]["state"] == f"TASK_STATE_{end.upper()}"
 
 
-async def test_failures_are_repeated_under_the_same_id(url: str, hook: Receiver) -> None:
+async def test_failures_are_repeated_under_the_same_id(tmp_path: Path, hook: Receiver) -> None:
     hook.behaviours = [status(500), reset, silence, status(302, Location="http://127.0.0.1:1/")]
-    async with open_tasks(url) as store, desk(store, max_attempts=5, timeout=0.3) as made:
+    async with open_tasks(f"sqlite:///{tmp_path}/tasks.db") as store, desk(store, max_attempts=5, timeout=0.3) as made:
         await succeeded(store, hook.url)
         received = await hook.until(5)
         await made.until_state(CallbackState.DELIVERED)
@@ -173,12 +171,12 @@ async def test_410_ends_it_at_once(tmp_path: Path, hook: Receiver) -> None:
         assert dead.attempts == 1
 
 
-async def test_what_is_pending_survives_a_restart(url: str, hook: Receiver) -> None:
+async def test_what_is_pending_survives_a_restart(tmp_path: Path, hook: Receiver) -> None:
     hook.then = status(500)
-    async with open_tasks(url) as store, desk(store, max_attempts=100):
+    async with open_tasks(f"sqlite:///{tmp_path}/tasks.db") as store, desk(store, max_attempts=100):
         await succeeded(store, hook.url)
         await hook.until(2)
-    async with open_tasks(url) as store:
+    async with open_tasks(f"sqlite:///{tmp_path}/tasks.db") as store:
         deliveries = Deliveries(store.database, rules(settings()))
         (pending,) = await deliveries.page(HERE, [CallbackState.PENDING], "", 10)
         assert pending.attempts >= 2
@@ -204,8 +202,8 @@ async def test_one_that_dies_with_it_in_hand_leaves_it_to_others(tmp_path: Path,
 
 
 async def test_several_control_planes_send_each_callback_once(server: Postgres, hook: Receiver) -> None:
-    database = server.url(await server.new_database(TEMPLATE))
-    count = 60
+    database = await fresh(server)
+    count = 30
     async with open_tasks(database) as one, open_tasks(database) as two, open_tasks(database) as three:
         async with desk(one, concurrency_per_host=8) as made, desk(two, concurrency_per_host=8), desk(three):
             await asyncio.gather(*(succeeded(one if n % 2 else two, hook.url) for n in range(count)))
