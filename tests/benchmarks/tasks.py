@@ -50,8 +50,8 @@ class Row:
 async def opened(store: str) -> AsyncIterator[str]:
     """The URL of an empty database."""
     if store == "postgres":
-        async with postgres() as server:
-            yield server.url
+        with postgres("fsync=on") as server:
+            yield server.url()
     else:
         with tempfile.TemporaryDirectory() as folder:
             yield f"sqlite:///{Path(folder) / 'tasks.db'}"

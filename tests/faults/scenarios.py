@@ -62,8 +62,8 @@ def sqlite(folder: Path) -> Database:
 def real_postgres() -> Database:
     @asynccontextmanager
     async def opened() -> AsyncIterator[tuple[str, Postgres]]:
-        async with postgres() as server:
-            yield server.url, server
+        with postgres("fsync=on") as server:
+            yield server.url(await server.new_database()), server
 
     return opened
 
@@ -138,9 +138,9 @@ async def postgres_killed(database: Database, *, tasks: int, kills: int, seed: i
                 goal = tasks * (done + 0.5) / kills
                 while await _terminal(running) < goal * 0.9:
                     await asyncio.sleep(0.02)
-                await server.kill()
+                await asyncio.to_thread(server.kill)
                 await asyncio.sleep(running.random.uniform(0, 1))
-                await server.start()
+                await asyncio.to_thread(server.start)
                 began = time.monotonic()
                 await running.patiently(
                     lambda stub: stub.GetQueueStats(task_queue_pb2.GetQueueStatsRequest(), timeout=5)
