@@ -131,15 +131,17 @@ class ControlPlane:
         if not tasks.store:
             return
         # Imported only where it is wanted: the database layer takes memory and time.
-        from control_plane.tasks.location import StoreError
+        from control_plane.tasks.location import StoreError, located
         from control_plane.tasks.opening import open_store
         from control_plane.tasks.store import StorePolicy
 
         try:
             policy = StorePolicy(lease=tasks.lease, max_lost=tasks.max_lost, retention=tasks.retention)
-            self.store = store = await open_store(tasks.store, policy, os.environ)
+            place = located(tasks.store, os.environ)
+            self.store = store = await open_store(place, policy, self.metrics.store_time.observe)
         except StoreError as error:
             raise SettingsError(str(error)) from None
+        log.info("tasks are kept in %s", place.shown)
         self.fleet.remember(await store.learned(), self.clock.monotonic(), self.clock.wall())
         retry = tasks.retry
         self.dispatcher = Dispatcher(
