@@ -141,7 +141,6 @@ class _Place:
     request: RouteRequest
     avoid: frozenset[Failed]
     standing: Standing | None = None
-    claiming: bool = False
     parked: bool = False
     news: bool = False
     """It got tasks while a claim was under way, which may not have seen them."""
@@ -464,7 +463,7 @@ class Dispatcher:
         self._free -= len(grants)
         self._claims += 1
         self._idle.clear()
-        place.claiming, place.news = True, False
+        place.news = False
         self._group.create_task(self._claim(place, grants))
 
     async def _claim(self, place: _Place, grants: Sequence[Grant]) -> None:
@@ -478,7 +477,6 @@ class Dispatcher:
             failed = True
             self._store_failed(error)
         finally:
-            place.claiming = False
             self._claims -= 1
             for grant in grants[len(claims) :]:
                 self._scheduler.release(grant.flight, _NEUTRAL)
@@ -499,7 +497,7 @@ class Dispatcher:
             self._ended.clear()
         if failed:
             self._park(place)
-        elif len(claims) == len(grants):
+        elif len(claims) == len(grants) and await self._has_more(place):
             place.batch = min(2 * place.batch, _PER_CLAIM)
             place.oldest = max(place.oldest, claims[-1].record.created_at)
             place.number = self._scheduler.take_place(background=True)
@@ -509,6 +507,16 @@ class Dispatcher:
             self._stand(place)
         else:
             self._close(place)
+
+    async def _has_more(self, place: _Place) -> bool:
+        """Whether a lane that gave all that was asked for has more: a lane of one task is the commonest, and looking
+        costs less than another server's slot."""
+        if place.batch > 1 or place.news:
+            return True
+        try:
+            return await self._store.waiting_count(place.id, 1) > 0
+        except Exception:
+            return True  # the next claim will tell
 
     def _park(self, place: _Place) -> None:
         if not place.parked:
