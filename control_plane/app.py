@@ -144,11 +144,12 @@ class ControlPlane:
         from control_plane.tasks.store import StorePolicy
 
         try:
-            location = located(tasks.store, os.environ)
+            place = located(tasks.store, os.environ)
             policy = StorePolicy(lease=tasks.lease, max_lost=tasks.max_lost, retention=tasks.retention)
-            self.store = store = await open_store(location, policy, self.metrics.store_time.observe)
+            self.store = store = await open_store(place, policy, self.metrics.store_time.observe)
         except StoreError as error:
             raise SettingsError(str(error)) from None
+        log.info("tasks are kept in %s", place.shown)
         self.fleet.remember(await store.learned(), self.clock.monotonic(), self.clock.wall())
         retry = tasks.retry
         self.dispatcher = Dispatcher(
@@ -176,7 +177,6 @@ class ControlPlane:
         )
         self.metrics.observe_tasks(self.dispatcher)
         self._open_deliveries(store)
-        log.info("tasks are kept in %s", location.shown)
 
     def _open_deliveries(self, store: SqlTaskStore) -> None:
         """What is told to others of tasks, and beliefs."""
