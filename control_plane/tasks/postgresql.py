@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import asyncpg
 from sqlalchemy import Connection, Double, cast, func, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import AsyncAdaptedQueuePool
+from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 
 from control_plane.tasks import schema, versions
 from control_plane.tasks.database import Database, transact, tries
@@ -26,6 +26,7 @@ from control_plane.tasks.lane_rows import startable
 from control_plane.tasks.location import PostgresDatabase, StoreError
 from control_plane.tasks.model import Changes, LaneId, TaskId
 from control_plane.tasks.transaction import Job, Transaction
+from control_plane.tasks.versions import Version
 
 log = logging.getLogger(__name__)
 
@@ -275,3 +276,49 @@ async def open_postgresql(place: PostgresDatabase, owner: str) -> PostgresqlData
             raise StoreError(f"tasks.store {place.shown}: {brief(error)}") from None
         raise
     return database
+
+
+async def status(place: PostgresDatabase) -> Version:
+    """Which tables the database has. Raises StoreError."""
+    return await _administer(place, versions.version)
+
+
+async def upgrade(place: PostgresDatabase) -> tuple[Version, Version]:
+    """Make the tables or bring them up to date; the versions before and after. Raises StoreError.
+
+    Who upgrades at the same time waits.
+    """
+
+    def work(connection: Connection) -> tuple[Version, Version]:
+        connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _UPGRADE_LOCK})
+        connection.commit()
+        before = versions.bring_up_to_date(connection, place.shown)
+        return before, Version(before.newest)
+
+    return await _administer(place, work)
+
+
+_UPGRADE_LOCK = 0x6D6F64656C
+"""Of this session, until it ends."""
+
+
+async def _administer(place: PostgresDatabase, work: Callable[[Connection], T]) -> T:
+    """Work on a connection of its own that may take as long as it takes. Raises StoreError."""
+
+    async def connect() -> asyncpg.Connection:
+        return await asyncpg.connect(
+            place.dsn, timeout=_CONNECT_TIMEOUT, server_settings={"application_name": "modelyard db"}
+        )
+
+    alone = create_async_engine(
+        "postgresql+asyncpg://", async_creator=connect, poolclass=NullPool, hide_parameters=True
+    )
+    try:
+        async with alone.connect() as connection:
+            return await connection.run_sync(work)
+    except StoreError:
+        raise
+    except Exception as error:
+        raise StoreError(f"tasks.store {place.shown}: {brief(error)}") from None
+    finally:
+        await alone.dispose()
