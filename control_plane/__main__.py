@@ -27,7 +27,7 @@ def main() -> int:
             env=with_aliases(os.environ),
             cwd=Path.cwd(),
         )
-        configure_logging(settings.log_level, settings.log_format)
+        configure_logging("debug" if settings.debug else settings.log_level, settings.log_format)
         status = run(serve(settings))
     except* (SettingsError, OSError) as errors:
         print(f"{PROGRAM}: {errors.exceptions[0]}", file=sys.stderr)

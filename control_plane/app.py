@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
@@ -14,16 +15,20 @@ from prometheus_client import start_http_server
 
 from control_plane import definitions as definition_files
 from control_plane.api.attempts import Attempts
+from control_plane.api.beliefs import BeliefsServicer
+from control_plane.api.execute import TaskExecutor
 from control_plane.api.generate import Generation
 from control_plane.api.lifecycle import ModelLifecycle
 from control_plane.api.metrics import Metrics
 from control_plane.api.orchestrator import OrchestratorServicer
+from control_plane.api.task_queue import TaskQueueServicer
 from control_plane.api.upstream import Upstreams
 from control_plane.config import ControlPlaneSettings, SelectionSettings
 from control_plane.domain.definition import Definitions
+from control_plane.domain.errors import DomainError
 from control_plane.domain.ports import Clock
 from control_plane.domain.task import Priority
-from control_plane.fleet.registry import Fleet, FleetPolicy
+from control_plane.fleet.registry import Fleet, FleetPolicy, InitialStats
 from control_plane.fleet.scheduler import Scheduler
 from control_plane.presets import compile_presets
 from control_plane.scheduling.breaker import BreakerPolicy
@@ -31,21 +36,31 @@ from control_plane.scheduling.queue import FairQueue
 from control_plane.scheduling.retry import RetryPolicy
 from control_plane.scheduling.stats import StatsPolicy
 from control_plane.selection.policy import Policy, Weights
+from control_plane.tasks.dispatcher import Dispatcher, DispatchPolicy
 from modelyard.program.process import announce_ready, settle_memory, told_to_stop
 from modelyard.program.settings import SettingsError
 from modelyard.rpc.server import bind, create_server, drain, enable_standard_services, service_handler
-from modelyard.v1 import orchestrator_pb2
+from modelyard.v1 import belief_pb2, orchestrator_pb2, task_queue_pb2
 
 if TYPE_CHECKING:
     from control_plane.gateway.server import HttpServer
+    from control_plane.tasks.beliefs import Beliefs
+    from control_plane.tasks.deliverer import Deliverer
+    from control_plane.tasks.deliveries import Deliveries
+    from control_plane.tasks.store import SqlTaskStore
 
 log = logging.getLogger(__name__)
 
 SERVICE = orchestrator_pb2.DESCRIPTOR.services_by_name["Orchestrator"]
+BELIEFS = belief_pb2.DESCRIPTOR.services_by_name["Beliefs"]
+TASK_QUEUE = task_queue_pb2.DESCRIPTOR.services_by_name["TaskQueue"]
 
 # Leases, queue timeouts and breaker pauses end at most this many seconds late.
 _TICK = 0.05
 _FILES_INTERVAL = 1.0
+
+# Seconds between two times at which what was learned of the fleet is written down.
+_LEARNED_INTERVAL = 30.0
 
 
 class SystemClock:
@@ -81,7 +96,7 @@ class ControlPlane:
             on_granted=self.metrics.granted,
         )
         self.metrics.observe(self.fleet, self.scheduler)
-        orchestrator_id = uuid.uuid4().hex
+        self._orchestrator_id = orchestrator_id = uuid.uuid4().hex
         retry = settings.retry
         attempts = Attempts(
             self.scheduler,
@@ -112,6 +127,104 @@ class ControlPlane:
             self.metrics,
         )
         self.gateway: HttpServer | None = None
+        self.store: SqlTaskStore | None = None
+        self.dispatcher: Dispatcher | None = None
+        self.beliefs: Beliefs | None = None
+        self.deliveries: Deliveries | None = None
+        self.deliverer: Deliverer | None = None
+
+    async def open_tasks(self) -> None:
+        """Open the store of durable tasks, if the settings want one. Raises SettingsError."""
+        tasks = self.settings.tasks
+        if not tasks.store:
+            return
+        # Imported only where it is wanted: the database layer takes memory and time.
+        from control_plane.tasks.location import StoreError, located
+        from control_plane.tasks.opening import open_store
+        from control_plane.tasks.store import StorePolicy
+
+        try:
+            location = located(tasks.store, os.environ)
+            policy = StorePolicy(lease=tasks.lease, max_lost=tasks.max_lost, retention=tasks.retention)
+            self.store = store = await open_store(location, policy, self.metrics.store_time.observe)
+        except StoreError as error:
+            raise SettingsError(str(error)) from None
+        self.fleet.remember(await store.learned(), self.clock.monotonic(), self.clock.wall())
+        retry = tasks.retry
+        self.dispatcher = Dispatcher(
+            store,
+            self.fleet,
+            self.scheduler,
+            TaskExecutor(
+                self._orchestrator_id,
+                self._generation,
+                self.upstreams,
+                self.settings.limits,
+                self.clock,
+                self.metrics,
+                self.scheduler.release,
+            ),
+            DispatchPolicy(
+                workers=tasks.workers,
+                ageing=tasks.ageing,
+                retry=RetryPolicy(base=retry.base, factor=retry.factor, cap=retry.cap),
+                lease=tasks.lease,
+                debug=self.settings.debug,
+            ),
+            self.metrics,
+            lambda: self.servicer.in_flight,
+        )
+        self.metrics.observe_tasks(self.dispatcher)
+        self._open_deliveries(store)
+        log.info("tasks are kept in %s", location.shown)
+
+    def _open_deliveries(self, store: SqlTaskStore) -> None:
+        """What is told to others of tasks, and beliefs."""
+        from control_plane import delivery
+        from control_plane.api.notices import Notices
+        from control_plane.tasks.beliefs import Beliefs
+        from control_plane.tasks.deliveries import Deliveries
+
+        settings = self.settings.tasks.callbacks
+        self.beliefs = Beliefs(store.database)
+        self.deliveries = Deliveries(store.database, delivery.rules(settings))
+        self.deliverer = delivery.deliverer(
+            settings,
+            os.environ,
+            self.deliveries,
+            Notices(store).render,
+            lambda outcome: self.metrics.callbacks.labels(outcome).inc(),
+        )
+
+    async def deliver_callbacks(self) -> None:
+        """Tell receivers of tasks that have ended, until the drain is over."""
+        if self.deliverer:
+            await self.deliverer.run()
+
+    async def close_tasks(self) -> None:
+        """Close the store, when nothing runs any more."""
+        if self.store is not None:
+            await self._keep_learned(self.store)
+            await self.store.close()
+
+    async def run_tasks(self) -> None:
+        """Dispatch durable tasks until the drain is over."""
+        if self.dispatcher:
+            await self.dispatcher.run()
+
+    async def keep_learned(self) -> None:
+        """Write down now and then what was learned of the fleet, for the next process."""
+        while self.store is not None:
+            await asyncio.sleep(_LEARNED_INTERVAL)
+            await self._keep_learned(self.store)
+
+    async def _keep_learned(self, store: SqlTaskStore) -> None:
+        learned = self.fleet.learned(self.clock.monotonic(), self.clock.wall())
+        try:
+            if learned:
+                await store.keep_learned(learned)
+        except DomainError as error:
+            log.warning("what was learned of the fleet is not kept for now: %s", error.message)
 
     def _put_in_force(self, catalogue: definition_files.Catalogue) -> None:
         """New definitions and presets; running requests keep what they began with. Raises SettingsError."""
@@ -154,29 +267,59 @@ class ControlPlane:
         """Listen and serve; the address."""
         settings, limit = self.settings, self.settings.limits.max_request_bytes
         server = create_server(max_request_bytes=limit)
-        server.add_generic_rpc_handlers((service_handler(SERVICE, self.servicer, max_request_bytes=limit),))
-        self._health = enable_standard_services(server, [SERVICE.full_name])
+        tasks = self.settings.tasks
+        self._task_queue = TaskQueueServicer(
+            self.store,
+            self._generation,
+            self.metrics,
+            self.servicer.in_flight,
+            max_attempts=tasks.max_attempts,
+            write_timeout=self.settings.limits.write_timeout,
+            dispatcher=self.dispatcher,
+            deliveries=self.deliveries,
+        )
+        self._beliefs = BeliefsServicer(self.beliefs, self.metrics)
+        server.add_generic_rpc_handlers(
+            (
+                service_handler(SERVICE, self.servicer, max_request_bytes=limit),
+                service_handler(TASK_QUEUE, self._task_queue, max_request_bytes=limit),
+                service_handler(BELIEFS, self._beliefs, max_request_bytes=limit),
+            )
+        )
+        self._health = enable_standard_services(
+            server, [service.full_name for service in (SERVICE, TASK_QUEUE, BELIEFS)]
+        )
         port = bind(server, settings.host, settings.port)
         await server.start()
         await self._health.set_serving(SERVICE.full_name, True)
+        for service in (TASK_QUEUE, BELIEFS):
+            await self._health.set_serving(service.full_name, self.store is not None)
         self._server = server
         return f"{settings.host}:{port}"
 
     async def stop(self) -> None:
-        """Drain: refuse new work, let what runs end within the grace, close."""
-        await drain(
-            self._server,
-            self._health,
-            stop_accepting=self._stop_accepting,
-            in_flight=self.servicer.in_flight,
-            grace=self.settings.drain_grace,
-        )
+        """Drain: refuse new work, let what runs end within the grace, give tasks back, close."""
+        grace = self.settings.drain_grace
+        async with asyncio.TaskGroup() as group:
+            if self.dispatcher:
+                group.create_task(self.dispatcher.drain(grace), name="task-drain")
+            if self.deliverer:
+                group.create_task(self.deliverer.drain(grace), name="callback-drain")
+            await drain(
+                self._server,
+                self._health,
+                stop_accepting=self._stop_accepting,
+                in_flight=self.servicer.in_flight,
+                grace=grace,
+            )
         if self.gateway:
             await self.gateway.ended()
         await self.upstreams.close()
 
     def _stop_accepting(self) -> None:
         self.servicer.stop_accepting()
+        self._task_queue.stop_accepting()
+        self._beliefs.stop_accepting()
         if self.gateway:
             self.gateway.stop_accepting()
 
@@ -214,23 +357,30 @@ async def running(
 ) -> AsyncIterator[tuple[ControlPlane, str]]:
     """A serving control plane and its address; drained on the way out."""
     plane = ControlPlane(settings, clock or SystemClock())
-    async with asyncio.TaskGroup() as group:
-        # A task that dies takes the group, and so the process, with it.
-        background = [
-            group.create_task(plane.tick_forever(), name="ticker"),
-            group.create_task(plane.watch_definitions(), name="definitions"),
-        ]
-        try:
-            plane.open_gateway()
-            background.append(group.create_task(plane.serve_gateway(), name="gateway"))
-            address = await plane.start()
+    await plane.open_tasks()
+    try:
+        async with asyncio.TaskGroup() as group:
+            # A task that dies takes the group, and so the process, with it.
+            background = [
+                group.create_task(plane.tick_forever(), name="ticker"),
+                group.create_task(plane.watch_definitions(), name="definitions"),
+                group.create_task(plane.run_tasks(), name="tasks"),
+                group.create_task(plane.keep_learned(), name="learned"),
+                group.create_task(plane.deliver_callbacks(), name="callbacks"),
+            ]
             try:
-                yield plane, address
+                plane.open_gateway()
+                background.append(group.create_task(plane.serve_gateway(), name="gateway"))
+                address = await plane.start()
+                try:
+                    yield plane, address
+                finally:
+                    await plane.stop()
             finally:
-                await plane.stop()
-        finally:
-            for task in background:
-                task.cancel()
+                for task in background:
+                    task.cancel()
+    finally:
+        await plane.close_tasks()
 
 
 async def serve(settings: ControlPlaneSettings) -> int:
@@ -271,6 +421,10 @@ def _fleet_policy(settings: ControlPlaneSettings) -> FleetPolicy:
             initial_success=statistics.initial_success,
         ),
         breaker=BreakerPolicy(failures=breaker.failures, pause=breaker.pause, pause_cap=breaker.pause_cap),
+        initial={
+            model: InitialStats(given.success, given.ttft, given.tpot)
+            for model, given in settings.model_initial_stats.items()
+        },
     )
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from control_plane import initial_stats
 from control_plane.tasks.callbacks import Pattern
 from modelyard.program.settings import Settings
 
@@ -167,6 +168,36 @@ class CallbackSettings(Settings):
         return given
 
 
+class TaskRetrySettings(Settings):
+    base: Seconds = Field(
+        1.0, description="Seconds before a task's second attempt, at most; the actual delay is random, at least half."
+    )
+    factor: Annotated[float, Field(ge=1)] = Field(2.0, description="Growth of that delay per failed attempt.")
+    cap: Seconds = Field(60.0, description="Longest such delay in seconds.")
+
+
+class TaskSettings(Settings):
+    store: str = Field(
+        "auto",
+        description="Database of durable tasks: `sqlite:///PATH`, `postgresql://USER@HOST/NAME`, `auto` for SQLite in the "
+        "user's state folder, or empty for no tasks.",
+    )
+    workers: int = Field(256, ge=1, le=100_000, description="Most tasks that this control plane has in hand.")
+    max_attempts: int = Field(5, ge=1, le=100, description="Most attempts of a task that names no number itself.")
+    retry: TaskRetrySettings = TaskRetrySettings()
+    ageing: PositiveSeconds = Field(60.0, description="Seconds of waiting that raise a task's priority by one class.")
+    lease: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
+        10.0, description="Seconds after which another control plane takes over the tasks of one that is not heard of."
+    )
+    max_lost: int = Field(
+        10, ge=1, description="Times that a task may lose its control plane before it has failed with LEASE_LOST."
+    )
+    retention: PositiveSeconds = Field(
+        7 * 86400.0, description="Seconds that terminal tasks, their results and idempotency keys are kept."
+    )
+    callbacks: CallbackSettings = CallbackSettings()
+
+
 ALIASES = {"MODELS_DIR": "models_dir", "DEFAULT_MODEL_CONFIG": "default_preset", "LLM_PROVIDER": "default_provider"}
 """Environment variables without modelyard's prefix, and the settings that they mean."""
 
@@ -210,7 +241,16 @@ class ControlPlaneSettings(Settings):
     breaker: BreakerSettings = BreakerSettings()
     retry: RetrySettings = RetrySettings()
     limits: LimitSettings = LimitSettings()
+    tasks: TaskSettings = TaskSettings()
+    model_initial_stats: dict[str, initial_stats.InitialStats] = Field(
+        default_factory=dict,
+        description='What is assumed per model ("name" or "provider/name") until it is measured: `success` 0 to 1, '
+        "`ttft` and `tpot` in seconds. A definition's `initial` takes precedence.",
+    )
     drain_grace: Seconds = Field(30.0, description="Seconds that running requests get when the program is stopped.")
+    debug: bool = Field(
+        False, description="Log at level debug, with why each task was given to its server. Never what is in it."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity logged.")
     log_format: Literal["text", "json"] = Field("text", description="Log lines for people or for machines.")
     watch_parent: bool = Field(False, description="Stop when standard input ends (used by `modelyard up`).")

@@ -25,6 +25,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from control_plane.domain.definition import Definitions, ModelDefinition
 from control_plane.domain.model import ModelName, Price, Provider
 from control_plane.domain.task import Feature, TaskType
+from control_plane.initial_stats import InitialStats
 from control_plane.presets import PresetEntry, entries_in
 from modelyard.program.settings import Settings, SettingsError, YamlFile
 from modelyard.rpc.validation import MAX_AMOUNT, MAX_CONTEXT_LENGTH, MAX_SECONDS, MAX_TEXT
@@ -44,18 +45,12 @@ class _Price(Settings):
     completion: Usd = 0.0
 
 
-class _Initial(Settings):
-    success: Score | None = None
-    ttft: Seconds | None = None
-    tpot: Seconds | None = None
-
-
 class _Model(Settings):
     capabilities: dict[str, Score] | None = None
     context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_LENGTH)] | None = None
     features: list[str] | None = None
     price: _Price | None = None
-    initial: _Initial = _Initial()
+    initial: InitialStats = InitialStats()
 
     @field_validator("capabilities")
     @classmethod

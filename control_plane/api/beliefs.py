@@ -6,7 +6,7 @@ import asyncio
 import base64
 import binascii
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf import json_format, struct_pb2
@@ -15,16 +15,21 @@ from control_plane.api.metrics import Metrics
 from control_plane.api.orchestrator import served
 from control_plane.api.tenant import tenant_of
 from control_plane.domain.errors import draining
-from control_plane.tasks.beliefs import TASKS_PREFIX, BeliefRecord, Beliefs
+from control_plane.tasks.facts import TASKS_PREFIX, BeliefRecord
 from modelyard.rpc.errors import Refusal, Violation, invalid
 from modelyard.rpc.reasons import Reason
 from modelyard.v1 import belief_pb2
+
+if TYPE_CHECKING:
+    from control_plane.tasks.beliefs import Beliefs
 
 MAX_KEY_CHARACTERS = 500
 MAX_SOURCE_CHARACTERS = 200
 MAX_VALUE_BYTES = 64 << 10
 _PAGE, _MOST_PAGE = 100, 1000
 _BATCH = 100
+_MOST_VERSION = 2**63 - 1
+"""What databases count with."""
 _PAUSE = 0.05
 """Seconds between two looks into the database of one watch, however often something changes."""
 
@@ -109,7 +114,10 @@ class BeliefsServicer:
     @served
     async def WatchBeliefs(self, request: belief_pb2.WatchBeliefsRequest, context: grpc.aio.ServicerContext) -> None:
         self._admit()
-        if violations := _check_prefix(request.prefix):
+        violations = _check_prefix(request.prefix)
+        if request.after_version > _MOST_VERSION:
+            violations.append(Violation("after_version", "is none that was given out"))
+        if violations:
             raise invalid(violations)
         tenant, news = tenant_of(context), asyncio.Event()
         beliefs = self._beliefs()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -14,10 +15,12 @@ from control_plane.api.orchestrator import served
 from control_plane.api.task_convert import set_timestamp
 from control_plane.api.tenant import tenant_of
 from control_plane.tasks.callbacks import CallbackState, DeliveryRecord, without_query
-from control_plane.tasks.deliveries import Deliveries
 from modelyard.rpc.errors import Refusal, Violation, invalid
 from modelyard.rpc.reasons import Reason
 from modelyard.v1 import task_queue_pb2
+
+if TYPE_CHECKING:
+    from control_plane.tasks.deliveries import Deliveries
 
 MAX_ID_CHARACTERS = 100
 _STATES = frozenset(task_queue_pb2.CallbackState.values())

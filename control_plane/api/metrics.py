@@ -18,6 +18,8 @@ from control_plane.domain.server import BreakerState, LeaseState
 from control_plane.domain.task import Priority
 from control_plane.fleet.registry import Fleet
 from control_plane.fleet.scheduler import Scheduler
+from control_plane.tasks.dispatcher import Dispatcher
+from control_plane.tasks.model import TaskState
 from modelyard.v1.generation_pb2 import Usage
 
 T = TypeVar("T", Counter, Histogram)
@@ -78,6 +80,47 @@ class Metrics:
             registry=self.registry,
         )
 
+        self.task_states = Counter(
+            "modelyard_task_states",
+            "Tasks that entered a state by what this control plane did: scheduled, running, queued (again), "
+            "succeeded, failed, expired.",
+            ("state",),
+            registry=self.registry,
+        )
+        self.task_attempts = Counter(
+            "modelyard_task_attempts",
+            "Attempts of tasks by outcome: ok, expired, taken_away (cancelled or in other hands), given_back, or the "
+            "reason of the failure.",
+            ("outcome",),
+            registry=self.registry,
+        )
+        self.task_hand_over = Histogram(
+            "modelyard_task_claim_to_start_seconds",
+            "Time from the grant of a slot until the task that was claimed for it went to the server.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.task_refused_writes = Counter(
+            "modelyard_task_refused_writes",
+            "Writes that were refused because the task had passed into other hands.",
+            registry=self.registry,
+        )
+        self.callbacks = Counter(
+            "modelyard_callbacks",
+            "Attempts to deliver callbacks by outcome: delivered, failed (and repeated), dead (given up).",
+            ("outcome",),
+            registry=self.registry,
+        )
+        self.store_time = Histogram(
+            "modelyard_task_store_seconds",
+            "Time that a transaction of the task store took.",
+            buckets=(0.001, *_SECONDS),
+            registry=self.registry,
+        )
+
+        self._tasks = _TaskStates()
+        self.registry.register(self._tasks)
+
         # Looking a child up by its labels costs more than counting: the hot path keeps them.
         self._children: dict[tuple[object, ...], Counter | Histogram] = {}
 
@@ -114,9 +157,52 @@ class Metrics:
             if amount:
                 self._child(self.tokens, model, kind).inc(amount)
 
+    def entered(self, state: TaskState) -> None:
+        """A task has entered a state."""
+        self._child(self.task_states, state.name.lower()).inc()
+
+    def attempted(self, outcome: str) -> None:
+        """An attempt of a task has ended."""
+        self._child(self.task_attempts, outcome).inc()
+
+    def handed_over(self, seconds: float) -> None:
+        """A task went to its server so long after its slot was granted."""
+        self.task_hand_over.observe(seconds)
+
+    def refused_write(self) -> None:
+        """A write of an attempt came too late."""
+        self.task_refused_writes.inc()
+
+    def observe_tasks(self, dispatcher: Dispatcher) -> None:
+        """Show the states of the dispatcher."""
+        self._tasks.dispatcher = dispatcher
+
     def observe(self, fleet: Fleet, scheduler: Scheduler) -> None:
         """Show the states of these owners."""
         self.registry.register(_States(fleet, scheduler))
+
+
+class _TaskStates(Collector):
+    """Collects on a thread, as _States does."""
+
+    def __init__(self) -> None:
+        self.dispatcher: Dispatcher | None = None
+        """None: no tasks."""
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        dispatcher = self.dispatcher
+        running = GaugeMetricFamily("modelyard_tasks_running", "Tasks that this control plane has in hand.")
+        running.add_metric([], dispatcher.running_here if dispatcher else 0)
+        yield running
+        age = GaugeMetricFamily(
+            "modelyard_task_queue_age_seconds", "Age of the oldest task that waits for a server; 0 if none does."
+        )
+        oldest = dispatcher.oldest() if dispatcher else None
+        age.add_metric([], max(0.0, dispatcher.store.now() - oldest) if dispatcher and oldest is not None else 0.0)
+        yield age
 
 
 class _States(Collector):

@@ -7,12 +7,13 @@ One object, one event loop, no awaits: every method is a single step. Time comes
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from control_plane.domain.definition import Definitions
 from control_plane.domain.errors import DomainError, unknown_server
+from control_plane.domain.learned import Learned
 from control_plane.domain.lease import Lease
 from control_plane.domain.model import ModelCard, ModelName, Price, Provider, ServerId
 from control_plane.domain.server import BreakerState, Health, LeaseState, Report
@@ -30,6 +31,9 @@ _NEARLY = 0.005
 _GONE_KEPT = 64
 
 PairKey = tuple[ModelName, Provider]
+
+# Pairs of an earlier process that have not been seen yet.
+_REMEMBERED = 10_000
 
 
 class OutcomeKind(Enum):
@@ -135,12 +139,24 @@ class Attachment:
 
 
 @dataclass(frozen=True, slots=True)
+class InitialStats:
+    """What is assumed of a model until it is measured; None: what is assumed of any."""
+
+    success: float | None = None
+    ttft: float | None = None
+    """Seconds."""
+    tpot: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class FleetPolicy:
     lease_duration: float
     forget_after: float
     warm_up: float
     stats: StatsPolicy
     breaker: BreakerPolicy
+    initial: Mapping[str, InitialStats] = field(default_factory=dict)
+    """By "name" or "provider/name" of a model; the latter takes precedence, a definition's own over both."""
 
 
 class Fleet:
@@ -152,6 +168,8 @@ class Fleet:
         self._servers: dict[ServerId, Server] = {}
         self._epochs: dict[ServerId, int] = {}
         self._warm_at = now + policy.warm_up
+        self._remembered: dict[tuple[ServerId, PairKey], tuple[str, RuntimeStats]] = {}
+        """Fingerprint and statistics of an earlier process."""
         self._troubled: set[tuple[ServerId, PairKey]] = set()
         self._listeners: list[Callable[[ServerId, bool], None]] = []
         self.on_capacity: Callable[[], None] = lambda: None
@@ -350,6 +368,33 @@ class Fleet:
             self._changed(server, urgent=False)
         self.on_capacity()
 
+    # ------------------------------------------------------------- learned ---
+
+    def learned(self, now: float, wall: float) -> list[Learned]:
+        """What was measured, to be kept for the next process."""
+        return [
+            Learned(
+                server.id, model, provider, pair.fingerprint, stats.success_at(now), wall,
+                stats.ttft, stats.tpot, stats.service, stats.requests, stats.failures,
+            )
+            for server in self._servers.values()
+            for (model, provider), pair in server.pairs.items()
+            if (stats := pair.stats).requests
+        ]  # fmt: skip
+
+    def remember(self, learned: Iterable[Learned], now: float, wall: float) -> None:
+        """Take over what an earlier process measured, once a server reports the model under the same fingerprint."""
+        for entry in learned:
+            if len(self._remembered) >= _REMEMBERED:
+                break
+            key = entry.server_id, (entry.model, entry.provider)
+            fresh = self._fresh(*key[1])
+            stats = replace(
+                fresh, success=entry.success, ttft=entry.ttft, tpot=entry.tpot, service=entry.service,
+                requests=entry.requests, failures=entry.failures, updated_at=now - max(0.0, wall - entry.at),
+            )  # fmt: skip
+            self._remembered[key] = entry.fingerprint, stats
+
     # ------------------------------------------------------------- private ---
 
     def _accept(self, server: Server, report: Report, *, rebuild: bool, now: float) -> None:
@@ -371,7 +416,11 @@ class Fleet:
     def _identify(self, server: Server, card: ModelCard) -> None:
         """Begin to learn anew where the fingerprint is another one; an empty one says nothing."""
         key = (card.name, card.provider)
+        known = key in server.pairs
         pair = self._pair(server, key)
+        remembered = self._remembered.pop((server.id, key), None)
+        if remembered is not None and not known and remembered[0] == card.fingerprint:
+            pair.stats = remembered[1]
         if card.fingerprint and pair.fingerprint not in ("", card.fingerprint):
             log.info("%s: %s is another one than before, what was learned of it is forgotten", server.id, card.id)
             del server.pairs[key]
@@ -386,15 +435,21 @@ class Fleet:
     def _pair(self, server: Server, key: PairKey) -> Pair:
         pair = server.pairs.get(key)
         if pair is None:
-            definition = self._definitions.get(key[1], key[0])
-            stats = RuntimeStats.initial(
-                self._policy.stats,
-                success=definition.initial_success if definition else None,
-                ttft=definition.initial_ttft if definition else None,
-                tpot=definition.initial_tpot if definition else None,
-            )
-            pair = server.pairs[key] = Pair(stats, Breaker.closed(self._policy.breaker), "")
+            pair = server.pairs[key] = Pair(self._fresh(*key), Breaker.closed(self._policy.breaker), "")
         return pair
+
+    def _fresh(self, model: ModelName, provider: Provider) -> RuntimeStats:
+        """Before anything was measured."""
+        definition = self._definitions.get(provider, model)
+        given = self._policy.initial
+        preset = given.get(f"{provider}/{model}") or given.get(model) or InitialStats()
+        if definition is not None:
+            preset = InitialStats(
+                preset.success if definition.initial_success is None else definition.initial_success,
+                preset.ttft if definition.initial_ttft is None else definition.initial_ttft,
+                preset.tpot if definition.initial_tpot is None else definition.initial_tpot,
+            )
+        return RuntimeStats.initial(self._policy.stats, success=preset.success, ttft=preset.ttft, tpot=preset.tpot)
 
     def _rebuild(self, now: float) -> None:
         """The set of rows changed: build the table anew and fill in what moves."""

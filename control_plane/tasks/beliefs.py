@@ -5,39 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, collate, delete, or_, select
+from sqlalchemy import ColumnElement, Connection, Row, and_, collate, or_, select
 from sqlalchemy.sql import ClauseElement
 
 from control_plane.domain.errors import DomainError
 from control_plane.tasks import bulk, schema
 from control_plane.tasks.database import Database
+from control_plane.tasks.facts import BeliefRecord
 from control_plane.tasks.model import Changes, Tenant
 from control_plane.tasks.transaction import Batch, Transaction
-
-TASKS_PREFIX = "tasks/"
-"""Keys that only the control plane writes: the final states of tasks."""
 
 _TABLE = schema.beliefs
 _COLUMNS = tuple(column.name for column in _TABLE.columns)
 _MOST_KEYS = 200
 """In one look at what is there: databases bound the parameters of a statement."""
-
-
-@dataclass(frozen=True, slots=True)
-class BeliefRecord:
-    """A fact, or that there was one."""
-
-    key: str
-    value: str
-    """JSON; empty if it was deleted."""
-    confidence: float
-    """[0, 1]"""
-    source: str
-    updated_at: float
-    """Seconds since the epoch by the database's clock."""
-    version: int
-    """Grows with every write of any fact; what becomes visible later has a greater one."""
-    deleted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,15 +105,6 @@ class Beliefs:
         """Of all facts that are visible."""
         return await self._database.read(_last)
 
-    async def purge(self, before: float) -> None:
-        """Forget deletions that are older: who has not looked for so long must begin anew."""
-
-        def work(transaction: Transaction) -> None:
-            old = and_(_TABLE.c.deleted, _TABLE.c.updated_at < before)
-            transaction.connection.execute(delete(_TABLE).where(old))
-
-        await self._database.write(work)
-
 
 def _unknown(key: str) -> DomainError:
     return DomainError("UNKNOWN_BELIEF", f"there is no belief {key!r}")
@@ -181,8 +153,9 @@ def _write(transaction: Transaction, writes: Sequence[_Write]) -> Sequence[Belie
         rows[place] = (
             *place, record.value, record.confidence, record.source, record.updated_at, record.version, record.deleted
         )  # fmt: skip
-    bulk.upsert(connection, _TABLE, _COLUMNS, ("tenant", "key"), list(rows.values()))
-    transaction.changes.beliefs = True
+    if rows:
+        bulk.upsert(connection, _TABLE, _COLUMNS, ("tenant", "key"), list(rows.values()))
+        transaction.changes.beliefs = True
     return outcomes
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
@@ -47,10 +48,13 @@ class Database(ABC):
     def __init__(self, owner: str) -> None:
         self.owner = owner
         """Names this process in the database: the one that holds a claimed task."""
+        self.committed: Callable[[float], object] | None = None
+        """Told, after every transaction, how many seconds it took."""
         self._loop = asyncio.get_running_loop()
         self._told: list[Callable[[Changes], None]] = []
         self._waiting: list[Job] = []
         self._busy = False
+        self._started_at = 0.0
         self._closing = False
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -125,9 +129,12 @@ class Database(ABC):
             return
         jobs, self._waiting = self._waiting[:_MOST_JOBS], self._waiting[_MOST_JOBS:]
         self._busy = True
+        self._started_at = time.monotonic()
         self._start(jobs)
 
     def _finished(self, jobs: Sequence[Job], changes: Sequence[Changes]) -> None:
+        if self.committed:
+            self.committed(time.monotonic() - self._started_at)
         for job in jobs:
             if job.future.done():  # its caller is gone
                 continue

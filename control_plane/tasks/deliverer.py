@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from control_plane.domain.errors import DomainError
 from control_plane.tasks.callbacks import Answer, CallbackState, DeliveryRecord, Repetition, Rules, headers, origin_of
-from control_plane.tasks.deliveries import Deliveries
 from modelyard.program import privacy
 
 if TYPE_CHECKING:
+    from control_plane.tasks.deliveries import Deliveries
     from control_plane.tasks.webhook import Sender
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ class Deliverer:
         self._jitter = jitter
         self._running: Counter[str] = Counter()
         self._wake = asyncio.Event()
+        self._ended = asyncio.Event()
         self._stopping = False
         self._sender: Sender | None = None
 
@@ -71,6 +72,14 @@ class Deliverer:
         self._stopping = True
         self._wake.set()
 
+    async def drain(self, grace: float) -> None:
+        """Take nothing new, and let what is being sent end, for at most so many seconds. What has not ended by then is
+        sent again when its lease is over."""
+        self.stop()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                await self._ended.wait()
+
     async def run(self) -> None:
         """Until `stop`. Failures of the database are waited out."""
         forget = self._deliveries.listen(self._wake.set)
@@ -81,6 +90,7 @@ class Deliverer:
                     await self._wait(await self._round(group))
         finally:
             forget()
+            self._ended.set()
             if self._sender:
                 await self._sender.close()
 

@@ -61,6 +61,9 @@ _RECONSIDER, _AT_A_TIME = 1.0, 50
 # Seconds after which every lane is looked for, should a hint have been lost.
 _LOOK_AROUND = 30.0
 
+# Seconds that the timers of gRPC and of the event loop may be apart.
+_CLOCK_SLACK = 0.01
+
 # Characters of a server's own words that are kept.
 _MESSAGE = 1000
 
@@ -558,7 +561,8 @@ class Dispatcher:
             except TimeoutError:
                 pass  # the deadline, or an interruption
             except DomainError as error:
-                failure = Failure(error.reason, error.message, error.retry_after)
+                over = record.deadline is not None and store.now() >= record.deadline - _CLOCK_SLACK
+                failure = None if over else Failure(error.reason, error.message, error.retry_after)
             except Exception as error:
                 log.error("%s: a bug in modelyard: %s", claim.id, _words(error))
                 failure = Failure("INTERNAL", "a bug in modelyard")

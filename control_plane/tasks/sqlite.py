@@ -25,6 +25,7 @@ from control_plane.tasks.faults import brief, translated
 from control_plane.tasks.location import SqliteFile, StoreError
 from control_plane.tasks.model import Changes
 from control_plane.tasks.transaction import Job
+from control_plane.tasks.versions import Version
 
 T = TypeVar("T")
 
@@ -105,6 +106,34 @@ async def open_sqlite(place: SqliteFile, owner: str) -> SqliteDatabase:
 
 
 def _open(place: SqliteFile) -> tuple[Engine, Engine, IO[bytes]]:
+    lock, writer, _ = _ready(place)
+    return writer, engine(place.path, write=False), lock
+
+
+def upgrade(place: SqliteFile) -> tuple[Version, Version]:
+    """Bring the tables up to date; the versions before and after. Raises StoreError."""
+    lock, writer, before = _ready(place)
+    writer.dispose()
+    lock.close()
+    return before, Version(before.newest)
+
+
+def status(place: SqliteFile) -> Version:
+    """Which tables the file has, also while a control plane uses it. Raises StoreError."""
+    if not place.path.exists():
+        return Version("")
+    reader = engine(place.path, write=False)
+    try:
+        with reader.connect() as connection:
+            return versions.version(connection)
+    except Exception as error:
+        raise StoreError(f"tasks.store {place.shown}: {brief(error)}") from None
+    finally:
+        reader.dispose()
+
+
+def _ready(place: SqliteFile) -> tuple[IO[bytes], Engine, Version]:
+    """Lock the file and bring its tables up to date. Raises StoreError."""
     if sqlite3.sqlite_version_info < _OLDEST:
         raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old for tasks: 3.35 or newer is needed")
     try:
@@ -115,14 +144,13 @@ def _open(place: SqliteFile) -> tuple[Engine, Engine, IO[bytes]]:
     writer = engine(place.path, write=True)
     try:
         with writer.connect() as connection:
-            versions.bring_up_to_date(connection, place.shown)
+            return lock, writer, versions.bring_up_to_date(connection, place.shown)
     except Exception as error:
         writer.dispose()
         lock.close()
         if isinstance(error, StoreError):
             raise
         raise StoreError(f"tasks.store {place.shown}: {brief(error)}") from None
-    return writer, engine(place.path, write=False), lock
 
 
 def _locked(place: SqliteFile) -> IO[bytes]:

@@ -207,6 +207,7 @@ def settings(**given: Any) -> ControlPlaneSettings:
         "metrics_port": -1,
         "gateway": {"port": -1},
         "drain_grace": 1.0,
+        "tasks": {"store": ""},
         "fleet": {"report_interval": 0.2, "lease_duration": 10.0, "warm_up": 0.0},
         "retry": {"base": 0.001, "cap": 0.01},
     }

@@ -81,7 +81,10 @@ async def program(module: str, *argv: str) -> AsyncIterator[Program]:
 
 @asynccontextmanager
 async def control_plane(*argv: str) -> AsyncIterator[Program]:
-    async with program("control_plane", "--port", "0", "--metrics-port", "0", "--gateway.port", "0", *argv) as running:
+    """Without tasks, if `argv` says nothing else: a test must not write into its user's home."""
+    async with program(
+        "control_plane", "--port", "0", "--metrics-port", "0", "--gateway.port", "0", "--tasks.store", "", *argv
+    ) as running:
         yield running
 
 

@@ -56,12 +56,15 @@ class Receiver:
     at_once: int = 0
     most_at_once: int = 0
     connections: set[Any] = field(default_factory=set)
+    transports: list[asyncio.Transport] = field(default_factory=list)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
-        self.connections.add(request.transport.get_extra_info("peername") if request.transport else None)
+        assert request.transport
+        self.connections.add(request.transport.get_extra_info("peername"))
+        self.transports.append(request.transport)
         try:
             body = await request.read()
             headers = {name.lower(): value for name, value in request.headers.items()}
@@ -72,6 +75,11 @@ class Receiver:
             return await behaviour(request)
         finally:
             self.at_once -= 1
+
+    def break_off(self) -> None:
+        """Break all connections."""
+        for transport in self.transports:
+            transport.abort()
 
     async def until(self, count: int) -> list[Received]:
         """Wait until so many requests have come."""
@@ -107,7 +115,7 @@ async def receiver(tls: ssl.SSLContext | None = None) -> AsyncIterator[Receiver]
     kept = Receiver()
     app = web.Application(client_max_size=64 << 20)
     app.router.add_route("*", "/{path:.*}", kept.answer)
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1, access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
     await site.start()

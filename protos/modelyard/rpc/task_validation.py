@@ -107,7 +107,7 @@ def url_problem(url: str) -> str | None:
         port, host = parts.port, parts.hostname or ""
     except ValueError as error:
         return f"is no address: {error}"
-    if parts.scheme != "https":
+    if parts.scheme not in ("https", "http"):  # whether http may be is for the settings to say
         return "must begin with https://"
     if parts.username is not None or parts.password is not None:
         return "must not carry a user or a password"

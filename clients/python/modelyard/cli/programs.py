@@ -1,4 +1,5 @@
-"""`modelyard control-plane` and `modelyard model-server`: the programs themselves, all arguments passed on."""
+"""`modelyard control-plane`, `modelyard model-server` and `modelyard db`: the programs themselves, all arguments passed
+on."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import click
 from modelyard.cli import service_unit
 from modelyard.cli.errors import CliError
 from modelyard.cli.extras import cure
+from modelyard.cli.session import Session
 
 _PASS_ON = {"ignore_unknown_options": True, "help_option_names": []}
 
@@ -52,3 +54,12 @@ def control_plane(arguments: tuple[str, ...]) -> None:
 def model_server(arguments: tuple[str, ...]) -> None:
     """Run a model server; see `modelyard model-server --help` for its settings."""
     _run("model-server", "model_servers", arguments)
+
+
+@click.command("db", context_settings=_PASS_ON, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.pass_obj
+def db(session: Session, arguments: tuple[str, ...]) -> None:
+    """Show or upgrade the tables of the task store; see `modelyard db --help`."""
+    config = ["--config", str(session.config)] if session.config and len(arguments) > 0 else []
+    _become("modelyard db", "control_plane.db", [*arguments, *config])
