@@ -28,6 +28,8 @@ MAX_SOURCE_CHARACTERS = 200
 MAX_VALUE_BYTES = 64 << 10
 _PAGE, _MOST_PAGE = 100, 1000
 _BATCH = 100
+_MOST_VERSION = 2**63 - 1
+"""What databases count with."""
 _PAUSE = 0.05
 """Seconds between two looks into the database of one watch, however often something changes."""
 
@@ -112,7 +114,10 @@ class BeliefsServicer:
     @served
     async def WatchBeliefs(self, request: belief_pb2.WatchBeliefsRequest, context: grpc.aio.ServicerContext) -> None:
         self._admit()
-        if violations := _check_prefix(request.prefix):
+        violations = _check_prefix(request.prefix)
+        if request.after_version > _MOST_VERSION:
+            violations.append(Violation("after_version", "is none that was given out"))
+        if violations:
             raise invalid(violations)
         tenant, news = tenant_of(context), asyncio.Event()
         beliefs = self._beliefs()

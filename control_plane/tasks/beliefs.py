@@ -153,8 +153,9 @@ def _write(transaction: Transaction, writes: Sequence[_Write]) -> Sequence[Belie
         rows[place] = (
             *place, record.value, record.confidence, record.source, record.updated_at, record.version, record.deleted
         )  # fmt: skip
-    bulk.upsert(connection, _TABLE, _COLUMNS, ("tenant", "key"), list(rows.values()))
-    transaction.changes.beliefs = True
+    if rows:
+        bulk.upsert(connection, _TABLE, _COLUMNS, ("tenant", "key"), list(rows.values()))
+        transaction.changes.beliefs = True
     return outcomes
 
 
