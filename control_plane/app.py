@@ -139,14 +139,13 @@ class ControlPlane:
         if not tasks.store:
             return
         # Imported only where it is wanted: the database layer takes memory and time.
-        from control_plane.tasks.location import StoreError, located
+        from control_plane.tasks.location import StoreError
         from control_plane.tasks.opening import open_store
         from control_plane.tasks.store import StorePolicy
 
         try:
-            location = located(tasks.store, os.environ)
             policy = StorePolicy(lease=tasks.lease, max_lost=tasks.max_lost, retention=tasks.retention)
-            self.store = store = await open_store(location, policy, self.metrics.store_time.observe)
+            self.store = store = await open_store(tasks.store, policy, os.environ)
         except StoreError as error:
             raise SettingsError(str(error)) from None
         self.fleet.remember(await store.learned(), self.clock.monotonic(), self.clock.wall())
@@ -176,7 +175,6 @@ class ControlPlane:
         )
         self.metrics.observe_tasks(self.dispatcher)
         self._open_deliveries(store)
-        log.info("tasks are kept in %s", location.shown)
 
     def _open_deliveries(self, store: SqlTaskStore) -> None:
         """What is told to others of tasks, and beliefs."""

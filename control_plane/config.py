@@ -179,8 +179,8 @@ class TaskRetrySettings(Settings):
 class TaskSettings(Settings):
     store: str = Field(
         "auto",
-        description="Database of durable tasks: `sqlite:///PATH`, `postgresql://USER@HOST/NAME`, `auto` for SQLite in the "
-        "user's state folder, or empty for no tasks.",
+        description="Database of durable tasks: `sqlite:///PATH`, `postgresql://USER@HOST/NAME`, `auto` for SQLite in "
+        "the user's state folder, or empty for no tasks.",
     )
     workers: int = Field(256, ge=1, le=100_000, description="Most tasks that this control plane has in hand.")
     max_attempts: int = Field(5, ge=1, le=100, description="Most attempts of a task that names no number itself.")

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
 from random import random
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from control_plane.domain.errors import DomainError
 from control_plane.domain.request import RouteRequest
@@ -37,6 +37,8 @@ from control_plane.tasks.model import Changes, Claim, Lane, LaneId, Placement, T
 from control_plane.tasks.ports import Executor, TaskStore
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 STORE_REASONS = frozenset({"STORE_UNAVAILABLE", "STORE_FULL"})
 """The store may do another time."""
@@ -100,6 +102,10 @@ class Observer(Protocol):
 
     def handed_over(self, seconds: float) -> None:
         """A task went to its server so long after its slot was granted."""
+        ...
+
+    def stored(self, seconds: float) -> None:
+        """A claim or a step of a task was on disk after so long."""
         ...
 
     def refused_write(self) -> None:
@@ -473,7 +479,7 @@ class Dispatcher:
         claims: Sequence[Claim] = ()
         failed = False
         try:
-            claims = await self._store.claim(place.id, placements)
+            claims = await self._timed(self._store.claim(place.id, placements))
         except Exception as error:
             failed = True
             self._store_failed(error)
@@ -600,7 +606,7 @@ class Dispatcher:
 
     async def _tell_started(self, attempt: _Attempt, claim: Claim) -> None:
         try:
-            valid = await self._store.started(claim.id, claim.epoch)
+            valid = await self._timed(self._store.started(claim.id, claim.epoch))
         except Exception:
             return  # for people only: that the attempt is under way is written already
         if valid:
@@ -614,7 +620,7 @@ class Dispatcher:
         pause = _STORE_PAUSE
         while True:
             try:
-                if await write():
+                if await self._timed(write()):
                     self._observer.entered(state)
                 else:
                     self._observer.refused_write()
@@ -639,6 +645,12 @@ class Dispatcher:
                 return
             await asyncio.sleep(pause)
             pause = min(2 * pause, _STORE_PAUSE_CAP)
+
+    async def _timed(self, writing: Awaitable[T]) -> T:
+        began = asyncio.get_running_loop().time()
+        result = await writing
+        self._observer.stored(asyncio.get_running_loop().time() - began)
+        return result
 
 
 def _words(error: Exception) -> str:

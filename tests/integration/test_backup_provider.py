@@ -44,6 +44,7 @@ async def test_the_backup_answers_and_the_decision_names_both(
         metrics_port=-1,
         gateway={"port": -1},
         fleet={"warm_up": 0},
+        tasks={"store": ""},
         # The first one is liked better, so that it is the primary.
         selection={"provider_preference": {"first": 1.0, "second": 0.1}, "weights": {"provider": 20}},
     )

@@ -26,7 +26,8 @@ CANARY = "zanzibar-4711-xylophone"
 async def run_to_end(*argv: str, cwd: Path | None = None, **variables: str) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of a control plane that is expected to end by itself."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("MODELYARD_")}
-    env = {**env, "MODELYARD_CONTROL_PLANE_GATEWAY__PORT": "-1", **variables}
+    quiet = {"MODELYARD_CONTROL_PLANE_GATEWAY__PORT": "-1", "MODELYARD_CONTROL_PLANE_TASKS__STORE": ""}
+    env = {**env, **quiet, **variables}
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "control_plane", *argv,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=env, cwd=cwd,

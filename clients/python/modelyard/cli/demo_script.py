@@ -10,7 +10,8 @@ from modelyard.cli.extras import missing
 from modelyard.cli.plan import ServerPlan, bundled_model
 
 CONTROL_PLANE = (
-    "--port", "0", "--metrics-port", "-1", "--gateway.port", "-1", "--log-level", "warning", "--fleet.warm-up", "0"
+    "--port", "0", "--metrics-port", "-1", "--gateway.port", "-1", "--log-level", "warning", "--fleet.warm-up", "0",
+    "--tasks.store", "",
 )  # fmt: skip
 
 _BIG: dict[str, Any] = {
