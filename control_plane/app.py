@@ -139,13 +139,13 @@ class ControlPlane:
         if not tasks.store:
             return
         # Imported only where it is wanted: the database layer takes memory and time.
-        from control_plane.tasks.location import StoreError
+        from control_plane.tasks.location import StoreError, located
         from control_plane.tasks.opening import open_store
         from control_plane.tasks.store import StorePolicy
 
         try:
             policy = StorePolicy(lease=tasks.lease, max_lost=tasks.max_lost, retention=tasks.retention)
-            self.store = store = await open_store(tasks.store, policy, os.environ)
+            self.store = store = await open_store(located(tasks.store, os.environ), policy)
         except StoreError as error:
             raise SettingsError(str(error)) from None
         self.fleet.remember(await store.learned(), self.clock.monotonic(), self.clock.wall())
