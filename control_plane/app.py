@@ -147,9 +147,11 @@ class ControlPlane:
 
         try:
             policy = StorePolicy(lease=tasks.lease, max_lost=tasks.max_lost, retention=tasks.retention)
-            self.store = store = await open_store(located(tasks.store, os.environ), policy)
+            place = located(tasks.store, os.environ)
+            self.store = store = await open_store(place, policy, self.metrics.store_time.observe)
         except StoreError as error:
             raise SettingsError(str(error)) from None
+        log.info("tasks are kept in %s", place.shown)
         self.fleet.remember(await store.learned(), self.clock.monotonic(), self.clock.wall())
         retry = tasks.retry
         self.dispatcher = Dispatcher(
