@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import start_http_server
 
 from control_plane import definitions as definition_files
+from control_plane import delivery
 from control_plane.api.attempts import Attempts
 from control_plane.api.beliefs import BeliefsServicer
 from control_plane.api.execute import TaskExecutor
@@ -138,6 +139,7 @@ class ControlPlane:
         tasks = self.settings.tasks
         if not tasks.store:
             return
+        delivery.check(tasks.callbacks, os.environ)
         # Imported only where it is wanted: the database layer takes memory and time.
         from control_plane.tasks.location import StoreError, located
         from control_plane.tasks.opening import open_store
@@ -180,7 +182,6 @@ class ControlPlane:
 
     def _open_deliveries(self, store: SqlTaskStore) -> None:
         """What is told to others of tasks, and beliefs."""
-        from control_plane import delivery
         from control_plane.api.notices import Notices
         from control_plane.tasks.beliefs import Beliefs
         from control_plane.tasks.deliveries import Deliveries
