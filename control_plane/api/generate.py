@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import grpc
@@ -12,7 +12,7 @@ import grpc
 from control_plane.api import convert
 from control_plane.api.attempts import AttemptFailed, Attempts, Progress
 from control_plane.api.metrics import Metrics
-from control_plane.api.upstream import Upstreams
+from control_plane.api.upstream import Upstream, Upstreams
 from control_plane.config import LimitSettings
 from control_plane.domain.errors import fleet_warming_up, unknown_model
 from control_plane.domain.model import ModelName, Provider
@@ -20,12 +20,13 @@ from control_plane.domain.ports import Clock
 from control_plane.fleet.registry import Fleet, Flight, Outcome, OutcomeKind
 from control_plane.fleet.scheduler import Grant
 from control_plane.presets import Presets
-from modelyard.rpc.errors import Refusal, invalid
+from modelyard.rpc.errors import Refusal, from_rpc_error, invalid
 from modelyard.rpc.reasons import Reason
 from modelyard.rpc.server import Unread
 from modelyard.rpc.validation import check_embed_request, check_generate_request
-from modelyard.v1.generation_pb2 import GenerationResult
+from modelyard.v1.generation_pb2 import GenerationDelta, GenerationResult
 from modelyard.v1.model_server_pb2 import (
+    ModelServerCompleteResponse,
     ModelServerEmbedRequest,
     ModelServerEmbedResponse,
     ModelServerGenerateRequest,
@@ -37,10 +38,14 @@ from modelyard.v1.orchestrator_pb2 import (
     EmbedResponse,
     GenerateRequest,
     GenerateResponse,
+    GenerationSummary,
 )
 from modelyard.v1.selection_pb2 import Requirements
 
 M = TypeVar("M", GenerateRequest, EmbedRequest)
+
+# An answer's last message, its deltas if they were kept, and when the first and the last of them came (0: none came).
+_Told = tuple[ModelServerGenerateResponse | ModelServerCompleteResponse, Sequence[GenerationDelta], float, float]
 
 # The first byte of a ModelServerGenerateResponse whose `delta` is set: field 2, length-delimited.
 # Such a message is a GenerateResponse too (the contract promises it) and passes unread.
@@ -58,7 +63,9 @@ REQUEST_ID_KEY = "modelyard-request-id"
 class Sink(Protocol):
     """Where an answer goes: a gRPC context, or the gateway's own.
 
-    One that also has `chosen(flight, attempts)` hears of each attempt as it begins.
+    One that also has `chosen(flight, attempts)` hears of each attempt as it begins. One that also has
+    `whole(deltas, summary)` wants the answer when it is complete: it is called once, and `write` only for decisions.
+    Until then nothing has been sent to anybody, so an attempt that fails in the middle is made again elsewhere.
     """
 
     async def write(self, message: bytes, /) -> None:
@@ -72,6 +79,9 @@ class Sink(Protocol):
     def set_trailing_metadata(self, trailing_metadata: tuple[tuple[str, str], ...], /) -> None:
         """What goes with the status."""
         ...
+
+
+Whole = Callable[[Sequence[GenerationDelta], GenerationSummary], None]
 
 
 class Generation:
@@ -139,7 +149,9 @@ class Generation:
         body = _Body(source, raw, render)
         del raw
         history: list[Attempt] = []
-        relay = _Relay(self, context, body, arrived, arrived + limit, request_id, history)
+        # Log-probabilities can make an answer larger than one message may be.
+        unary = not request.input.sampling.logprobs
+        relay = _Relay(self, context, body, arrived, arrived + limit, request_id, history, unary)
         on_grant = relay.announce if request.explain else None
         del request  # it may wait for minutes now
         try:
@@ -258,7 +270,9 @@ class _Relay:
         deadline: float,
         request_id: str,
         history: list[Attempt],
+        unary: bool,
     ) -> None:
+        """`unary`: an answer that is wanted whole may be asked for as one message."""
         self._owner = owner
         self._context = context
         self._body = body
@@ -267,11 +281,13 @@ class _Relay:
         self._request_id = request_id
         self._history = history
         self._chosen: Callable[[Flight, int], None] | None = getattr(context, "chosen", None)
+        self._whole: Whole | None = getattr(context, "whole", None)
+        self._unary = unary and self._whole is not None
         self._queued = 0.0
         self._slow = False
         self._blocked_since: float | None = None
         self._task = asyncio.current_task()
-        self._watch = self._watch_writes()
+        self._watch = self._watch_writes() if self._whole is None else None
 
     # A client that does not read must not hold a slot for ever. One timer per request looks at
     # a time stamp; a timeout object per chunk would cost more than the relaying itself.
@@ -287,7 +303,8 @@ class _Relay:
         self._watch = self._watch_writes()
 
     def close(self) -> None:
-        self._watch.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
 
     async def _write(self, message: bytes) -> None:
         self._blocked_since = self._owner._clock.monotonic()
@@ -315,11 +332,37 @@ class _Relay:
         started = clock()
         if self._chosen is not None:
             self._chosen(flight, len(self._history))
-        call = owner._upstreams.get(flight.endpoint).generate(
-            self._body.read() + ModelServerGenerateRequest(model=flight.model).SerializeToString(),
-            timeout=max(0.0, self._deadline - started),
-        )
+        upstream = owner._upstreams.get(flight.endpoint)
+        request = self._body.read() + ModelServerGenerateRequest(model=flight.model).SerializeToString()
+        instance = flight.server.report.identity.instance_id
+        told = None
+        if self._unary and upstream.only_streams != instance:
+            told = await self._complete(upstream, request, progress, started)
+            if told is None:
+                upstream.only_streams = instance
+        if told is None:
+            told = await self._relay(upstream, request, progress)
+        answer, deltas, first, last = told
+        outcome = self._outcome(answer.result, started, first, last)
+        # The slot is free now; that this client may be slow to read its summary is no concern
+        # of the next request.
+        owner._release(flight, outcome)
+        if self._whole is not None:
+            self._whole(deltas, self._summary(GenerationSummary(), answer.result, grant, first, last))
+        else:
+            response = GenerateResponse()
+            if answer.HasField("delta"):  # the last piece came together with the end
+                response.delta.CopyFrom(answer.delta)
+            self._summary(response.summary, answer.result, grant, first, last)
+            await self._write(response.SerializeToString())
+        return None, outcome
+
+    async def _relay(self, upstream: Upstream, request: bytes, progress: Progress) -> _Told:
+        """Ask for a stream and pass on what comes, or keep it for who wants it whole."""
+        clock, keep = self._owner._clock.monotonic, self._whole is not None
+        call = upstream.generate(request, timeout=max(0.0, self._deadline - clock()))
         progress.call = call
+        kept: list[GenerationDelta] = []
         first = last = 0.0
         try:
             while True:
@@ -329,10 +372,12 @@ class _Relay:
                     raise AttemptFailed(Refusal(Reason.ENGINE_FAILED, "the stream ended without a result"))
                 if chunk and chunk[0] == _DELTA_TAG and _is_one_field(chunk):
                     last = clock()
-                    if not progress.tokens_sent:
-                        first = last
+                    first = first or last
+                    if keep:
+                        kept.append(ModelServerGenerateResponse.FromString(chunk).delta)
+                    else:
                         progress.tokens_sent = True
-                    await self._write(chunk)
+                        await self._write(chunk)
                     continue
                 message = ModelServerGenerateResponse.FromString(chunk)
                 if message.HasField("result"):
@@ -342,33 +387,45 @@ class _Relay:
         except BaseException:
             call.cancel()
             raise
-        if message.HasField("delta"):  # the last piece came together with the end
+        if message.HasField("delta"):
             last = clock()
             first = first or last
-        outcome = self._outcome(message.result, started, first, last)
-        # The slot is free now; that this client may be slow to read its summary is no concern
-        # of the next request.
-        owner._release(flight, outcome)
-        owner.let_end(call)
-        await self._write(self._ending(message, grant, first, last))
-        return None, outcome
+            kept.append(message.delta)
+        self._owner.let_end(call)
+        return message, kept, first, last
+
+    async def _complete(self, upstream: Upstream, request: bytes, progress: Progress, started: float) -> _Told | None:
+        """Ask for the whole answer as one message. None if the server has no such call."""
+        call = upstream.complete(request, timeout=max(0.0, self._deadline - started))
+        progress.call = call
+        try:
+            answer = ModelServerCompleteResponse.FromString(await call)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED and from_rpc_error(error).transport:
+                return None
+            raise
+        if not answer.HasField("result"):
+            raise AttemptFailed(Refusal(Reason.ENGINE_FAILED, "the server sent an answer without a result"))
+        if not answer.HasField("delta"):
+            return answer, (), 0.0, 0.0
+        # How long it took is what was measured here; how that divides, only the server has seen.
+        last = self._owner._clock.monotonic()
+        result = answer.result
+        decoding = convert.seconds(result.timings.tpot) * max(0, result.usage.completion_tokens - 1)
+        return answer, (answer.delta,), max(started, last - max(0.0, decoding)), last
 
     def _outcome(self, result: GenerationResult, started: float, first: float, last: float) -> Outcome:
-        tokens = result.usage.completion_tokens
         return Outcome(
             OutcomeKind.SUCCESS,
             ttft=first - started if first else None,
-            tpot=(last - first) / (tokens - 1) if first and tokens > 1 else None,
+            tpot=_tpot(result, first, last),
         )
 
-    def _ending(self, message: ModelServerGenerateResponse, grant: Grant, first: float, last: float) -> bytes:
-        """The last message: the summary, and the last piece if the server sent it with its result."""
-        result = message.result
+    def _summary(
+        self, summary: GenerationSummary, result: GenerationResult, grant: Grant, first: float, last: float
+    ) -> GenerationSummary:
+        """Complete the last message of an answer."""
         owner, flight, usage = self._owner, grant.flight, result.usage
-        response = GenerateResponse()
-        if message.HasField("delta"):
-            response.delta.CopyFrom(message.delta)
-        summary = response.summary
         summary.request_id = self._request_id
         summary.finish_reason = result.finish_reason
         summary.usage.CopyFrom(usage)
@@ -384,12 +441,18 @@ class _Relay:
             ttft = first - self._arrived
             convert.set_duration(timings.ttft, ttft)
             owner._metrics.first_token(flight.model, ttft)
-            if usage.completion_tokens > 1:
-                tpot = (last - first) / (usage.completion_tokens - 1)
+            tpot = _tpot(result, first, last)
+            if tpot is not None:
                 convert.set_duration(timings.tpot, tpot)
                 owner._metrics.pace(flight.model, tpot)
         owner._metrics.used(flight.model, usage)
-        return response.SerializeToString()
+        return summary
+
+
+def _tpot(result: GenerationResult, first: float, last: float) -> float | None:
+    """Mean seconds per token after the first. Not known of an answer that came in one piece."""
+    tokens = result.usage.completion_tokens
+    return (last - first) / (tokens - 1) if tokens > 1 and last > first else None
 
 
 def _read(source: Unread[M] | M) -> M:

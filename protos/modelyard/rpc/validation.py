@@ -83,9 +83,11 @@ def check_embed_request(request: orchestrator_pb2.EmbedRequest) -> Violations:
 
 
 def check_model_server_generate_request(
-    request: model_server_pb2.ModelServerGenerateRequest | model_server_pb2.CountTokensRequest,
+    request: model_server_pb2.ModelServerGenerateRequest
+    | model_server_pb2.ModelServerCompleteRequest
+    | model_server_pb2.CountTokensRequest,
 ) -> Violations:
-    """Violations of a ModelServerGenerateRequest or CountTokensRequest."""
+    """Violations of a ModelServerGenerateRequest, ModelServerCompleteRequest or CountTokensRequest."""
     found = _check_required_input(request, "input")
     if not request.model:
         found.append(Violation("model", "is required"))
@@ -104,6 +106,7 @@ def check_model_server_embed_request(request: model_server_pb2.ModelServerEmbedR
 def _check_required_input(
     request: orchestrator_pb2.GenerateRequest
     | model_server_pb2.ModelServerGenerateRequest
+    | model_server_pb2.ModelServerCompleteRequest
     | model_server_pb2.CountTokensRequest,
     path: str,
 ) -> Violations:

@@ -38,6 +38,26 @@ class ModelServerGenerateResponse(_message.Message):
     result: _generation_pb2.GenerationResult
     def __init__(self, delta: _Optional[_Union[_generation_pb2.GenerationDelta, _Mapping]] = ..., result: _Optional[_Union[_generation_pb2.GenerationResult, _Mapping]] = ...) -> None: ...
 
+class ModelServerCompleteRequest(_message.Message):
+    __slots__ = ("model", "input", "orchestrator_id", "request_id")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    INPUT_FIELD_NUMBER: _ClassVar[int]
+    ORCHESTRATOR_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    input: _generation_pb2.GenerationInput
+    orchestrator_id: str
+    request_id: str
+    def __init__(self, model: _Optional[str] = ..., input: _Optional[_Union[_generation_pb2.GenerationInput, _Mapping]] = ..., orchestrator_id: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class ModelServerCompleteResponse(_message.Message):
+    __slots__ = ("delta", "result")
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    delta: _generation_pb2.GenerationDelta
+    result: _generation_pb2.GenerationResult
+    def __init__(self, delta: _Optional[_Union[_generation_pb2.GenerationDelta, _Mapping]] = ..., result: _Optional[_Union[_generation_pb2.GenerationResult, _Mapping]] = ...) -> None: ...
+
 class ModelServerEmbedRequest(_message.Message):
     __slots__ = ("model", "inputs", "orchestrator_id", "request_id")
     MODEL_FIELD_NUMBER: _ClassVar[int]
