@@ -26,11 +26,12 @@ from model_servers.engine import (
 )
 from model_servers.models import Keeper, Step
 from model_servers.performance import Recorder, Timing
+from model_servers.tickets import Tickets, Use
 from model_servers.watchdog import Run, Watchdog, prompt_tokens, text_tokens
 from modelyard.rpc import validation
 from modelyard.rpc.errors import Refusal, Violation, invalid
 from modelyard.rpc.reasons import Reason
-from modelyard.v1 import fleet_pb2, model_server_pb2
+from modelyard.v1 import fleet_pb2, generation_pb2, model_server_pb2
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class ModelServerServicer:
         condition: Condition,
         description: SelfDescription,
         admission: Admission,
+        tickets: Tickets,
         recorder: Recorder,
         keeper: Keeper,
         watchdog: Watchdog,
@@ -62,6 +64,7 @@ class ModelServerServicer:
         self._condition = condition
         self._description = description
         self._admission = admission
+        self._tickets = tickets
         self._recorder = recorder
         self._keeper = keeper
         self._watchdog = watchdog
@@ -82,16 +85,22 @@ class ModelServerServicer:
         if violations := validation.check_model_server_generate_request(request):
             raise invalid(violations)
         generation = convert.generation_request(request.model, request.input, request.request_id)
-        with self._admission.place(request.orchestrator_id):
+        with (
+            self._tickets.use(request.ticket, request.model, request.orchestrator_id) as use,
+            self._admission.place(use.orchestrator_id),
+        ):
             self._check(generation.model, convert.needed_features(generation))
-            await self._generate(generation, received, context)
+            await self._generate(generation, received, context, use)
 
     async def Embed(
         self, request: model_server_pb2.ModelServerEmbedRequest, context: grpc.aio.ServicerContext
     ) -> model_server_pb2.ModelServerEmbedResponse:
         if violations := validation.check_model_server_embed_request(request):
             raise invalid(violations)
-        with self._admission.place(request.orchestrator_id):
+        with (
+            self._tickets.use(request.ticket, request.model, request.orchestrator_id) as use,
+            self._admission.place(use.orchestrator_id),
+        ):
             self._check(request.model, Feature.EMBEDDING)
             embeddings: Embeddings
             run: Run | None = None
@@ -105,7 +114,9 @@ class ModelServerServicer:
                 if not scope.expired():
                     raise
                 raise self._too_late(run) from None
-        return convert.embed_response(embeddings)
+            answer = convert.embed_response(embeddings)
+            use.result = generation_pb2.GenerationResult(usage=answer.usage)
+        return answer
 
     async def CountTokens(
         self, request: model_server_pb2.CountTokensRequest, context: grpc.aio.ServicerContext
@@ -207,7 +218,9 @@ class ModelServerServicer:
             self._watchdog.end(run)
             self._keeper.leave(model)
 
-    async def _generate(self, request: GenerationRequest, received: float, context: grpc.aio.ServicerContext) -> None:
+    async def _generate(
+        self, request: GenerationRequest, received: float, context: grpc.aio.ServicerContext, use: Use
+    ) -> None:
         reader: _Reader | None = None
         run: Run | None = None
         try:
@@ -221,7 +234,7 @@ class ModelServerServicer:
                         blocked=reader.blocked,
                         holds_back=bool(request.tools),
                     ) as run:
-                        await self._stream(request, received, reader, run)
+                        await self._stream(request, received, reader, run, use)
         except TimeoutError:
             if not scope.expired():
                 raise
@@ -236,7 +249,7 @@ class ModelServerServicer:
             if reader is not None:
                 reader.close()
 
-    async def _stream(self, request: GenerationRequest, received: float, reader: _Reader, run: Run) -> None:
+    async def _stream(self, request: GenerationRequest, received: float, reader: _Reader, run: Run, use: Use) -> None:
         clock = self._clock
         write = reader.write
         encode = convert.delta_bytes
@@ -274,7 +287,9 @@ class ModelServerServicer:
                 tpot=(last - first) / (tokens - 1) if tokens > 1 and deltas > 1 else None,
                 total=clock() - received,
             )
-            await write(convert.result_bytes(finished, timing))
+            ending = convert.result_bytes(finished, timing)
+            use.ends_with(ending)
+            await write(ending)
         finally:
             if finished is None or timing is None:
                 self._recorder.end(request.model, None)

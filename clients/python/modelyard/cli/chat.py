@@ -61,7 +61,7 @@ def chat(session: Session, /, timeout: float | None, **options: Any) -> None:
 async def _connect(settings: ClientSettings) -> AsyncClient:
     from modelyard.client import AsyncClient
 
-    return AsyncClient(settings.address, timeout=settings.timeout)
+    return AsyncClient(settings.address, timeout=settings.timeout, direct=settings.direct)
 
 
 def _edit_lines() -> None:
