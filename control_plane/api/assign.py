@@ -17,7 +17,7 @@ import grpc
 
 from control_plane.api import convert
 from control_plane.api.attempts import NEUTRAL
-from control_plane.api.generate import Generation, identify, out_of_time
+from control_plane.api.generate import Generation, identify, new_request_id, out_of_time
 from control_plane.api.metrics import Metrics
 from control_plane.domain.errors import DomainError
 from control_plane.domain.ports import Clock
@@ -80,9 +80,18 @@ class Assignments:
 
     async def assign(self, request: AssignRequest, context: grpc.aio.ServicerContext) -> AssignResponse:
         """Serve one Assign call."""
+        request_id = request.request.request_id or new_request_id()
+        try:
+            return await self._assign(request, request_id, context)
+        except (DomainError, Refusal):
+            identify(request_id, context)  # an answer has it inside, and metadata take time
+            raise
+
+    async def _assign(
+        self, request: AssignRequest, request_id: str, context: grpc.aio.ServicerContext
+    ) -> AssignResponse:
         arrived = self._clock.monotonic()
         asked = request.request
-        request_id = identify(asked.request_id, context)
         violations = check_assign_request(request)
         if violations:
             raise invalid(violations)

@@ -49,11 +49,11 @@ def timestamp(wall: float) -> Timestamp:
 
 
 def feature_set(numbers: Iterable[int]) -> Feature:
-    features = Feature.NONE
+    bits = 0  # of the type itself each step would cost as much as all of them so
     for number in numbers:
         if number:
-            features |= Feature(1 << number)
-    return features
+            bits |= 1 << number
+    return Feature(bits) if bits else Feature.NONE
 
 
 def feature_numbers(features: Feature) -> list[int]:
@@ -70,7 +70,7 @@ def route_request(
     is the resolved pin."""
     requirements = message.requirements
     task_type = TaskType(message.task_type or TaskType.CHAT)
-    features = feature_set(implied_features(message.input)) | feature_set(requirements.features)
+    features = feature_set((*implied_features(message.input), *requirements.features))
     if task_type is TaskType.VISION:
         features |= Feature.VISION
     sampling = message.input.sampling

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
+import random
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
@@ -409,11 +409,16 @@ def _read(source: Unread[M] | M) -> M:
     return source.read() if isinstance(source, Unread) else source
 
 
+def new_request_id() -> str:
+    """Nobody need be unable to guess it, so it does without the system's randomness."""
+    return f"{random.getrandbits(128):032x}"
+
+
 def identify(given: str, context: Sink) -> str:
     """The request's id, sent back in the trailing metadata: with the status, refusals included,
     where initial metadata would cost a write of its own. An id that is no header value is a
     violation, so it is not sent."""
-    request_id = given or uuid.uuid4().hex
+    request_id = given or new_request_id()
     if request_id.isascii() and request_id.isprintable() and len(request_id) <= 64:
         context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
     return request_id
