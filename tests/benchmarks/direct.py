@@ -5,9 +5,10 @@
 Assign is driven by h2load, a C client. Each of its calls takes a slot of a model server that has 256, so it goes on
 only as fast as slots are given back. They are given back as in life, by outcomes in reports on the report stream, each
 with result and timings; but the server that sends them is a stand-in, for a real one in Python would be what is
-measured. As h2load does not show it the tickets, it reads from ListModelServers how many slots are reserved, fifty
-times a second, and reports as many of the oldest; ids of tickets are consecutive. That every ticket was signed, counted as
-done and learned from is read from the control plane's metrics in the end.
+measured. h2load does not show it the tickets: it reads from ListModelServers how many slots are reserved, fifty times a
+second, and reports as many of the oldest; ids of tickets are consecutive. That every ticket was signed, counted as done
+and learned from is read from the control plane's metrics in the end. What any call costs, whatever it does, is that of
+a health check of the same process in the same run.
 
 The added latency is that of the whole cycle with real programs: one asyncio client takes turns between calling the
 model server, and Assign followed by the same call with its ticket. Beside it stands one Assign as h2load sees it.
@@ -38,6 +39,7 @@ from tests.benchmarks.relay import MODEL_SERVER, SLOTS, cpu_seconds, request
 from tests.harness.programs import Program, control_plane, simulated_server, until
 
 ASSIGN = "/modelyard.v1.Orchestrator/Assign"
+HEALTH = "/grpc.health.v1.Health/Check"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ class Figures:
 
     assigned: float
     assigned_cpu: float
+    bare: float
+    bare_cpu: float
+    bare_p50: float
     assign_p50: float
     call_p50: float
     added_p50: float
@@ -157,25 +162,29 @@ def counted(plane: Program, method: str) -> float:
     return float(found[1]) if found else 0.0
 
 
-async def throughput(scale: float) -> tuple[float, float, float]:
-    """Assign calls per second at concurrency 64, CPU seconds of the control plane for each, p50 at concurrency 1."""
+async def throughput(scale: float) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Of Assign and of a health check: calls per second at concurrency 64, CPU seconds of the control plane for each,
+    p50 at concurrency 1."""
     calls = int(20_000 * scale)
     async with control_plane("--log-level", "warning") as plane, channel(plane.address) as link:
         async with stand_in(OrchestratorStub(link)) as server:
-            rates = []
+            rates: list[tuple[float, ...]] = []
             for turn in range(4):
-                cpu = cpu_seconds(plane.pid)
-                rate, _ = await h2load(plane.address, ASSIGN, assignment(), calls, 64)
-                if turn:  # the first turn warms up
-                    rates.append((rate, (cpu_seconds(plane.pid) - cpu) / calls))
-            _, alone = await h2load(plane.address, ASSIGN, assignment(), calls // 4, 1)
-            made = 4 * calls + calls // 4
+                row = [turn]
+                for path, body in ((ASSIGN, assignment()), (HEALTH, b"")):
+                    cpu = cpu_seconds(plane.pid)
+                    rate, _ = await h2load(plane.address, path, body, calls, 64)
+                    row += [rate, (cpu_seconds(plane.pid) - cpu) / calls]
+                    row.append((await h2load(plane.address, path, body, calls // 4, 1))[1])
+                rates.append(row)
+            _, *assigned = (statistics.median(column) for column in zip(*rates[1:], strict=True))  # the first warms up
+            made = 4 * (calls + calls // 4)
 
             async def all_done() -> bool:
                 return server.acknowledged == counted(plane, "Direct") == counted(plane, "Assign") == made
 
             await until(all_done)
-            return statistics.median(rate for rate, _ in rates), statistics.median(cpu for _, cpu in rates), alone
+            return (assigned[0], assigned[1], assigned[2]), (assigned[3], assigned[4], assigned[5])
 
 
 async def latency(scale: float) -> tuple[float, float, float]:
@@ -226,9 +235,9 @@ async def _settled(plane: Program) -> bool:
 
 async def run(quick: bool = False) -> Figures:
     scale = 0.1 if quick else 1.0
-    assigned, cpu, alone = await throughput(scale)
+    (assigned, cpu, alone), bare = await throughput(scale)
     call_p50, added, client_call_p50 = await latency(scale)
-    return Figures(assigned, cpu, alone, call_p50, added, client_call_p50)
+    return Figures(assigned, cpu, *bare, alone, call_p50, added, client_call_p50)
 
 
 def main() -> None:
@@ -237,6 +246,8 @@ def main() -> None:
     found = asyncio.run(run(parser.parse_args().quick))
     print(f"Assign at concurrency 64            {found.assigned:9,.0f} 1/s   wanted: 2,500")
     print(f"control plane CPU per Assign cycle  {found.assigned_cpu * 1e6:9,.0f} us")
+    print(f"bare call at concurrency 64         {found.bare:9,.0f} 1/s   {found.bare_cpu * 1e6:.0f} us CPU")
+    print(f"bare call alone, p50                {found.bare_p50 * 1e3:9.3f} ms")
     print(f"Assign alone, p50, C client         {found.assign_p50 * 1e3:9.3f} ms    wanted: below 0.35")
     print(f"  to a call of the model server     {found.assign_p50 / found.call_p50:9.2f}")
     print(f"added by Assign, p50, Python client {found.added_p50 * 1e3:9.3f} ms")
