@@ -141,6 +141,8 @@ class DirectCall:
         self._end = math.inf if timeout is None else self._began + timeout
         self._call: Any = None
         self._cancelled = False
+        self._used = False
+        """The model server has taken the ticket, and tells the control plane what came of it."""
         self._failed: list[orchestrator_pb2.Attempt] = []
         self._messages = self._answer()
 
@@ -169,9 +171,12 @@ class DirectCall:
             call = self._go_on(self._stub.Assign(assignment(self._request), timeout=self._left()))
             assigned = await call
         except grpc.aio.AioRpcError as error:
-            if self._must or from_rpc_error(error).reason is not Reason.UNSUPPORTED:
+            reason = from_rpc_error(error).reason
+            if self._must or reason not in (Reason.UNSUPPORTED, Reason.INVALID_REQUEST):
                 raise
-            self._hosts.not_assigned()
+            if reason is Reason.UNSUPPORTED:
+                self._hosts.not_assigned()
+            # What is malformed is refused once more, in terms of the request that was made.
         request = self._request
         if assigned is not None:
             if assigned.HasField("decision"):
@@ -196,7 +201,9 @@ class DirectCall:
             self._failed.append(attempt)
             request = orchestrator_pb2.GenerateRequest()
             request.CopyFrom(self._request)
-            request.request_id, request.unused_ticket = assigned.request_id, assigned.ticket
+            request.request_id = assigned.request_id
+            if not self._used:
+                request.unused_ticket = assigned.ticket
         call = self._go_on(self._stub.Generate(request, timeout=self._left()))
         while (message := await call.read()) is not grpc.aio.EOF:
             if message is not None and message.HasField("summary"):
@@ -242,7 +249,8 @@ class DirectCall:
                     request_id=assigned.request_id,
                     metadata={"server_id": assigned.server_id, "cause": refusal.reason},
                 ) from error
-            if refusal.reason is Reason.TICKET_REFUSED or refusal.transport:
+            self._used = not refusal.transport and refusal.reason is not Reason.TICKET_REFUSED
+            if not self._used:
                 host.failed()
             if self._must:
                 if isinstance(error, Refusal) or refusal.transport:
