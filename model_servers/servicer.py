@@ -115,7 +115,7 @@ class ModelServerServicer:
                     raise
                 raise self._too_late(run) from None
             answer = convert.embed_response(embeddings)
-            use.result = generation_pb2.GenerationResult(usage=answer.usage)
+            use.end(generation_pb2.GenerationResult(usage=answer.usage))
         return answer
 
     async def CountTokens(

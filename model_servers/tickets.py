@@ -10,6 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 
 from model_servers.lifecycle import Changes
@@ -107,14 +108,12 @@ class Ledger:
         if not ticket.relayed:
             self._in_use.add(ticket.id)
 
-    def settle(self, ticket: Ticket, result: GenerationResult | None, failure: str) -> None:
+    def settle(self, number: int, result: GenerationResult | None, failure: str) -> None:
         """Keep an outcome until it is acknowledged, and have it reported."""
-        if ticket.relayed:
-            return
-        self._in_use.discard(ticket.id)
+        self._in_use.discard(number)
         self._sequence += 1
         self._outcomes.append(
-            TicketOutcome(sequence=self._sequence, ticket_id=ticket.id, result=result, failure_reason=failure)
+            TicketOutcome(sequence=self._sequence, ticket_id=number, result=result, failure_reason=failure)
         )
         self._news.tell()
 
@@ -122,18 +121,26 @@ class Ledger:
 class Use:
     """A request at work, with a ticket or without."""
 
-    __slots__ = ("orchestrator_id", "result", "ticketed")
+    __slots__ = ("_settle", "orchestrator_id")
 
-    def __init__(self, orchestrator_id: str, *, ticketed: bool = False) -> None:
+    def __init__(
+        self, orchestrator_id: str, settle: Callable[[GenerationResult | None, str], None] | None = None
+    ) -> None:
         self.orchestrator_id = orchestrator_id
         """Whose load it is; empty: nobody's."""
-        self.ticketed = ticketed
-        self.result: GenerationResult | None = None
+        self._settle = settle
 
     def ends_with(self, message: bytes) -> None:
-        """The last message of the answer, a serialised ModelServerGenerateResponse."""
-        if self.ticketed:
-            self.result = ModelServerGenerateResponse.FromString(message).result
+        """The last message of the answer, a serialised ModelServerGenerateResponse, is about to be sent. It is told to
+        the control plane at once: whoever has read it may ask for the next slot in the same moment."""
+        if self._settle is not None:
+            self.end(ModelServerGenerateResponse.FromString(message).result)
+
+    def end(self, result: GenerationResult | None = None, failure: str = "") -> None:
+        """The request is over; what comes later does not count."""
+        settle, self._settle = self._settle, None
+        if settle is not None:
+            settle(result, failure)
 
 
 class Tickets:
@@ -163,8 +170,8 @@ class Tickets:
             return
         ledger, said = self._read(ticket, model)
         ledger.take(said)
-        use = Use(said.orchestrator_id, ticketed=not said.relayed)
-        failure = ""
+        use = Use(said.orchestrator_id, None if said.relayed else partial(ledger.settle, said.id))
+        failure = Reason.ENGINE_FAILED.value  # if it ends without a result
         try:
             yield use
         except asyncio.CancelledError:
@@ -177,8 +184,7 @@ class Tickets:
             failure = Reason.INTERNAL
             raise
         finally:
-            # Whoever has the result has the answer, whatever became of the call after it.
-            ledger.settle(said, use.result, "" if use.result else failure or Reason.ENGINE_FAILED)
+            use.end(None, failure)
 
     def _read(self, ticket: bytes, model: str) -> tuple[Ledger, Ticket]:
         ledger = next((each for each in self._ledgers.values() if each.signed(ticket)), None)

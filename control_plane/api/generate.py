@@ -15,8 +15,9 @@ from control_plane.api.metrics import Metrics
 from control_plane.api.upstream import Upstreams
 from control_plane.config import LimitSettings
 from control_plane.domain.errors import fleet_warming_up, unknown_model
-from control_plane.domain.model import ModelName, Provider
+from control_plane.domain.model import ModelName, Provider, ServerId
 from control_plane.domain.ports import Clock
+from control_plane.domain.server import Failed
 from control_plane.fleet.registry import Fleet, Flight, Outcome, OutcomeKind
 from control_plane.fleet.scheduler import Grant
 from control_plane.presets import Presets
@@ -143,6 +144,11 @@ class Generation:
             ).SerializeToString()
 
         body = _Body(source, raw, render)
+        avoid = [
+            Failed(ServerId(failed), instance)
+            for failed in raw.failed_server_ids
+            if (instance := self._fleet.instance(ServerId(failed)))
+        ]
         del raw
         history: list[Attempt] = []
         relay = _Relay(self, context, body, arrived, arrived + limit, request_id, history)
@@ -150,7 +156,7 @@ class Generation:
         del request  # it may wait for minutes now
         try:
             async with asyncio.timeout(limit):
-                await self._attempts.run(route, relay.attempt, history, on_grant, body.size)
+                await self._attempts.run(route, relay.attempt, history, on_grant, body.size, avoid)
         except TimeoutError:
             raise out_of_time(limit) from None
         finally:

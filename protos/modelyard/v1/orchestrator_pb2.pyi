@@ -13,7 +13,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("input", "task_type", "priority", "requirements", "explain", "request_id", "preset", "unused_ticket")
+    __slots__ = ("input", "task_type", "priority", "requirements", "explain", "request_id", "preset", "unused_ticket", "failed_server_ids")
     INPUT_FIELD_NUMBER: _ClassVar[int]
     TASK_TYPE_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +22,7 @@ class GenerateRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PRESET_FIELD_NUMBER: _ClassVar[int]
     UNUSED_TICKET_FIELD_NUMBER: _ClassVar[int]
+    FAILED_SERVER_IDS_FIELD_NUMBER: _ClassVar[int]
     input: _generation_pb2.GenerationInput
     task_type: _task_pb2.TaskType
     priority: _task_pb2.TaskPriority
@@ -30,7 +31,8 @@ class GenerateRequest(_message.Message):
     request_id: str
     preset: str
     unused_ticket: bytes
-    def __init__(self, input: _Optional[_Union[_generation_pb2.GenerationInput, _Mapping]] = ..., task_type: _Optional[_Union[_task_pb2.TaskType, str]] = ..., priority: _Optional[_Union[_task_pb2.TaskPriority, str]] = ..., requirements: _Optional[_Union[_selection_pb2.Requirements, _Mapping]] = ..., explain: bool = ..., request_id: _Optional[str] = ..., preset: _Optional[str] = ..., unused_ticket: _Optional[bytes] = ...) -> None: ...
+    failed_server_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, input: _Optional[_Union[_generation_pb2.GenerationInput, _Mapping]] = ..., task_type: _Optional[_Union[_task_pb2.TaskType, str]] = ..., priority: _Optional[_Union[_task_pb2.TaskPriority, str]] = ..., requirements: _Optional[_Union[_selection_pb2.Requirements, _Mapping]] = ..., explain: bool = ..., request_id: _Optional[str] = ..., preset: _Optional[str] = ..., unused_ticket: _Optional[bytes] = ..., failed_server_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("decision", "delta", "summary")

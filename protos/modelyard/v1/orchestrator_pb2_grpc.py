@@ -149,8 +149,9 @@ class OrchestratorServicer(object):
         comes here. See ticket.proto for what becomes of the reservation.
 
         There is no second attempt here: whoever gets no answer calls Generate, with
-        the ticket as `unused_ticket` if it came to nothing. A call that no server
-        with tickets could serve is UNSUPPORTED: Generate may do.
+        the server in `failed_server_ids`, and with the ticket as `unused_ticket` if
+        the server has not taken it. A call that no server with tickets could serve
+        is UNSUPPORTED: Generate may do.
 
         Not idempotent: each call reserves anew.
         Errors: INVALID_REQUEST, UNKNOWN_MODEL, NO_CAPABLE_SERVER, UNSUPPORTED,

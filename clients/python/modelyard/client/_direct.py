@@ -202,6 +202,7 @@ class DirectCall:
             request = orchestrator_pb2.GenerateRequest()
             request.CopyFrom(self._request)
             request.request_id = assigned.request_id
+            request.failed_server_ids.append(assigned.server_id)
             if not self._used:
                 request.unused_ticket = assigned.ticket
         call = self._go_on(self._stub.Generate(request, timeout=self._left()))
