@@ -45,7 +45,7 @@ async def test_the_same_answer_and_summary_without_the_detour():
         relayed = await client.generate("Hello", direct="never", **asked)
         assert generated(door) == 1
         events = []
-        async with client.stream("Hello", **asked) as stream:
+        async with client.stream("Hello", direct="always", **asked) as stream:
             async for event in stream:
                 events.append(type(event))
         direct = stream.result
@@ -118,11 +118,12 @@ async def test_loopback_is_another_machine_where_the_control_plane_is_one():
 
 
 async def test_a_refusal_before_the_first_token_goes_the_other_way():
-    faults = {"faults": [{"kind": "error", "at_request": 1}]}
+    faults = {"faults": [{"kind": "error", "at_request": 2}]}
     async with front_door(retry={"max_attempts": 1}) as door, model_server(
         server_id="a", orchestrators=(door.address,), engine_settings=faults
     ), AsyncClient(door.address) as client:  # fmt: skip
         await until_direct(door, "a")
+        await client.generate("Hello", max_tokens=3, direct="always")  # the way there is known now
         result = await client.generate("Hello", max_tokens=3)
         assert [each.failure_reason for each in result.attempts] == ["ENGINE_FAILED", ""]
         await until_counted(door, "ENGINE_FAILED", 1)
@@ -166,7 +167,7 @@ async def test_a_server_that_dies_under_a_direct_stream():
         async with simulated_server("a", door.address, **slow) as server, AsyncClient(door.address) as client:
             await until_direct(door, "a")
             with pytest.raises(StreamBroken) as broken:
-                async with asyncio.timeout(PATIENCE), client.stream("Hello") as stream:
+                async with asyncio.timeout(PATIENCE), client.stream("Hello", direct="always") as stream:
                     async for _ in stream:
                         server.kill()
             assert broken.value.partial.text

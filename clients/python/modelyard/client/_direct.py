@@ -23,8 +23,8 @@ from modelyard.v1 import generation_pb2, model_server_pb2, model_server_pb2_grpc
 Direct = Literal["auto", "always", "never"]
 MODES: tuple[Direct, ...] = ("auto", "always", "never")
 
-_CONNECT_SECONDS = 0.25
-"""How long a request waits for a host to be reached; the relay takes it then."""
+_CONNECT_SECONDS, _MUST_CONNECT_SECONDS = 0.25, 5.0
+"""How long a request waits for a host to be reached: where the relay takes it then, and where there is no relay."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 30.0, 600.0
 """Seconds for which a host that was not reached is left alone; doubled each time."""
 _MOST_HOSTS = 256
@@ -57,11 +57,11 @@ class Host:
         self._alone_until = time.monotonic() + self._pause
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
-    async def reached(self) -> bool:
-        """Whether there is a connection, or one comes about within a moment."""
+    async def reached(self, within: float) -> bool:
+        """Whether there is a connection, or one comes about within so many seconds."""
         before = state = self.channel.get_state(try_to_connect=True)
         try:
-            async with asyncio.timeout(_CONNECT_SECONDS):
+            async with asyncio.timeout(within):
                 while state is not grpc.ChannelConnectivity.READY:
                     if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and state is not before:
                         return False
@@ -91,7 +91,7 @@ class Hosts:
         """The control plane, or its fleet, knows nothing of direct mode."""
         self._relay_until = time.monotonic() + _FIRST_PAUSE
 
-    async def way_to(self, endpoint: str) -> Host | None:
+    async def way_to(self, endpoint: str, *, must: bool = False) -> Host | None:
         """The host at an endpoint, if it can be reached from here. "127.0.0.1" is the control plane's own machine:
         from another one somebody else would answer there."""
         if _is_loopback(endpoint) and not self._local:
@@ -100,9 +100,9 @@ class Hosts:
         if host is None:
             self._make_room()
             host = self._hosts[endpoint] = Host(endpoint)
-        if host.left_alone:
+        if host.left_alone and not must:
             return None
-        if await host.reached():
+        if await host.reached(_MUST_CONNECT_SECONDS if must else _CONNECT_SECONDS):
             return host
         host.failed()
         return None
@@ -185,7 +185,7 @@ class DirectCall:
                 server_id=assigned.server_id, model=assigned.model, provider=assigned.provider
             )
             attempt.started_at.GetCurrentTime()
-            host = await self._hosts.way_to(assigned.endpoint)
+            host = await self._hosts.way_to(assigned.endpoint, must=self._must)
             if host is not None:
                 async for response in self._from(host, assigned, attempt):
                     yield response
