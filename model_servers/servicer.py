@@ -26,12 +26,13 @@ from model_servers.engine import (
 )
 from model_servers.models import Keeper, Step
 from model_servers.performance import Recorder, Timing
+from model_servers.tickets import Tickets, Use
 from model_servers.watchdog import Run, Watchdog, prompt_tokens, text_tokens
 from modelyard.rpc import validation
 from modelyard.rpc.channels import MAX_MESSAGE_BYTES
 from modelyard.rpc.errors import Refusal, Violation, invalid
 from modelyard.rpc.reasons import Reason
-from modelyard.v1 import fleet_pb2, model_server_pb2
+from modelyard.v1 import fleet_pb2, generation_pb2, model_server_pb2
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class ModelServerServicer:
         condition: Condition,
         description: SelfDescription,
         admission: Admission,
+        tickets: Tickets,
         recorder: Recorder,
         keeper: Keeper,
         watchdog: Watchdog,
@@ -63,6 +65,7 @@ class ModelServerServicer:
         self._condition = condition
         self._description = description
         self._admission = admission
+        self._tickets = tickets
         self._recorder = recorder
         self._keeper = keeper
         self._watchdog = watchdog
@@ -93,7 +96,10 @@ class ModelServerServicer:
     ) -> model_server_pb2.ModelServerEmbedResponse:
         if violations := validation.check_model_server_embed_request(request):
             raise invalid(violations)
-        with self._admission.place(request.orchestrator_id):
+        with (
+            self._tickets.use(request.ticket, request.model, request.orchestrator_id) as use,
+            self._admission.place(use.orchestrator_id),
+        ):
             self._check(request.model, Feature.EMBEDDING)
             embeddings: Embeddings
             run: Run | None = None
@@ -107,7 +113,9 @@ class ModelServerServicer:
                 if not scope.expired():
                     raise
                 raise self._too_late(run) from None
-        return convert.embed_response(embeddings)
+            answer = convert.embed_response(embeddings)
+            use.end(generation_pb2.GenerationResult(usage=answer.usage))
+        return answer
 
     async def CountTokens(
         self, request: model_server_pb2.CountTokensRequest, context: grpc.aio.ServicerContext
@@ -220,7 +228,10 @@ class ModelServerServicer:
             raise invalid(violations)
         request = convert.generation_request(asked.model, asked.input, asked.request_id)
         run: Run | None = None
-        with self._admission.place(asked.orchestrator_id):
+        with (
+            self._tickets.use(asked.ticket, asked.model, asked.orchestrator_id) as use,
+            self._admission.place(use.orchestrator_id),
+        ):
             self._check(request.model, convert.needed_features(request))
             try:
                 async with asyncio.timeout(self._limit(context)) as scope:
@@ -233,7 +244,7 @@ class ModelServerServicer:
                             blocked=outlet.blocked,
                             holds_back=bool(request.tools),
                         ) as run:
-                            await self._pass_on(request, received, outlet, run)
+                            await self._pass_on(request, received, outlet, run, use)
             except TimeoutError:
                 if not scope.expired():
                     raise
@@ -247,7 +258,9 @@ class ModelServerServicer:
             finally:
                 outlet.close()
 
-    async def _pass_on(self, request: GenerationRequest, received: float, outlet: _Reader | _Whole, run: Run) -> None:
+    async def _pass_on(
+        self, request: GenerationRequest, received: float, outlet: _Reader | _Whole, run: Run, use: Use
+    ) -> None:
         clock = self._clock
         take = outlet.take
         first = last = 0.0
@@ -284,7 +297,7 @@ class ModelServerServicer:
                 tpot=(last - first) / (tokens - 1) if tokens > 1 and deltas > 1 else None,
                 total=clock() - received,
             )
-            await outlet.end(finished, timing)
+            await outlet.end(finished, timing, use)
         finally:
             if finished is None or timing is None:
                 self._recorder.end(request.model, None)
@@ -311,7 +324,7 @@ class _Whole:
     async def take(self, delta: Delta) -> None:
         self._pieces.append(delta)
 
-    async def end(self, finished: Finished, timing: Timing) -> None:
+    async def end(self, finished: Finished, timing: Timing, use: Use) -> None:
         if finished.last is not None:
             self._pieces.append(finished.last)
         self.message = convert.result_bytes(finished, timing, convert.merged(self._pieces))
@@ -320,6 +333,7 @@ class _Whole:
                 Reason.UNSUPPORTED,
                 f"the answer has {len(self.message)} bytes, more than one message may have: ask for it as a stream",
             )
+        use.ends_with(self.message)
 
     def blocked(self) -> bool:
         return False
@@ -356,8 +370,10 @@ class _Reader:
     async def take(self, delta: Delta) -> None:
         await self._send(convert.delta_bytes(delta))
 
-    async def end(self, finished: Finished, timing: Timing) -> None:
-        await self._send(convert.result_bytes(finished, timing, finished.last))
+    async def end(self, finished: Finished, timing: Timing, use: Use) -> None:
+        message = convert.result_bytes(finished, timing, finished.last)
+        use.ends_with(message)
+        await self._send(message)
 
     async def _send(self, message: bytes) -> None:
         self._writes += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
+import random
 from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
@@ -15,8 +15,9 @@ from control_plane.api.metrics import Metrics
 from control_plane.api.upstream import Upstream, Upstreams
 from control_plane.config import LimitSettings
 from control_plane.domain.errors import fleet_warming_up, unknown_model
-from control_plane.domain.model import ModelName, Provider
+from control_plane.domain.model import ModelName, Provider, ServerId
 from control_plane.domain.ports import Clock
+from control_plane.domain.server import Failed
 from control_plane.fleet.registry import Fleet, Flight, Outcome, OutcomeKind
 from control_plane.fleet.scheduler import Grant
 from control_plane.presets import Presets
@@ -107,6 +108,10 @@ class Generation:
         self._metrics = metrics
         self._release = release
         self.presets = Presets()
+        self.give_back: Callable[[bytes], None] = lambda ticket: None
+        """Ends the reservation of a ticket that could not be used."""
+        self.ticket_for: Callable[[Flight, str], bytes] = lambda flight, request_id: b""
+        """The ticket of a relayed request, where its server wants one."""
         # Calls that gave their result but not yet their status; dropping one would cancel it.
         self._ending: set[grpc.aio.Call] = set()
 
@@ -128,14 +133,16 @@ class Generation:
         """Serve one Generate call, writing to `context`."""
         arrived = self._clock.monotonic()
         raw = _read(source)
-        request_id = _identify(raw.request_id, context)
+        request_id = identify(raw.request_id, context)
+        if raw.unused_ticket:
+            self.give_back(raw.unused_ticket)
         presets = self.presets  # those of now: they may change while the request waits
         request, preset = presets.fill(raw)
         violations = check_generate_request(request)
         if violations:
             raise invalid(violations)
         route = convert.route_request(request, request_id, self.pinned(request.requirements))
-        limit = self._time_limit(context)
+        limit = self.time_limit(context)
         if preset is not None and preset.timeout is not None:
             limit = min(limit, preset.timeout)
 
@@ -147,6 +154,11 @@ class Generation:
             ).SerializeToString()
 
         body = _Body(source, raw, render)
+        avoid = [
+            Failed(ServerId(failed), instance)
+            for failed in raw.failed_server_ids
+            if (instance := self._fleet.instance(ServerId(failed)))
+        ]
         del raw
         history: list[Attempt] = []
         # Log-probabilities can make an answer larger than one message may be.
@@ -156,9 +168,9 @@ class Generation:
         del request  # it may wait for minutes now
         try:
             async with asyncio.timeout(limit):
-                await self._attempts.run(route, relay.attempt, history, on_grant, body.size)
+                await self._attempts.run(route, relay.attempt, history, on_grant, body.size, avoid)
         except TimeoutError:
-            raise _out_of_time(limit) from None
+            raise out_of_time(limit) from None
         finally:
             relay.close()
 
@@ -168,12 +180,12 @@ class Generation:
         """Serve one Embed call."""
         arrived = self._clock.monotonic()
         request = _read(source)
-        request_id = _identify(request.request_id, context)
+        request_id = identify(request.request_id, context)
         violations = check_embed_request(request)
         if violations:
             raise invalid(violations)
         route = convert.embed_route_request(request, request_id, self.pinned(request.requirements))
-        limit = self._time_limit(context)
+        limit = self.time_limit(context)
 
         def render(request: EmbedRequest) -> bytes:
             return ModelServerEmbedRequest(
@@ -191,7 +203,10 @@ class Generation:
             if chosen is not None:
                 chosen(flight, len(history))
             call = self._upstreams.get(flight.endpoint).embed(
-                body.read() + ModelServerEmbedRequest(model=flight.model).SerializeToString(),
+                body.read()
+                + ModelServerEmbedRequest(
+                    model=flight.model, ticket=self.ticket_for(flight, request_id)
+                ).SerializeToString(),
                 timeout=max(0.0, arrived + limit - started),
             )
             progress.call = call
@@ -216,7 +231,7 @@ class Generation:
             async with asyncio.timeout(limit):
                 return await self._attempts.run(route, attempt, history, size=body.size)
         except TimeoutError:
-            raise _out_of_time(limit) from None
+            raise out_of_time(limit) from None
 
     def let_end(self, call: grpc.aio.Call) -> None:
         """Give a call that has told its result a moment for its status; dropping it would cancel it."""
@@ -229,7 +244,8 @@ class Generation:
 
         call.add_done_callback(ended)
 
-    def _time_limit(self, context: Sink) -> float:
+    def time_limit(self, context: Sink) -> float:
+        """Seconds that a request may take."""
         remaining = context.time_remaining()
         longest = self._limits.max_generation
         return longest if remaining is None else min(remaining, longest)
@@ -333,7 +349,12 @@ class _Relay:
         if self._chosen is not None:
             self._chosen(flight, len(self._history))
         upstream = owner._upstreams.get(flight.endpoint)
-        request = self._body.read() + ModelServerGenerateRequest(model=flight.model).SerializeToString()
+        request = (
+            self._body.read()
+            + ModelServerGenerateRequest(
+                model=flight.model, ticket=owner.ticket_for(flight, self._request_id)
+            ).SerializeToString()
+        )
         instance = flight.server.report.identity.instance_id
         told = None
         if self._unary and upstream.only_streams != instance:
@@ -459,11 +480,16 @@ def _read(source: Unread[M] | M) -> M:
     return source.read() if isinstance(source, Unread) else source
 
 
-def _identify(given: str, context: Sink) -> str:
+def new_request_id() -> str:
+    """Nobody need be unable to guess it, so it does without the system's randomness."""
+    return f"{random.getrandbits(128):032x}"
+
+
+def identify(given: str, context: Sink) -> str:
     """The request's id, sent back in the trailing metadata: with the status, refusals included,
     where initial metadata would cost a write of its own. An id that is no header value is a
     violation, so it is not sent."""
-    request_id = given or uuid.uuid4().hex
+    request_id = given or new_request_id()
     if request_id.isascii() and request_id.isprintable() and len(request_id) <= 64:
         context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
     return request_id
@@ -482,6 +508,7 @@ def _is_one_field(chunk: bytes) -> bool:
     return False
 
 
-def _out_of_time(limit: float) -> Refusal:
+def out_of_time(limit: float) -> Refusal:
+    """The refusal of a request that took longer."""
     # Three digits, however small it is: a limit of 0.001 s is not one of 0.0 s.
     return Refusal(Reason.DEADLINE_EXCEEDED, f"not finished within {float(f'{limit:.3g}'):g} s")

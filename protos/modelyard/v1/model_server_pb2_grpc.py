@@ -111,7 +111,8 @@ class ModelServerServicer(object):
 
         Errors: INVALID_REQUEST, CONTEXT_TOO_LONG, CONTENT_REFUSED, UNKNOWN_MODEL,
         UNSUPPORTED, SERVER_BUSY, RATE_LIMITED, OUT_OF_MEMORY, DRAINING,
-        CREDENTIALS_REJECTED, ENGINE_FAILED, SLOW_READER, DEADLINE_EXCEEDED.
+        CREDENTIALS_REJECTED, ENGINE_FAILED, SLOW_READER, DEADLINE_EXCEEDED,
+        TICKET_REFUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -27,7 +27,7 @@ async def _with_client(settings: ClientSettings, work: Callable[[AsyncClient], A
     from modelyard.client import AsyncClient, ModelyardError
 
     try:
-        async with AsyncClient(settings.address, timeout=settings.timeout) as client:
+        async with AsyncClient(settings.address, timeout=settings.timeout, direct=settings.direct) as client:
             return await work(client)
     except ModelyardError as error:
         raise Failed(await told(error, settings.address)) from error

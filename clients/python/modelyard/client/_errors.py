@@ -19,6 +19,7 @@
     |   +-- AttemptsExhausted
     |   +-- EngineFailed
     |   +-- CredentialsRejected    mend the model server's key
+    |   +-- TicketRefused          the model server does not take the ticket of a direct call
     |   +-- ConnectionFailed       no control plane answers
     +-- StreamBroken               the answer broke off; .partial has what came
     +-- SlowReader                 read faster, or ask for less
@@ -212,6 +213,12 @@ class CredentialsRejected(TryAgain):
     default_reason = "CREDENTIALS_REJECTED"
 
 
+class TicketRefused(TryAgain):
+    """The model server does not take the ticket of a direct call: it is new, or its control plane is."""
+
+    default_reason = "TICKET_REFUSED"
+
+
 class ConnectionFailed(TryAgain):
     """No control plane answers at the address."""
 
@@ -286,6 +293,7 @@ BY_REASON: Mapping[Reason, type[ModelyardError]] = {
     Reason.QUEUE_TIMEOUT: QueueTimeout,
     Reason.DEADLINE_EXCEEDED: DeadlineExceeded,
     Reason.UNSUPPORTED: Unsupported,
+    Reason.TICKET_REFUSED: TicketRefused,
     Reason.SUPERSEDED: Superseded,
     Reason.INTERNAL: InternalError,
 }
