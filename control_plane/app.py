@@ -15,6 +15,7 @@ from prometheus_client import start_http_server
 
 from control_plane import definitions as definition_files
 from control_plane import delivery
+from control_plane.api.assign import Assignments
 from control_plane.api.attempts import Attempts
 from control_plane.api.beliefs import BeliefsServicer
 from control_plane.api.execute import TaskExecutor
@@ -116,12 +117,23 @@ class ControlPlane:
             self.scheduler.release,
         )
         self._generation = generation
+        assignments = Assignments(
+            orchestrator_id,
+            self.fleet,
+            self.scheduler,
+            generation,
+            settings.limits.ticket_lifetime,
+            clock,
+            self.metrics,
+        )
+        generation.give_back, generation.ticket_for = assignments.give_back, assignments.for_relay
         self._put_in_force(catalogue)
         self.servicer = OrchestratorServicer(
             orchestrator_id,
             self.fleet,
             self.scheduler,
             generation,
+            assignments,
             ModelLifecycle(self.fleet, self.upstreams, clock),
             settings.fleet,
             clock,

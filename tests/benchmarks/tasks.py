@@ -4,9 +4,9 @@
 
 Everything runs on loopback with real processes. Submissions are driven by h2load (C, from Debian's nghttp2-client):
 64 at a time, each acknowledged only when its task is on disk; that every one is there is counted afterwards. No model
-server is attached then: what is measured is accepting tasks. Then one model server with the simulated engine in its instant
-mode attaches and the tasks run. `--deep N` fills the queue with N tasks first (1,000,000 takes some minutes), and
-submits, claims and memory are measured again on top of them.
+server is attached then: what is measured is accepting tasks. Then one model server with the simulated engine in its
+instant mode attaches and the tasks run. `--deep N` fills the queue with N tasks first (1,000,000 takes some minutes),
+and submits, claims and memory are measured again on top of them.
 """
 
 from __future__ import annotations
