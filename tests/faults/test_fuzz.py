@@ -52,7 +52,11 @@ def scramble(message: Message, chance: random.Random, depth: int = 0) -> None:
             if depth > 5:
                 continue
             if field.message_type.GetOptions().map_entry:
-                getattr(message, field.name)[chance.choice(_INTERESTING_TEXTS)] = chance.choice(_INTERESTING_TEXTS)
+                entries, key = getattr(message, field.name), chance.choice(_INTERESTING_TEXTS)
+                if field.message_type.fields_by_name["value"].message_type is not None:
+                    scramble(entries[key], chance, depth + 1)
+                else:
+                    entries[key] = chance.choice(_INTERESTING_TEXTS)
             elif repeated:
                 for _ in range(chance.randrange(3)):
                     scramble(getattr(message, field.name).add(), chance, depth + 1)
