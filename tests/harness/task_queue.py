@@ -16,6 +16,7 @@ from control_plane.domain.errors import unknown_model
 from control_plane.domain.model import ModelName, Provider, ServerId
 from control_plane.presets import compile_presets
 from control_plane.tasks.model import Claim, LaneId, Placement
+from control_plane.tasks.location import located
 from control_plane.tasks.opening import open_store
 from control_plane.tasks.store import SqlTaskStore, StorePolicy
 from modelyard.rpc.channels import channel
@@ -107,7 +108,7 @@ async def queue(
     folder: Path, *, keeps: bool = True, write_timeout: float = 10.0, policy: StorePolicy | None = None
 ) -> AsyncIterator[Queue]:
     """A queue in this process, with its database in the folder; `keeps` False: one without a store."""
-    store = await open_store(f"sqlite:///{folder / 'tasks.db'}", policy or StorePolicy(), {})
+    store = await open_store(located(f"sqlite:///{folder / 'tasks.db'}", {}), policy or StorePolicy())
     known, in_flight = Known(), InFlight()
     servicer = TaskQueueServicer(
         store if keeps else None,

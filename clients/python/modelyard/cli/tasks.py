@@ -58,25 +58,20 @@ tasks.add_command(callbacks)
 # -------------------------------------------------------------------- submit ---
 
 
-class _Time(click.ParamType):
-    """A time with its zone, or seconds from now."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime | float:
-        if not isinstance(value, str):
-            return value  # type: ignore[no-any-return]
-        try:
-            return float(value.removesuffix("s"))
-        except ValueError:
-            pass
-        try:
-            given = datetime.fromisoformat(value)
-        except ValueError:
-            self.fail(
-                f'{value!r} is neither a number of seconds nor a time such as "2030-01-31T12:00+00:00"', param, ctx
-            )
-        return given if given.tzinfo else given.astimezone()
+def _to_time(ctx: click.Context, param: click.Parameter, value: str | None) -> datetime | float | None:
+    """A time, by default of this machine's zone, or seconds from now."""
+    if value is None:
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        pass
+    try:
+        given = datetime.fromisoformat(value)
+    except ValueError:
+        told = f'{value!r} is neither a number of seconds nor a time such as "2030-01-31T12:00+00:00"'
+        raise click.BadParameter(told, ctx, param) from None
+    return given if given.tzinfo else given.astimezone()
 
 
 @tasks.command("submit")
@@ -85,8 +80,8 @@ class _Time(click.ParamType):
 @click.option("--key", "idempotency_key", metavar="TEXT", help="The same task with the same key is submitted once.")
 @click.option("--group", metavar="NAME", help="A name to list and watch tasks by.")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="A note. May be repeated.")
-@click.option("--not-before", type=_Time(), metavar="TIME", help="Earliest start: seconds from now, or a time.")
-@click.option("--deadline", type=_Time(), metavar="TIME", help="Not finished by then, it expires.")
+@click.option("--not-before", callback=_to_time, metavar="TIME", help="Earliest start: seconds from now, or a time.")
+@click.option("--deadline", callback=_to_time, metavar="TIME", help="Not finished by then, it expires.")
 @click.option("--max-attempts", type=click.IntRange(1, 100), metavar="N", help="Attempts that may fail.")
 @click.option("--attempt-timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Of one attempt.")
 @click.option("--callback", metavar="URL", help="An https address to be told when it is terminal.")
