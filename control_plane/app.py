@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import start_http_server
 
 from control_plane import definitions as definition_files
+from control_plane import delivery
 from control_plane.api.attempts import Attempts
 from control_plane.api.beliefs import BeliefsServicer
 from control_plane.api.execute import TaskExecutor
@@ -138,17 +139,19 @@ class ControlPlane:
         tasks = self.settings.tasks
         if not tasks.store:
             return
+        delivery.check(tasks.callbacks, os.environ)
         # Imported only where it is wanted: the database layer takes memory and time.
         from control_plane.tasks.location import StoreError, located
         from control_plane.tasks.opening import open_store
         from control_plane.tasks.store import StorePolicy
 
         try:
-            location = located(tasks.store, os.environ)
             policy = StorePolicy(lease=tasks.lease, max_lost=tasks.max_lost, retention=tasks.retention)
-            self.store = store = await open_store(location, policy, self.metrics.store_time.observe)
+            place = located(tasks.store, os.environ)
+            self.store = store = await open_store(place, policy, self.metrics.store_time.observe)
         except StoreError as error:
             raise SettingsError(str(error)) from None
+        log.info("tasks are kept in %s", place.shown)
         self.fleet.remember(await store.learned(), self.clock.monotonic(), self.clock.wall())
         retry = tasks.retry
         self.dispatcher = Dispatcher(
@@ -176,11 +179,9 @@ class ControlPlane:
         )
         self.metrics.observe_tasks(self.dispatcher)
         self._open_deliveries(store)
-        log.info("tasks are kept in %s", location.shown)
 
     def _open_deliveries(self, store: SqlTaskStore) -> None:
         """What is told to others of tasks, and beliefs."""
-        from control_plane import delivery
         from control_plane.api.notices import Notices
         from control_plane.tasks.beliefs import Beliefs
         from control_plane.tasks.deliveries import Deliveries

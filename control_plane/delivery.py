@@ -37,6 +37,16 @@ def secrets(settings: CallbackSettings, env: Mapping[str, str]) -> tuple[bytes, 
         raise ValueError(f"{origin}: {error}") from None
 
 
+def check(settings: CallbackSettings, env: Mapping[str, str]) -> None:
+    """Raises SettingsError if callbacks are wanted that could not be signed."""
+    if not rules(settings).open:
+        return
+    try:
+        secrets(settings, env)
+    except ValueError as error:
+        raise SettingsError(f"callbacks must be signed: {error}") from None
+
+
 def deliverer(
     settings: CallbackSettings,
     env: Mapping[str, str],
@@ -44,14 +54,10 @@ def deliverer(
     render: Callable[[DeliveryRecord], Awaitable[bytes | None]],
     outcome: Callable[[str], None],
 ) -> Deliverer | None:
-    """None: no host is allowed, nothing is sent. Raises SettingsError if it could not be signed."""
+    """None: no host is allowed, nothing is sent."""
     allowed = rules(settings)
     if not allowed.open:
         return None
-    try:
-        secrets(settings, env)
-    except ValueError as error:
-        raise SettingsError(f"callbacks must be signed: {error}") from None
     retry = settings.retry
     return Deliverer(
         deliveries,

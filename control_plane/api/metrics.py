@@ -113,7 +113,7 @@ class Metrics:
         )
         self.store_time = Histogram(
             "modelyard_task_store_seconds",
-            "Time that the task store took to write a claim or a step of a task, until it was on disk.",
+            "Time that a transaction of the task store took, until it was on disk.",
             buckets=(0.001, *_SECONDS),
             registry=self.registry,
         )
@@ -168,10 +168,6 @@ class Metrics:
     def handed_over(self, seconds: float) -> None:
         """A task went to its server so long after its slot was granted."""
         self.task_hand_over.observe(seconds)
-
-    def stored(self, seconds: float) -> None:
-        """The task store wrote something that the dispatcher asked for."""
-        self.store_time.observe(seconds)
 
     def refused_write(self) -> None:
         """A write of an attempt came too late."""

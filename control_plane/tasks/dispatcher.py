@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
 from random import random
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from control_plane.domain.errors import DomainError
 from control_plane.domain.request import RouteRequest
@@ -37,8 +37,6 @@ from control_plane.tasks.model import Changes, Claim, Lane, LaneId, Placement, T
 from control_plane.tasks.ports import Executor, TaskStore
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 STORE_REASONS = frozenset({"STORE_UNAVAILABLE", "STORE_FULL"})
 """The store may do another time."""
@@ -104,10 +102,6 @@ class Observer(Protocol):
         """A task went to its server so long after its slot was granted."""
         ...
 
-    def stored(self, seconds: float) -> None:
-        """A claim or a step of a task was on disk after so long."""
-        ...
-
     def refused_write(self) -> None:
         """A write came too late: the task has passed into other hands."""
         ...
@@ -147,7 +141,6 @@ class _Place:
     request: RouteRequest
     avoid: frozenset[Failed]
     standing: Standing | None = None
-    claiming: bool = False
     parked: bool = False
     news: bool = False
     """It got tasks while a claim was under way, which may not have seen them."""
@@ -470,7 +463,7 @@ class Dispatcher:
         self._free -= len(grants)
         self._claims += 1
         self._idle.clear()
-        place.claiming, place.news = True, False
+        place.news = False
         self._group.create_task(self._claim(place, grants))
 
     async def _claim(self, place: _Place, grants: Sequence[Grant]) -> None:
@@ -479,12 +472,11 @@ class Dispatcher:
         claims: Sequence[Claim] = ()
         failed = False
         try:
-            claims = await self._timed(self._store.claim(place.id, placements))
+            claims = await self._store.claim(place.id, placements)
         except Exception as error:
             failed = True
             self._store_failed(error)
         finally:
-            place.claiming = False
             self._claims -= 1
             for grant in grants[len(claims) :]:
                 self._scheduler.release(grant.flight, _NEUTRAL)
@@ -505,7 +497,7 @@ class Dispatcher:
             self._ended.clear()
         if failed:
             self._park(place)
-        elif len(claims) == len(grants):
+        elif len(claims) == len(grants) and await self._has_more(place):
             place.batch = min(2 * place.batch, _PER_CLAIM)
             place.oldest = max(place.oldest, claims[-1].record.created_at)
             place.number = self._scheduler.take_place(background=True)
@@ -515,6 +507,16 @@ class Dispatcher:
             self._stand(place)
         else:
             self._close(place)
+
+    async def _has_more(self, place: _Place) -> bool:
+        """Whether a lane that gave all that was asked for has more: a lane of one task is the commonest, and looking
+        costs less than another server's slot."""
+        if place.batch > 1 or place.news:
+            return True
+        try:
+            return await self._store.waiting_count(place.id, 1) > 0
+        except Exception:
+            return True  # the next claim will tell
 
     def _park(self, place: _Place) -> None:
         if not place.parked:
@@ -606,7 +608,7 @@ class Dispatcher:
 
     async def _tell_started(self, attempt: _Attempt, claim: Claim) -> None:
         try:
-            valid = await self._timed(self._store.started(claim.id, claim.epoch))
+            valid = await self._store.started(claim.id, claim.epoch)
         except Exception:
             return  # for people only: that the attempt is under way is written already
         if valid:
@@ -620,7 +622,7 @@ class Dispatcher:
         pause = _STORE_PAUSE
         while True:
             try:
-                if await self._timed(write()):
+                if await write():
                     self._observer.entered(state)
                 else:
                     self._observer.refused_write()
@@ -645,12 +647,6 @@ class Dispatcher:
                 return
             await asyncio.sleep(pause)
             pause = min(2 * pause, _STORE_PAUSE_CAP)
-
-    async def _timed(self, writing: Awaitable[T]) -> T:
-        began = asyncio.get_running_loop().time()
-        result = await writing
-        self._observer.stored(asyncio.get_running_loop().time() - began)
-        return result
 
 
 def _words(error: Exception) -> str:

@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from control_plane.api.notices import Notices
 from control_plane.config import CallbackRetrySettings, CallbackSettings
-from control_plane.delivery import deliverer, rules
+from control_plane.delivery import check, deliverer, rules
 from control_plane.tasks.callbacks import CallbackState, DeliveryRecord
 from control_plane.tasks.deliverer import Deliverer
 from control_plane.tasks.deliveries import Deliveries
@@ -281,15 +281,13 @@ async def test_pages(url: str) -> None:
         assert [record.task_id for record in found] == ids[::-1]
 
 
-async def test_without_a_secret_nothing_starts(tmp_path: Path) -> None:
-    async with open_tasks(f"sqlite:///{tmp_path}/tasks.db") as store:
-        deliveries = Deliveries(store.database, rules(settings()))
-        render = Notices(store).render
-        with pytest.raises(SettingsError, match="MODELYARD_CALLBACK_SECRETS"):
-            deliverer(settings(), {}, deliveries, render, print)
-        with pytest.raises(SettingsError, match="secret_file"):
-            deliverer(settings(secret_file=str(tmp_path / "none")), {}, deliveries, render, print)
-        assert deliverer(CallbackSettings(), {}, deliveries, render, print) is None
+def test_without_a_secret_nothing_starts(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="MODELYARD_CALLBACK_SECRETS"):
+        check(settings(), {})
+    with pytest.raises(SettingsError, match="secret_file"):
+        check(settings(secret_file=str(tmp_path / "none")), {})
+    check(settings(), {"MODELYARD_CALLBACK_SECRETS": SECRET})
+    check(CallbackSettings(), {})
 
 
 async def test_secrets_are_taken_from_the_file_as_it_is_now(tmp_path: Path, hook: Receiver) -> None:

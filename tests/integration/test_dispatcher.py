@@ -17,9 +17,9 @@ from modelyard.testing import FakeModelServer
 from modelyard.testing.model_server import model_info
 from modelyard.v1 import generation_pb2, task_pb2
 from modelyard.v1 import task_queue_pb2 as pb
-from tests.harness.front_door import PATIENCE, ask, attached
+from tests.harness.front_door import PATIENCE, ask, attached, client
 from tests.harness.model_servers import model_server
-from tests.harness.programs import until
+from tests.harness.programs import control_plane, until
 from tests.harness.tasks import Desk, desk, events, tried
 
 FIRST, SECOND = "a-first", "b-second"
@@ -377,6 +377,35 @@ async def test_a_drain_gives_back_what_does_not_end(tmp_path: Path) -> None:
                 "SUBMITTED", "SCHEDULED", "RUNNING", "REQUEUED", "SCHEDULED", "RUNNING", "SUCCEEDED",
             ]  # fmt: skip
             assert (await tasks.get(waiting)).state == QUEUED
+
+
+async def test_a_killed_control_plane_loses_nothing(tmp_path: Path) -> None:
+    store = ("--tasks.store", f"sqlite:///{tmp_path / 'tasks.db'}", "--fleet.warm-up", "0")
+    async with FakeModelServer(FIRST, slots=4) as fake:
+        gate = fake.gate("Generate")
+        async with control_plane(*store) as plane, client(plane.address) as door:
+            await fake.attach(plane.address)
+            tasks = Desk(door)
+            ids = [await tasks.submit(f"{n}", key=f"key-{n}") for n in range(12)]
+            await fake.until(lambda: len(fake.calls_of("Generate")) == 4)
+            for id in ids[:4]:
+                await tasks.until(id, RUNNING)
+            plane.kill()
+            await plane.process.wait()
+        await fake.detach()
+        gate.open()
+        async with control_plane(*store, "--debug", "true") as plane, client(plane.address) as door:
+            tasks = Desk(door)
+            assert [await tasks.submit(f"{n}", key=f"key-{n}") for n in range(12)] == ids, "they are there already"
+            await fake.attach(plane.address)
+            ended = await tasks.all(ids)
+            assert {task.state for task in ended} == {SUCCEEDED}
+            assert [len(task.attempts) for task in ended] == [2] * 4 + [1] * 8
+            assert [task.failure_count for task in ended] == [0] * 12
+            assert "LEASE_LOST" in {attempt.failure_reason for attempt in ended[0].attempts}
+            assert await plane.stop() == 0
+        chosen = [line for line in plane.log.decode().splitlines() if "scores" in line]
+        assert len(chosen) == 12 and all(FIRST in line for line in chosen), "the debug log says why"
 
 
 class Flaky:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 
 from control_plane.domain.definition import Definitions, ModelDefinition
 from control_plane.domain.errors import DomainError
 from control_plane.domain.model import ModelName, ModelState, Price, Provider
 from control_plane.domain.server import BreakerState, Health, LeaseState
-from control_plane.fleet.registry import Fleet, Flight, Outcome, OutcomeKind
-from tests.unit.control_plane.builders import card, fleet, report
+from control_plane.fleet.registry import Fleet, Flight, InitialStats, Outcome, OutcomeKind, Pair
+from tests.unit.control_plane.builders import POLICY, card, fleet, report
 
 FAILURE = Outcome(OutcomeKind.FAILURE)
 NEUTRAL = Outcome(OutcomeKind.NEUTRAL)
@@ -308,3 +311,74 @@ def test_listeners_hear_what_is_urgent() -> None:
     heard.clear()
     subject.tick(10.0)
     assert heard == []
+
+
+# ------------------------------------------------- what outlives a process ---
+
+
+def served(house: Fleet, server_id: str = "a", model: str = "m") -> Pair:
+    return house.server(server_id).pairs[ModelName(model), Provider("sim")]
+
+
+def used(house: Fleet, now: float, *outcomes: Outcome) -> None:
+    for outcome in outcomes:
+        house.end(house.begin(0, now), outcome, now)
+
+
+def attach(house: Fleet, now: float, fingerprint: str = "f") -> None:
+    house.attach(report(models=(card(fingerprint=fingerprint),)), now, 0.0, lambda: None)
+
+
+def test_what_was_learned_comes_back_under_the_same_fingerprint() -> None:
+    first = fleet()
+    attach(first, 1.0)
+    assert first.learned(1.0, 1000.0) == [], "nothing was measured"
+    used(first, 2.0, Outcome(OutcomeKind.SUCCESS, ttft=0.5, tpot=0.1), Outcome(OutcomeKind.FAILURE))
+    kept = first.learned(2.0, 1000.0)
+    before = served(first).stats
+
+    same, other = fleet(), fleet()
+    for house in (same, other):
+        house.remember(kept, 50.0, 1000.0)
+    attach(same, 50.0)
+    attach(other, 50.0, fingerprint="another")
+    after = served(same).stats
+    assert (after.ttft, after.tpot, after.requests, after.failures) == (0.5, 0.1, 2, 1)
+    assert after.success_at(50.0) == pytest.approx(before.success_at(2.0))
+    assert served(other).stats.requests == 0
+    assert same.table.ttft[0] == 0.5 and math.isnan(other.table.ttft[0])
+
+
+def test_a_bad_record_fades_while_the_control_plane_is_away() -> None:
+    first = fleet()
+    attach(first, 1.0)
+    used(first, 2.0, Outcome(OutcomeKind.FAILURE))
+    kept = first.learned(2.0, 1000.0)
+    later = fleet()
+    later.remember(kept, 10.0, 1000.0 + 60.0)  # the half-life of a record
+    attach(later, 10.0)
+    assert served(later).stats.success_at(10.0) == pytest.approx(1 - (1 - kept[0].success) / 2)
+
+
+def test_what_was_measured_here_is_not_overwritten_by_memories() -> None:
+    first = fleet()
+    attach(first, 1.0)
+    used(first, 2.0, Outcome(OutcomeKind.SUCCESS, ttft=0.5))
+    kept = first.learned(2.0, 0.0)
+    house = fleet()
+    attach(house, 1.0)
+    used(house, 1.0, Outcome(OutcomeKind.SUCCESS, ttft=9.0))
+    house.remember(kept, 2.0, 0.0)
+    house.attach(report(instance="2", models=(card(fingerprint="f"),)), 3.0, 0.0, lambda: None)
+    assert served(house).stats.ttft == 9.0
+
+
+def test_initial_statistics_by_name_by_provider_and_by_definition() -> None:
+    initial = {"m": InitialStats(success=0.5, ttft=1.0), "sim/n": InitialStats(tpot=0.2), "n": InitialStats(tpot=9.0)}
+    definition = ModelDefinition(Provider("sim"), ModelName("m"), initial_ttft=2.0)
+    house = Fleet(replace(POLICY, initial=initial), Definitions([definition]), 0.0)
+    house.attach(report(models=(card("m"), card("n"), card("o"))), 1.0, 0.0, lambda: None)
+    stats = served(house, model="m").stats
+    assert (stats.success, stats.ttft, stats.tpot) == (0.5, 2.0, None)
+    assert served(house, model="n").stats.tpot == 0.2
+    assert served(house, model="o").stats.success == 1.0

@@ -152,7 +152,7 @@ def test_what_is_read_means_one_host_to_everybody(url: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "a b", "http://x", "*x.org", "x.*.org", "a:0", "a:x", "a:70000", "[::x]", "*."])
 def test_bad_patterns(text: str) -> None:
-    with pytest.raises(ValueError, match="host|port"):
+    with pytest.raises(ValueError, match=r"host|port"):
         rules(text)
 
 

@@ -30,7 +30,7 @@ REASONS: Mapping[str, tuple[int, str]] = {
     "UNKNOWN_MODEL": (NOT_FOUND, "see `modelyard models`"),
     "UNKNOWN_SERVER": (NOT_FOUND, SERVERS),
     "UNKNOWN_TASK": (NOT_FOUND, TASKS),
-    "UNKNOWN_BELIEF": (NOT_FOUND, ""),
+    "UNKNOWN_BELIEF": (NOT_FOUND, "see `modelyard beliefs list`"),
     "IDEMPOTENCY_CONFLICT": (USAGE, "choose another key"),
     "WRONG_STATE": (FAILED, "see `modelyard tasks get`"),
     "NO_CAPABLE_SERVER": (NOT_FOUND, "`modelyard explain` with the same options shows every candidate"),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from modelyard.cli import output
+from modelyard.cli.callbacks import callbacks
 from modelyard.cli.connection import call
 from modelyard.cli.errors import FAILED, USAGE, CliError
 from modelyard.cli.options import (
@@ -49,6 +50,9 @@ def tasks() -> None:
     modelyard tasks batch prompts.jsonl -o results.jsonl
     modelyard tasks list --state failed
     """
+
+
+tasks.add_command(callbacks)
 
 
 # -------------------------------------------------------------------- submit ---
