@@ -11,7 +11,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from control_plane.tasks import versions
@@ -24,8 +24,8 @@ BEHIND = 1
 """Exit status of `status` where the tables are not those of this program."""
 
 
-def main() -> int:
-    arguments = _arguments(sys.argv[1:])
+def main(argv: Sequence[str]) -> int:
+    arguments = _arguments(argv)
     try:
         place = located(arguments.store or _configured(arguments.config, os.environ), os.environ)
         before, after = _run(arguments.verb, place)
@@ -46,7 +46,7 @@ def main() -> int:
     return 0 if after.up_to_date else BEHIND
 
 
-def _arguments(argv: list[str]) -> argparse.Namespace:
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=PROGRAM, description="The tables of the task store.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="upgrade|status")
     for verb, text in (
@@ -111,4 +111,4 @@ def _told(verb: str, place: Location, before: Version, after: Version) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""What holds for every test."""
+"""What holds for every test, and fixtures that are dear: started once, and only when a test asks for them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.harness.postgres import Postgres, postgres
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,3 +27,10 @@ def _a_state_folder_of_the_test(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[Postgres]:
+    """A running PostgreSQL; `tables()` makes databases with modelyard's tables quickly."""
+    with postgres("fsync=off", "synchronous_commit=off", "full_page_writes=off") as server:
+        yield server

@@ -50,13 +50,14 @@ def located(url: str, env: Mapping[str, str]) -> Location:
         return SqliteFile(state_folder(env) / "tasks.db")
     try:
         parts = urlsplit(url)
-        _ = parts.port
+        several = "," in parts.netloc  # hosts, as libpq allows
+        port = None if several else parts.port
     except ValueError:  # its message would quote the URL
         raise StoreError(f"tasks.store is no valid URL; it is {_FORMS}") from None
     if parts.scheme == "sqlite":
         return _sqlite(url, parts)
     if parts.scheme in ("postgresql", "postgres"):
-        return _postgresql(url, parts)
+        return _postgresql(url, parts, port, several)
     raise StoreError(f"tasks.store: unknown kind {parts.scheme or 'without a scheme'!r}; it is {_FORMS}")
 
 
@@ -71,9 +72,9 @@ def _sqlite(url: str, parts: SplitResult) -> SqliteFile:
     return SqliteFile(Path(name).expanduser().absolute())
 
 
-def _postgresql(url: str, parts: SplitResult) -> PostgresDatabase:
+def _postgresql(url: str, parts: SplitResult, port: int | None, several: bool) -> PostgresDatabase:
     host = parts.hostname or ""
-    if "," in parts.netloc:  # several hosts, as libpq allows
+    if several:
         host = parts.netloc.rpartition("@")[2]
     elif ":" in host:
         host = f"[{host}]"
@@ -81,9 +82,8 @@ def _postgresql(url: str, parts: SplitResult) -> PostgresDatabase:
         raise StoreError("tasks.store: a database has no #fragment; write # in a password as %23")
     if not parts.path.strip("/") and "dbname=" not in parts.query and "service=" not in parts.query:
         raise StoreError("tasks.store: name the database, as in postgresql://USER@HOST/DATABASE")
-    port = f":{parts.port}" if parts.port and "," not in parts.netloc else ""
     user = f"{parts.username}@" if parts.username else ""
-    return PostgresDatabase(url, f"postgresql://{user}{host}{port}{parts.path}")
+    return PostgresDatabase(url, f"postgresql://{user}{host}{f':{port}' if port else ''}{parts.path}")
 
 
 def state_folder(env: Mapping[str, str]) -> Path:

@@ -19,6 +19,7 @@ from typing import IO, Any, TypeVar
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.pool import QueuePool, StaticPool
 
+from control_plane.domain.ports import Clock
 from control_plane.tasks import versions
 from control_plane.tasks.database import Database, drive, transact
 from control_plane.tasks.faults import brief, translated
@@ -37,12 +38,13 @@ _OLDEST = (3, 35, 0)
 class SqliteDatabase(Database):
     """See `Database`. Its clock is the wall's at the start and monotonic from there."""
 
-    def __init__(self, owner: str, writer: Engine, readers: Engine, lock: IO[bytes]) -> None:
+    def __init__(self, owner: str, clock: Clock, writer: Engine, readers: Engine, lock: IO[bytes]) -> None:
         super().__init__(owner)
+        self._clock = clock
         self._writer = writer
         self._readers = readers
         self._lock = lock
-        self._offset = time.time() - time.monotonic()
+        self._offset = clock.wall() - clock.monotonic()
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="tasks-reader")
         self._handed: SimpleQueue[list[Job] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="tasks-writer", daemon=True)
@@ -53,7 +55,7 @@ class SqliteDatabase(Database):
         return False
 
     def now(self) -> float:
-        return time.monotonic() + self._offset
+        return self._clock.monotonic() + self._offset
 
     async def read(self, operation: Callable[[Connection], T]) -> T:
         if self._closing:
@@ -99,10 +101,15 @@ class SqliteDatabase(Database):
         self._lock.close()
 
 
-async def open_sqlite(place: SqliteFile, owner: str) -> SqliteDatabase:
+class SystemClock:
+    monotonic = staticmethod(time.monotonic)
+    wall = staticmethod(time.time)
+
+
+async def open_sqlite(place: SqliteFile, owner: str, clock: Clock | None = None) -> SqliteDatabase:
     """Open the file, made if it is not there, its tables brought up to date. Raises StoreError."""
     writer, readers, lock = await asyncio.to_thread(_open, place)
-    return SqliteDatabase(owner, writer, readers, lock)
+    return SqliteDatabase(owner, clock or SystemClock(), writer, readers, lock)
 
 
 def _open(place: SqliteFile) -> tuple[Engine, Engine, IO[bytes]]:

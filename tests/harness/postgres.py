@@ -37,6 +37,7 @@ class Postgres:
         self.port = _free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self._databases = 0
+        self._template = ""
 
     def url(self, database: str = "postgres") -> str:
         return f"postgresql://modelyard@127.0.0.1:{self.port}/{database}"
@@ -124,6 +125,12 @@ class Postgres:
         await self.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}" STRATEGY wal_log')
         return name
 
+    async def tables(self) -> str:
+        """The URL of a new database with modelyard's tables: a copy of one that is made once."""
+        if not self._template:
+            self._template = await migrated(self, "modelyard_template")
+        return self.url(await self.new_database(self._template))
+
 
 @contextmanager
 def postgres(*settings: str) -> Iterator[Postgres]:
@@ -143,7 +150,7 @@ def postgres(*settings: str) -> Iterator[Postgres]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-async def migrated(server: Postgres, name: str = "modelyard_template") -> str:
+async def migrated(server: Postgres, name: str) -> str:
     """The name of a database with modelyard's tables, to be a template for others."""
     from sqlalchemy.ext.asyncio import create_async_engine
 
