@@ -10,13 +10,6 @@ import pytest
 from tests.harness.postgres import Postgres, postgres
 
 
-@pytest.fixture(scope="session")
-def postgres_server() -> Iterator[Postgres]:
-    """A running PostgreSQL; `tables()` makes databases with modelyard's tables quickly."""
-    with postgres("fsync=off", "synchronous_commit=off", "full_page_writes=off") as server:
-        yield server
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _a_state_folder_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Programs that are started with their defaults keep nothing in the user's home."""
@@ -34,3 +27,10 @@ def _a_state_folder_of_the_test(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[Postgres]:
+    """A running PostgreSQL; `tables()` makes databases with modelyard's tables quickly."""
+    with postgres("fsync=off", "synchronous_commit=off", "full_page_writes=off") as server:
+        yield server

@@ -46,8 +46,8 @@ async def run(
         try:
             await work.run()
         except asyncio.CancelledError:
-            where = f" are in {path}" if path else ""
-            output.note(f"stopped: {view.words()}; what was submitted goes on: run the same again for the rest{where}")
+            where = f"; results so far are in {path}" if path else ""
+            output.note(f"stopped: {view.words()}{where}. What was submitted goes on: run the same again for the rest")
             raise
         dropped = results.settle(entries)
         failed = view.failed
