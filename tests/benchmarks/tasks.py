@@ -28,7 +28,7 @@ from modelyard.rpc.channels import channel
 from modelyard.v1 import task_queue_pb2 as pb
 from modelyard.v1.task_queue_pb2_grpc import TaskQueueStub
 from tests.benchmarks.relay import SLOTS, cpu_seconds, h2load, request, rss
-from tests.harness.postgres import migrated, postgres
+from tests.harness.postgres import postgres
 from tests.harness.programs import Program, control_plane, simulated_server, until
 
 SUBMIT = "/modelyard.v1.TaskQueue/SubmitTask"
@@ -51,7 +51,7 @@ async def opened(store: str) -> AsyncIterator[str]:
     """The URL of an empty database."""
     if store == "postgres":
         with postgres("fsync=on") as server:
-            yield server.url(await migrated(server))
+            yield await server.tables()
     else:
         with tempfile.TemporaryDirectory() as folder:
             yield f"sqlite:///{Path(folder) / 'tasks.db'}"

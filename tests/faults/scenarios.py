@@ -22,7 +22,7 @@ import grpc
 from modelyard.v1 import generation_pb2, orchestrator_pb2, selection_pb2, task_queue_pb2
 from tests.faults.cluster import Cluster, Restartable, cluster, restart_now_and_then, spec
 from tests.faults.history import History, violations
-from tests.harness.postgres import Postgres, migrated, postgres
+from tests.harness.postgres import Postgres, postgres
 
 
 @dataclass
@@ -63,7 +63,7 @@ def real_postgres() -> Database:
     @asynccontextmanager
     async def opened() -> AsyncIterator[tuple[str, Postgres]]:
         with postgres("fsync=on") as server:
-            yield server.url(await migrated(server)), server
+            yield await server.tables(), server
 
     return opened
 
