@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 from prometheus_client import start_http_server
 
 from control_plane import definitions as definition_files
+from control_plane import delivery
 from control_plane.api.attempts import Attempts
+from control_plane.api.beliefs import BeliefsServicer
 from control_plane.api.execute import TaskExecutor
 from control_plane.api.generate import Generation
 from control_plane.api.lifecycle import ModelLifecycle
@@ -40,15 +42,19 @@ from modelyard.program import privacy
 from modelyard.program.process import announce_ready, settle_memory, told_to_stop
 from modelyard.program.settings import SettingsError
 from modelyard.rpc.server import bind, create_server, drain, enable_standard_services, service_handler
-from modelyard.v1 import orchestrator_pb2, task_queue_pb2
+from modelyard.v1 import belief_pb2, orchestrator_pb2, task_queue_pb2
 
 if TYPE_CHECKING:
     from control_plane.gateway.server import HttpServer
+    from control_plane.tasks.beliefs import Beliefs
+    from control_plane.tasks.deliverer import Deliverer
+    from control_plane.tasks.deliveries import Deliveries
     from control_plane.tasks.store import SqlTaskStore
 
 log = logging.getLogger(__name__)
 
 SERVICE = orchestrator_pb2.DESCRIPTOR.services_by_name["Orchestrator"]
+BELIEFS = belief_pb2.DESCRIPTOR.services_by_name["Beliefs"]
 TASK_QUEUE = task_queue_pb2.DESCRIPTOR.services_by_name["TaskQueue"]
 
 # Leases, queue timeouts and breaker pauses end at most this many seconds late.
@@ -125,12 +131,16 @@ class ControlPlane:
         self.gateway: HttpServer | None = None
         self.store: SqlTaskStore | None = None
         self.dispatcher: Dispatcher | None = None
+        self.beliefs: Beliefs | None = None
+        self.deliveries: Deliveries | None = None
+        self.deliverer: Deliverer | None = None
 
     async def open_tasks(self) -> None:
         """Open the store of durable tasks, if the settings want one. Raises SettingsError."""
         tasks = self.settings.tasks
         if not tasks.store:
             return
+        delivery.check(tasks.callbacks, os.environ)
         # Imported only where it is wanted: the database layer takes memory and time.
         from control_plane.tasks.location import StoreError, located
         from control_plane.tasks.opening import open_store
@@ -170,6 +180,29 @@ class ControlPlane:
             lambda: self.servicer.in_flight,
         )
         self.metrics.observe_tasks(self.dispatcher)
+        self._open_deliveries(store)
+
+    def _open_deliveries(self, store: SqlTaskStore) -> None:
+        """What is told to others of tasks, and beliefs."""
+        from control_plane.api.notices import Notices
+        from control_plane.tasks.beliefs import Beliefs
+        from control_plane.tasks.deliveries import Deliveries
+
+        settings = self.settings.tasks.callbacks
+        self.beliefs = Beliefs(store.database)
+        self.deliveries = Deliveries(store.database, delivery.rules(settings))
+        self.deliverer = delivery.deliverer(
+            settings,
+            os.environ,
+            self.deliveries,
+            Notices(store).render,
+            lambda outcome: self.metrics.callbacks.labels(outcome).inc(),
+        )
+
+    async def deliver_callbacks(self) -> None:
+        """Tell receivers of tasks that have ended, until the drain is over."""
+        if self.deliverer:
+            await self.deliverer.run()
 
     async def close_tasks(self) -> None:
         """Close the store, when nothing runs any more."""
@@ -246,18 +279,24 @@ class ControlPlane:
             max_attempts=tasks.max_attempts,
             write_timeout=self.settings.limits.write_timeout,
             dispatcher=self.dispatcher,
+            deliveries=self.deliveries,
         )
+        self._beliefs = BeliefsServicer(self.beliefs, self.metrics)
         server.add_generic_rpc_handlers(
             (
                 service_handler(SERVICE, self.servicer, max_request_bytes=limit),
                 service_handler(TASK_QUEUE, self._task_queue, max_request_bytes=limit),
+                service_handler(BELIEFS, self._beliefs, max_request_bytes=limit),
             )
         )
-        self._health = enable_standard_services(server, [SERVICE.full_name, TASK_QUEUE.full_name])
+        self._health = enable_standard_services(
+            server, [service.full_name for service in (SERVICE, TASK_QUEUE, BELIEFS)]
+        )
         port = bind(server, settings.host, settings.port)
         await server.start()
         await self._health.set_serving(SERVICE.full_name, True)
-        await self._health.set_serving(TASK_QUEUE.full_name, self.store is not None)
+        for service in (TASK_QUEUE, BELIEFS):
+            await self._health.set_serving(service.full_name, self.store is not None)
         self._server = server
         return f"{settings.host}:{port}"
 
@@ -267,6 +306,8 @@ class ControlPlane:
         async with asyncio.TaskGroup() as group:
             if self.dispatcher:
                 group.create_task(self.dispatcher.drain(grace), name="task-drain")
+            if self.deliverer:
+                group.create_task(self.deliverer.drain(grace), name="callback-drain")
             await drain(
                 self._server,
                 self._health,
@@ -281,6 +322,7 @@ class ControlPlane:
     def _stop_accepting(self) -> None:
         self.servicer.stop_accepting()
         self._task_queue.stop_accepting()
+        self._beliefs.stop_accepting()
         if self.gateway:
             self.gateway.stop_accepting()
 
@@ -327,6 +369,7 @@ async def running(
                 group.create_task(plane.watch_definitions(), name="definitions"),
                 group.create_task(plane.run_tasks(), name="tasks"),
                 group.create_task(plane.keep_learned(), name="learned"),
+                group.create_task(plane.deliver_callbacks(), name="callbacks"),
             ]
             try:
                 plane.open_gateway()

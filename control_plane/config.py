@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from control_plane import initial_stats
+from control_plane.tasks.callbacks import Pattern
 from modelyard.program.settings import Settings
 
 SECTION = "control_plane"
@@ -127,6 +128,46 @@ class LimitSettings(Settings):
     )
 
 
+class CallbackRetrySettings(Settings):
+    base: Seconds = Field(5.0, description="Seconds before a callback is sent again; half of each pause is random.")
+    factor: Annotated[float, Field(ge=1, le=100)] = Field(3.0, description="Growth of the pause per attempt.")
+    cap: Seconds = Field(6 * 3600.0, description="Longest pause in seconds.")
+
+
+class CallbackSettings(Settings):
+    hosts: tuple[str, ...] = Field(
+        (),
+        description="Public hosts that callbacks may go to: `hooks.example.org`, `*.example.org` or `*`, "
+        "with `:port` or `:*` where it is not 443. Empty: tasks with callbacks are refused.",
+    )
+    private_hosts: tuple[str, ...] = Field(
+        (), description="Hosts that callbacks may go to even where their addresses are private, loopback or link-local."
+    )
+    insecure_loopback: bool = Field(
+        False, description="Allow http for hosts on the loopback interface that `private_hosts` names."
+    )
+    secret_env: str = Field(
+        "MODELYARD_CALLBACK_SECRETS",
+        min_length=1,
+        description="Environment variable with the secrets that callbacks are signed with: `whsec_` and 24 or more "
+        "bytes in base64, several separated by spaces, the newest first.",
+    )
+    secret_file: str = Field("", description="File with the secrets instead; read again for each callback.")
+    max_attempts: int = Field(12, ge=1, le=100, description="Attempts after which a callback is kept as dead.")
+    timeout: PositiveSeconds = Field(15.0, description="Seconds that one attempt may take.")
+    concurrency: int = Field(32, ge=1, le=1000, description="Most callbacks that are sent at the same time.")
+    concurrency_per_host: int = Field(4, ge=1, le=1000, description="Most of them to one host.")
+    retry: CallbackRetrySettings = CallbackRetrySettings()
+
+    @field_validator("hosts", "private_hosts")
+    @classmethod
+    def _are_hosts(cls, given: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        for text in given:
+            if Pattern.read(text).wild and info.field_name == "private_hosts":
+                raise ValueError(f"{text!r}: hosts with private addresses are named one by one")
+        return given
+
+
 class TaskRetrySettings(Settings):
     base: Seconds = Field(
         1.0, description="Seconds before a task's second attempt, at most; the actual delay is random, at least half."
@@ -154,6 +195,7 @@ class TaskSettings(Settings):
     retention: PositiveSeconds = Field(
         7 * 86400.0, description="Seconds that terminal tasks, their results and idempotency keys are kept."
     )
+    callbacks: CallbackSettings = CallbackSettings()
 
 
 ALIASES = {"MODELS_DIR": "models_dir", "DEFAULT_MODEL_CONFIG": "default_preset", "LLM_PROVIDER": "default_provider"}

@@ -105,6 +105,12 @@ class Metrics:
             "Writes that were refused because the task had passed into other hands.",
             registry=self.registry,
         )
+        self.callbacks = Counter(
+            "modelyard_callbacks",
+            "Attempts to deliver callbacks by outcome: delivered, failed (and repeated), dead (given up).",
+            ("outcome",),
+            registry=self.registry,
+        )
         self.store_time = Histogram(
             "modelyard_task_store_seconds",
             "Time that a transaction of the task store took, until it was on disk.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import hashlib
 from collections.abc import Iterator
 from typing import Any
@@ -39,6 +40,9 @@ from modelyard.v1.task_queue_pb2 import (
     TaskResult,
     TaskSpec,
 )
+
+# Tasks come in kinds: a lane that was made before need not be made again.
+_lane_of = functools.lru_cache(maxsize=4096)(lane_of)
 
 _DIGEST_BYTES = 8
 
@@ -79,7 +83,7 @@ def new_task(
     return NewTask(
         tenant=tenant,
         spec=raw,
-        lane=lane_of(tenant, route),
+        lane=_lane_of(tenant, route),
         task_type=route.task_type,
         max_attempts=spec.max_attempts or max_attempts,
         idempotency_key=request.idempotency_key,

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Protocol, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 import grpc
 
 from control_plane.api import convert, task_convert
+from control_plane.api.callbacks import CallbackMethods
 from control_plane.api.metrics import Metrics
 from control_plane.api.orchestrator import served
 from control_plane.api.task_watch import POLL, Feeds, Watch
@@ -18,6 +19,7 @@ from control_plane.api.tenant import tenant_of
 from control_plane.domain.errors import DomainError, draining
 from control_plane.domain.model import ModelName, Provider
 from control_plane.presets import Presets
+from control_plane.tasks.deliveries import Deliveries
 from control_plane.tasks.model import (
     EventRecord,
     Filter,
@@ -30,7 +32,7 @@ from control_plane.tasks.model import (
     Tenant,
     WaitingLane,
 )
-from control_plane.tasks.ports import Callbacks, Dispatching, TaskStore
+from control_plane.tasks.ports import Dispatching, TaskStore
 from modelyard.rpc.errors import Refusal, Violation, invalid
 from modelyard.rpc.reasons import Reason
 from modelyard.rpc.server import InFlight
@@ -45,6 +47,7 @@ from modelyard.rpc.task_validation import (
 from modelyard.v1 import task_queue_pb2
 from modelyard.v1.selection_pb2 import Requirements
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _PAGE_SIZE = 100
@@ -69,7 +72,7 @@ class Routes(Protocol):
         ...
 
 
-class TaskQueueServicer:
+class TaskQueueServicer(CallbackMethods):
     """All methods of the service. Once `stop_accepting` was called, new tasks are refused with DRAINING and watches
     end; what is being written is answered."""
 
@@ -83,7 +86,7 @@ class TaskQueueServicer:
         max_attempts: int,
         write_timeout: float,
         dispatcher: Dispatching | None = None,
-        callbacks: Callbacks | None = None,
+        deliveries: Deliveries | None = None,
     ) -> None:
         """
         store          None: there are no tasks, every method answers UNSUPPORTED
@@ -92,6 +95,7 @@ class TaskQueueServicer:
         write_timeout  seconds that a client may leave its stream unread
         """
         self.metrics = metrics
+        self.deliveries = deliveries
         self._in_flight = in_flight
         self._kept = store
         self._feeds = Feeds(store) if store else None
@@ -99,7 +103,6 @@ class TaskQueueServicer:
         self._max_attempts = max_attempts
         self._write_timeout = write_timeout
         self._dispatcher = dispatcher
-        self._callbacks = callbacks
         self._stopping = asyncio.Event()
 
     def stop_accepting(self) -> None:
@@ -145,7 +148,7 @@ class TaskQueueServicer:
         try:
             if violations := check_times(spec, store.now()):
                 raise invalid(violations)
-            if self._callbacks and spec.HasField("callback") and (why := self._callbacks.problem(spec.callback.url)):
+            if self.deliveries and spec.HasField("callback") and (why := self.deliveries.problem(spec.callback.url)):
                 raise invalid([Violation("spec.callback.url", why)])
             wanted = (work or spec).requirements
             model = self._routes.pinned(wanted) if wanted.model else None
@@ -182,7 +185,7 @@ class TaskQueueServicer:
         tenant = tenant_of(context)
         self._store()
         with self._admit():
-            batch = _Batch(lambda request: self._submit(tenant, request))
+            batch = Batch(lambda request: self._submit(tenant, request))
             reader = asyncio.create_task(batch.read(requests), name="batch-reader")
             stopper = asyncio.create_task(self._stopping.wait(), name="batch-stopper")
             stopper.add_done_callback(lambda _: reader.cancel())
@@ -250,7 +253,7 @@ class TaskQueueServicer:
         waiting = [lane for lane in await store.waiting_lanes() if lane.lane.tenant == tenant]
         waiting.sort(key=lambda lane: lane.oldest)
         lanes = [await self._lane(store, lane) for lane in waiting[:_LANES]]
-        pending, dead = await self._callbacks.counts(tenant) if self._callbacks else (0, 0)
+        pending, dead = await self.deliveries.counts(tenant) if self.deliveries else (0, 0)
         return task_queue_pb2.GetQueueStatsResponse(
             states=[
                 task_queue_pb2.StateCount(state=state.value, count=counts[state])  # type: ignore[arg-type]
@@ -342,7 +345,7 @@ class TaskQueueServicer:
         """The task, if this event made it terminal and it has stayed so."""
         if not event.state.terminal:
             return None
-        full = await self._patiently(lambda: self._store().get(tenant, event.task_id))
+        full = await self._patiently(self._store().get, tenant, event.task_id)
         record = full.record
         return full if record.state.terminal and record.epoch == event.epoch else None
 
@@ -381,14 +384,13 @@ class TaskQueueServicer:
                 stopping.cancel()
                 reading.cancel()
             if tenant is not None and watch.task_id is not None:
-                task_id = watch.task_id
-                await self._patiently(lambda: self._store().get(tenant, task_id))
+                await self._patiently(self._store().get, tenant, watch.task_id)
 
-    async def _patiently(self, read: Callable[[], Awaitable[T]]) -> T:
+    async def _patiently(self, read: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
         """What `read` returns. A stream that runs goes on when the store is away."""
         while True:
             try:
-                return await read()
+                return await read(*args, **kwargs)
             except DomainError as error:
                 if error.reason != Reason.STORE_UNAVAILABLE:
                     raise
@@ -409,7 +411,7 @@ class TaskQueueServicer:
 _LOOK = 10.0
 
 
-class _Batch:
+class Batch:
     """Tasks of one stream between their arrival and their answer, in order."""
 
     def __init__(self, submit: Callable[[task_queue_pb2.BatchSubmitTasksRequest], Awaitable[Submitted]]) -> None:

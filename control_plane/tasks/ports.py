@@ -158,15 +158,3 @@ class Dispatching(Protocol):
     def waiting_for(self, lane: LaneId) -> str:
         """Why the first task of a lane has not started, one sentence for people; empty if nobody knows."""
         ...
-
-
-class Callbacks(Protocol):
-    """What the API asks of whoever delivers callbacks."""
-
-    def problem(self, url: str) -> str | None:
-        """What keeps a well-formed address from being called, for example that its host is not allowed."""
-        ...
-
-    async def counts(self, tenant: Tenant) -> tuple[int, int]:
-        """Callbacks that wait for delivery, and those that were given up."""
-        ...

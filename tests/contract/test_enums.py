@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from control_plane.domain import decision, model, server, task
+from control_plane.tasks import model as task_model
 from model_servers import engine
-from modelyard.client import FEATURES, PRIORITIES, TASK_TYPES, _names
-from modelyard.v1 import fleet_pb2, generation_pb2, selection_pb2, task_pb2
+from modelyard.client import FEATURES, PRIORITIES, TASK_STATES, TASK_TYPES, _names
+from modelyard.v1 import fleet_pb2, generation_pb2, selection_pb2, task_pb2, task_queue_pb2
 
 
 def numbers(enum, prefix: str) -> dict[str, int]:
@@ -36,6 +37,8 @@ MIRRORS = [
     (model.ModelState, MODEL_STATE),
     (engine.ModelState, MODEL_STATE),
     (engine.ToolChoiceMode, numbers(generation_pb2.ToolChoiceMode, "TOOL_CHOICE_MODE_")),
+    (task_model.TaskState, numbers(task_queue_pb2.TaskState, "TASK_STATE_")),
+    (task_model.EventType, numbers(task_queue_pb2.TaskEventType, "TASK_EVENT_TYPE_")),
 ]
 
 
@@ -65,7 +68,7 @@ def test_permanent_rejections_are_those_the_contract_calls_so() -> None:
 
 
 def test_zero_is_always_unspecified() -> None:
-    for file in (fleet_pb2, generation_pb2, selection_pb2, task_pb2):
+    for file in (fleet_pb2, generation_pb2, selection_pb2, task_pb2, task_queue_pb2):
         for enum in file.DESCRIPTOR.enum_types_by_name.values():
             assert enum.values_by_number[0].name.endswith("_UNSPECIFIED")
 
@@ -83,6 +86,8 @@ def test_names_of_the_client() -> None:
         _names.LEASE_STATE: (fleet_pb2.LeaseState, "LEASE_STATE_"),
         _names.HEALTH: (fleet_pb2.ServerHealth, "SERVER_HEALTH_"),
         _names.MODEL_STATE: (fleet_pb2.ModelState, "MODEL_STATE_"),
+        _names.TASK_STATE: (task_queue_pb2.TaskState, "TASK_STATE_"),
+        _names.TASK_EVENT_TYPE: (task_queue_pb2.TaskEventType, "TASK_EVENT_TYPE_"),
         _names.BREAKER_STATE: (fleet_pb2.BreakerState, "BREAKER_STATE_"),
     }
     for table, (enum, prefix) in tables.items():
@@ -94,3 +99,4 @@ def test_names_of_the_client() -> None:
     assert set(TASK_TYPES) == {name.lower() for name in TASK_TYPE}
     assert PRIORITIES == ("low", "normal", "high", "critical")
     assert set(FEATURES) == {name.lower() for name in FEATURE}
+    assert tuple(state.name.lower() for state in task_model.TaskState) == TASK_STATES

@@ -6,10 +6,10 @@ import inspect
 
 import pytest
 
-from modelyard.testing import FakeModelServer, FakeOrchestrator
+from modelyard.testing import FakeModelServer, FakeOrchestrator, FakeTaskQueue
 
 
-@pytest.mark.parametrize("fake", [FakeOrchestrator, FakeModelServer])
+@pytest.mark.parametrize("fake", [FakeOrchestrator, FakeModelServer, FakeTaskQueue])
 def test_every_method_is_served(fake) -> None:
     for method in fake.service.methods:
         behaviour = getattr(fake, method.name)

@@ -35,8 +35,10 @@ def test_names_equal_values() -> None:
 
 
 def test_every_reason_named_by_an_rpc_exists() -> None:
-    for proto in ("orchestrator.proto", "model_server.proto"):
-        for block in re.findall(r"Errors: (.+?)\n *(?:rpc|// buf)", (PROTOS / proto).read_text(), re.DOTALL):
+    for proto in ("orchestrator.proto", "model_server.proto", "task_queue.proto", "belief.proto"):
+        for block in re.findall(
+            r"(?:Errors|Errors of the stream): (.+?)\n *(?:rpc|// buf)", (PROTOS / proto).read_text(), re.DOTALL
+        ):
             for word in re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b|\b(?:UNSUPPORTED|DRAINING|SUPERSEDED|INTERNAL)\b", block):
                 assert word in Reason.__members__, f"{proto} names {word}"
 

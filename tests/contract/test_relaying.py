@@ -5,15 +5,26 @@ from __future__ import annotations
 import pytest
 
 from modelyard.v1 import (
+    belief_pb2,
     fleet_pb2,
     generation_pb2,
     model_server_pb2,
     orchestrator_pb2,
     selection_pb2,
     task_pb2,
+    task_queue_pb2,
 )
 
-FILES = [fleet_pb2, generation_pb2, model_server_pb2, orchestrator_pb2, selection_pb2, task_pb2]
+FILES = [
+    belief_pb2,
+    fleet_pb2,
+    generation_pb2,
+    model_server_pb2,
+    orchestrator_pb2,
+    selection_pb2,
+    task_pb2,
+    task_queue_pb2,
+]
 
 
 def test_a_delta_has_the_same_bytes_from_both() -> None:
@@ -39,3 +50,17 @@ def test_package(file) -> None:
 def test_services_are_those_that_programs_serve() -> None:
     assert set(orchestrator_pb2.DESCRIPTOR.services_by_name) == {"Orchestrator"}
     assert set(model_server_pb2.DESCRIPTOR.services_by_name) == {"ModelServer"}
+    assert set(task_queue_pb2.DESCRIPTOR.services_by_name) == {"TaskQueue"}
+    assert set(belief_pb2.DESCRIPTOR.services_by_name) == {"Beliefs"}
+
+
+@pytest.mark.parametrize("name", ["input", "task_type", "priority", "requirements", "preset"])
+def test_a_spec_says_what_a_request_says(name: str) -> None:
+    spec = task_queue_pb2.TaskSpec.DESCRIPTOR.fields_by_name[name]
+    request = orchestrator_pb2.GenerateRequest.DESCRIPTOR.fields_by_name[name]
+    assert (spec.message_type, spec.enum_type, spec.type) == (request.message_type, request.enum_type, request.type)
+
+
+def test_both_ways_to_submit_have_the_same_fields() -> None:
+    one, many = task_queue_pb2.SubmitTaskRequest.DESCRIPTOR, task_queue_pb2.BatchSubmitTasksRequest.DESCRIPTOR
+    assert {f.number: f.name for f in one.fields} == {f.number: f.name for f in many.fields}

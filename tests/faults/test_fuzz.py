@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from modelyard.testing import FakeModelServer
-from modelyard.v1 import model_server_pb2, orchestrator_pb2
+from modelyard.v1 import belief_pb2, model_server_pb2, orchestrator_pb2, task_queue_pb2, task_queue_pb2_grpc
 from tests.harness.front_door import ask, attached, front_door
 from tests.harness.model_servers import model_server, request
 
@@ -52,7 +52,11 @@ def scramble(message: Message, chance: random.Random, depth: int = 0) -> None:
             if depth > 5:
                 continue
             if field.message_type.GetOptions().map_entry:
-                getattr(message, field.name)[chance.choice(_INTERESTING_TEXTS)] = chance.choice(_INTERESTING_TEXTS)
+                entries, key = getattr(message, field.name), chance.choice(_INTERESTING_TEXTS)
+                if field.message_type.fields_by_name["value"].message_type is not None:
+                    scramble(entries[key], chance, depth + 1)
+                else:
+                    entries[key] = chance.choice(_INTERESTING_TEXTS)
             elif repeated:
                 for _ in range(chance.randrange(3)):
                     scramble(getattr(message, field.name).add(), chance, depth + 1)
@@ -115,6 +119,8 @@ def metadata(chance: random.Random) -> tuple[tuple[str, str | bytes], ...]:
         pairs.append(("modelyard-request-id", "x" * chance.randrange(200)))
     if chance.random() < 0.2:
         pairs.append(("authorization", "Bearer x"))
+    if chance.random() < 0.2:
+        pairs.append(("modelyard-tenant", chance.choice(("", "a", "a b", "default", "x" * 100))))
     return tuple(pairs)
 
 
@@ -183,6 +189,26 @@ async def test_the_control_plane_refuses_in_order(seed, caplog):
         await fake.attach(door.address)
         assert (await door.generate(ask(server_id="one"))).done
         await door.until_idle()
+    assert "incident" not in caplog.text
+
+
+@pytest.mark.parametrize("service", [task_queue_pb2, belief_pb2], ids=["TaskQueue", "Beliefs"])
+async def test_durable_tasks_refuse_in_order(service, caplog, tmp_path):
+    (described,) = service.DESCRIPTOR.services_by_name.values()
+    store = f"sqlite:///{tmp_path / 'tasks.db'}"
+    async with (
+        front_door(tasks={"store": store}) as door,
+        attached(door, FakeModelServer("one")),
+    ):
+        judge(await bombard(door.channel, described, seed=4))
+        # What was accepted by chance does no harm: tasks still run.
+        stub = task_queue_pb2_grpc.TaskQueueStub(door.channel)
+        spec = task_queue_pb2.TaskSpec(input=ask().input)
+        metadata = (("modelyard-tenant", "after"),)
+        submitted = await stub.SubmitTask(task_queue_pb2.SubmitTaskRequest(spec=spec), metadata=metadata)
+        watch = stub.WatchTask(task_queue_pb2.WatchTaskRequest(id=submitted.task.id), metadata=metadata, timeout=20)
+        *_, last = [message async for message in watch]
+        assert last.task.result.text == "Hello, world"
     assert "incident" not in caplog.text
 
 

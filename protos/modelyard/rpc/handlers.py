@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterable, Awaitable, Callable
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -151,16 +151,20 @@ def _parser(message: type[Message], max_request_bytes: int | None) -> Callable[[
 class _Requests:
     """A client stream, parsed as it is read."""
 
-    __slots__ = ("_next", "_parse")
+    __slots__ = ("_next", "_parse", "_source")
 
-    def __init__(self, source: AsyncIterator[bytes], parse: Callable[[bytes], Message]) -> None:
-        self._next = aiter(source).__anext__
+    def __init__(self, source: AsyncIterable[bytes], parse: Callable[[bytes], Message]) -> None:
+        self._source = source
+        self._next: Callable[[], Awaitable[bytes]] | None = None
         self._parse = parse
 
     def __aiter__(self) -> _Requests:
         return self
 
     async def __anext__(self) -> Message:
+        if self._next is None:
+            # Not earlier: of an iterator that is made and never used, Python complains.
+            self._next = aiter(self._source).__anext__
         return self._parse(await self._next())
 
 

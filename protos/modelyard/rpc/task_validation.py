@@ -33,7 +33,7 @@ MAX_ID = 64
 MAX_PAGE = 1000
 MAX_PAGE_TOKEN = 512
 MAX_WANTED = 64
-"""Excluded servers, excluded models, labels, features of one task. They make its lane, of which each costs."""
+"""Excluded servers and labels of one task. They make its lane, of which each costs."""
 
 _EARLIEST, _LATEST = -62_135_596_800, 253_402_300_799
 """The range of google.protobuf.Timestamp as it is documented: the years 1 to 9999."""
@@ -107,7 +107,7 @@ def url_problem(url: str) -> str | None:
         port, host = parts.port, parts.hostname or ""
     except ValueError as error:
         return f"is no address: {error}"
-    if parts.scheme != "https":
+    if parts.scheme not in ("https", "http"):  # whether http may be is for the settings to say
         return "must begin with https://"
     if parts.username is not None or parts.password is not None:
         return "must not carry a user or a password"
@@ -122,7 +122,6 @@ def _check_sizes(wanted: selection_pb2.Requirements, found: Violations) -> None:
     path = "spec.requirements"
     for name, texts in (
         ("excluded_server_ids", wanted.excluded_server_ids),
-        ("excluded_models", wanted.excluded_models),
         ("labels", [*wanted.labels, *wanted.labels.values()]),
     ):
         if len(texts) > (2 * MAX_WANTED if name == "labels" else MAX_WANTED):

@@ -11,5 +11,15 @@ async with FakeOrchestrator() as fake:
 from modelyard.testing.model_server import FakeModelServer, model_info, model_progress
 from modelyard.testing.orchestrator import FakeOrchestrator
 from modelyard.testing.server import Call, FakeServer, Gate
+from modelyard.testing.task_queue import FakeTaskQueue
 
-__all__ = ["Call", "FakeModelServer", "FakeOrchestrator", "FakeServer", "Gate", "model_info", "model_progress"]
+__all__ = [
+    "Call",
+    "FakeModelServer",
+    "FakeOrchestrator",
+    "FakeServer",
+    "FakeTaskQueue",
+    "Gate",
+    "model_info",
+    "model_progress",
+]

@@ -73,7 +73,8 @@ class BeliefsServicer(object):
     """
 
     def PutBelief(self, request, context):
-        """Writes a fact over whatever was there.
+        """Writes a fact over whatever was there. Keys that begin with "tasks/" are the
+        control plane's own.
 
         Idempotent but for `version` and `updated_at`. Errors: INVALID_REQUEST.
         """

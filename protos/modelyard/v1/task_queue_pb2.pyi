@@ -37,6 +37,13 @@ class TaskEventType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TASK_EVENT_TYPE_CANCELLED: _ClassVar[TaskEventType]
     TASK_EVENT_TYPE_EXPIRED: _ClassVar[TaskEventType]
     TASK_EVENT_TYPE_RETRIED: _ClassVar[TaskEventType]
+
+class CallbackState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CALLBACK_STATE_UNSPECIFIED: _ClassVar[CallbackState]
+    CALLBACK_STATE_PENDING: _ClassVar[CallbackState]
+    CALLBACK_STATE_DELIVERED: _ClassVar[CallbackState]
+    CALLBACK_STATE_DEAD: _ClassVar[CallbackState]
 TASK_STATE_UNSPECIFIED: TaskState
 TASK_STATE_QUEUED: TaskState
 TASK_STATE_SCHEDULED: TaskState
@@ -56,6 +63,10 @@ TASK_EVENT_TYPE_FAILED: TaskEventType
 TASK_EVENT_TYPE_CANCELLED: TaskEventType
 TASK_EVENT_TYPE_EXPIRED: TaskEventType
 TASK_EVENT_TYPE_RETRIED: TaskEventType
+CALLBACK_STATE_UNSPECIFIED: CallbackState
+CALLBACK_STATE_PENDING: CallbackState
+CALLBACK_STATE_DELIVERED: CallbackState
+CALLBACK_STATE_DEAD: CallbackState
 
 class TaskSpec(_message.Message):
     __slots__ = ("input", "task_type", "priority", "requirements", "preset", "not_before", "deadline", "max_attempts", "callback", "group", "labels", "attempt_timeout")
@@ -434,3 +445,59 @@ class Lane(_message.Message):
     waiting_for: str
     count: int
     def __init__(self, task_type: _Optional[_Union[_task_pb2.TaskType, str]] = ..., priority: _Optional[_Union[_task_pb2.TaskPriority, str]] = ..., model: _Optional[str] = ..., provider: _Optional[str] = ..., oldest_created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., waiting_for: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
+
+class CallbackDelivery(_message.Message):
+    __slots__ = ("id", "task_id", "type", "url", "state", "attempt_count", "created_at", "next_attempt_at", "finished_at", "failure_message")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    URL_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_COUNT_FIELD_NUMBER: _ClassVar[int]
+    CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    NEXT_ATTEMPT_AT_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_AT_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    task_id: str
+    type: str
+    url: str
+    state: CallbackState
+    attempt_count: int
+    created_at: _timestamp_pb2.Timestamp
+    next_attempt_at: _timestamp_pb2.Timestamp
+    finished_at: _timestamp_pb2.Timestamp
+    failure_message: str
+    def __init__(self, id: _Optional[str] = ..., task_id: _Optional[str] = ..., type: _Optional[str] = ..., url: _Optional[str] = ..., state: _Optional[_Union[CallbackState, str]] = ..., attempt_count: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., next_attempt_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., finished_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., failure_message: _Optional[str] = ...) -> None: ...
+
+class ListCallbacksRequest(_message.Message):
+    __slots__ = ("states", "task_id", "page_size", "page_token")
+    STATES_FIELD_NUMBER: _ClassVar[int]
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    states: _containers.RepeatedScalarFieldContainer[CallbackState]
+    task_id: str
+    page_size: int
+    page_token: str
+    def __init__(self, states: _Optional[_Iterable[_Union[CallbackState, str]]] = ..., task_id: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListCallbacksResponse(_message.Message):
+    __slots__ = ("callbacks", "next_page_token")
+    CALLBACKS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    callbacks: _containers.RepeatedCompositeFieldContainer[CallbackDelivery]
+    next_page_token: str
+    def __init__(self, callbacks: _Optional[_Iterable[_Union[CallbackDelivery, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class ResendCallbackRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class ResendCallbackResponse(_message.Message):
+    __slots__ = ("callback",)
+    CALLBACK_FIELD_NUMBER: _ClassVar[int]
+    callback: CallbackDelivery
+    def __init__(self, callback: _Optional[_Union[CallbackDelivery, _Mapping]] = ...) -> None: ...

@@ -101,6 +101,16 @@ class TaskQueueStub(object):
                 request_serializer=modelyard_dot_v1_dot_task__queue__pb2.GetQueueStatsRequest.SerializeToString,
                 response_deserializer=modelyard_dot_v1_dot_task__queue__pb2.GetQueueStatsResponse.FromString,
                 _registered_method=True)
+        self.ListCallbacks = channel.unary_unary(
+                '/modelyard.v1.TaskQueue/ListCallbacks',
+                request_serializer=modelyard_dot_v1_dot_task__queue__pb2.ListCallbacksRequest.SerializeToString,
+                response_deserializer=modelyard_dot_v1_dot_task__queue__pb2.ListCallbacksResponse.FromString,
+                _registered_method=True)
+        self.ResendCallback = channel.unary_unary(
+                '/modelyard.v1.TaskQueue/ResendCallback',
+                request_serializer=modelyard_dot_v1_dot_task__queue__pb2.ResendCallbackRequest.SerializeToString,
+                response_deserializer=modelyard_dot_v1_dot_task__queue__pb2.ResendCallbackResponse.FromString,
+                _registered_method=True)
 
 
 class TaskQueueServicer(object):
@@ -229,6 +239,26 @@ class TaskQueueServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListCallbacks(self, request, context):
+        """What became of the callbacks of the tenant's tasks, the newest first, in pages.
+
+        Idempotent. Errors: INVALID_REQUEST.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResendCallback(self, request, context):
+        """Sends a callback again, at once and with its full number of attempts, whatever
+        became of it before. Its `webhook-id` stays the same.
+
+        Idempotent until it is delivered. Errors: INVALID_REQUEST, UNKNOWN_TASK (no such
+        callback).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TaskQueueServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -281,6 +311,16 @@ def add_TaskQueueServicer_to_server(servicer, server):
                     servicer.GetQueueStats,
                     request_deserializer=modelyard_dot_v1_dot_task__queue__pb2.GetQueueStatsRequest.FromString,
                     response_serializer=modelyard_dot_v1_dot_task__queue__pb2.GetQueueStatsResponse.SerializeToString,
+            ),
+            'ListCallbacks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCallbacks,
+                    request_deserializer=modelyard_dot_v1_dot_task__queue__pb2.ListCallbacksRequest.FromString,
+                    response_serializer=modelyard_dot_v1_dot_task__queue__pb2.ListCallbacksResponse.SerializeToString,
+            ),
+            'ResendCallback': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResendCallback,
+                    request_deserializer=modelyard_dot_v1_dot_task__queue__pb2.ResendCallbackRequest.FromString,
+                    response_serializer=modelyard_dot_v1_dot_task__queue__pb2.ResendCallbackResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -570,6 +610,60 @@ class TaskQueue(object):
             '/modelyard.v1.TaskQueue/GetQueueStats',
             modelyard_dot_v1_dot_task__queue__pb2.GetQueueStatsRequest.SerializeToString,
             modelyard_dot_v1_dot_task__queue__pb2.GetQueueStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCallbacks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modelyard.v1.TaskQueue/ListCallbacks',
+            modelyard_dot_v1_dot_task__queue__pb2.ListCallbacksRequest.SerializeToString,
+            modelyard_dot_v1_dot_task__queue__pb2.ListCallbacksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResendCallback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modelyard.v1.TaskQueue/ResendCallback',
+            modelyard_dot_v1_dot_task__queue__pb2.ResendCallbackRequest.SerializeToString,
+            modelyard_dot_v1_dot_task__queue__pb2.ResendCallbackResponse.FromString,
             options,
             channel_credentials,
             insecure,

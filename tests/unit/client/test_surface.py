@@ -11,7 +11,7 @@ import typing
 import pytest
 
 from modelyard import client
-from modelyard.client import _requests, _types
+from modelyard.client import _requests, _task_messages, _task_types, _types
 
 
 def test_all_is_sorted_and_complete() -> None:
@@ -31,7 +31,7 @@ def test_everything_public_is_documented(name: str) -> None:
 
 
 def test_every_value_is_public_and_frozen() -> None:
-    for name, kind in vars(_types).items():
+    for name, kind in {**vars(_types), **vars(_task_types)}.items():
         if dataclasses.is_dataclass(kind):
             assert name in client.__all__
             assert kind.__dataclass_params__.frozen
@@ -43,6 +43,7 @@ def test_sync_client_has_the_surface_of_the_async_one() -> None:
         return {name: list(inspect.signature(value).parameters) for name, value in members.items() if callable(value)}
 
     assert surface(client.Client) == surface(client.AsyncClient)
+    assert surface(client.Tasks) == surface(client.AsyncTasks)
     streams = surface(client.SyncGenerationStream).keys() | {"aclose", "abandon"}
     assert streams - {"close"} == surface(client.GenerationStream).keys()
 
@@ -61,6 +62,13 @@ def test_typed_options_are_those_that_are_understood(builder, options) -> None:
         if parameter.kind is parameter.KEYWORD_ONLY
     }
     assert keywords == set(typing.get_type_hints(options))
+
+
+def test_typed_options_of_a_task() -> None:
+    parameters = inspect.signature(_task_messages.submit_request).parameters.values()
+    own = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    everything = set(typing.get_type_hints(_task_messages.TaskOptions))
+    assert own == everything - set(typing.get_type_hints(_requests.GenerateOptions))
 
 
 def test_import_is_light() -> None:

@@ -20,14 +20,14 @@ _PROBE_SECONDS = 2.0
 
 def call(session: Session, work: Callable[[AsyncClient], Awaitable[T]]) -> T:
     """Run `work` with a client. Ctrl-C cancels it, and KeyboardInterrupt is raised when it has ended."""
-    return asyncio.run(_with_client(client_settings(session), work))
+    return asyncio.run(_with_client(client_settings(session), session.tenant, work))
 
 
-async def _with_client(settings: ClientSettings, work: Callable[[AsyncClient], Awaitable[T]]) -> T:
+async def _with_client(settings: ClientSettings, tenant: str | None, work: Callable[[AsyncClient], Awaitable[T]]) -> T:
     from modelyard.client import AsyncClient, ModelyardError
 
     try:
-        async with AsyncClient(settings.address, timeout=settings.timeout) as client:
+        async with AsyncClient(settings.address, timeout=settings.timeout, tenant=tenant) as client:
             return await work(client)
     except ModelyardError as error:
         raise Failed(await told(error, settings.address)) from error

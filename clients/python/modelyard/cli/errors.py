@@ -21,6 +21,7 @@ FAILED, USAGE, UNREACHABLE, NOT_FOUND, UNAVAILABLE, INTERRUPTED = 1, 2, 3, 4, 5,
 
 _UP = "start one with `modelyard up`, or name another with --address"
 SERVERS = "see `modelyard servers`"
+TASKS = "see `modelyard tasks list`"
 
 # Reason -> (exit status, cure). The reasons are those of the error table in orchestrator.proto.
 REASONS: Mapping[str, tuple[int, str]] = {
@@ -28,6 +29,10 @@ REASONS: Mapping[str, tuple[int, str]] = {
     "CONTEXT_TOO_LONG": (USAGE, "shorten the prompt, or choose a --model with a longer context"),
     "UNKNOWN_MODEL": (NOT_FOUND, "see `modelyard models`"),
     "UNKNOWN_SERVER": (NOT_FOUND, SERVERS),
+    "UNKNOWN_TASK": (NOT_FOUND, TASKS),
+    "UNKNOWN_BELIEF": (NOT_FOUND, "see `modelyard beliefs list`"),
+    "IDEMPOTENCY_CONFLICT": (USAGE, "choose another key"),
+    "WRONG_STATE": (FAILED, "see `modelyard tasks get`"),
     "NO_CAPABLE_SERVER": (NOT_FOUND, "`modelyard explain` with the same options shows every candidate"),
     "CONTENT_REFUSED": (FAILED, "reword it, or choose another --model"),
     "QUEUE_FULL": (UNAVAILABLE, "try again later"),
@@ -35,6 +40,9 @@ REASONS: Mapping[str, tuple[int, str]] = {
     "SERVER_BUSY": (UNAVAILABLE, "try again later"),
     "RATE_LIMITED": (UNAVAILABLE, "try again later"),
     "OUT_OF_MEMORY": (UNAVAILABLE, "make room with `modelyard models unload`"),
+    "STORE_FULL": (UNAVAILABLE, "free space on the disk of the control plane's database"),
+    "STORE_UNAVAILABLE": (UNAVAILABLE, "the control plane's database does not answer; try again later"),
+    "LEASE_LOST": (UNAVAILABLE, "try again later"),
     "FLEET_WARMING_UP": (UNAVAILABLE, "try again in a moment"),
     "SERVERS_AWAY": (UNAVAILABLE, SERVERS),
     "DRAINING": (UNAVAILABLE, "the control plane is shutting down"),

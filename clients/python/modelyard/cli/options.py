@@ -29,6 +29,7 @@ TASK_TYPES = (
 )
 # fmt: on
 PRIORITIES = ("low", "normal", "high", "critical")
+TASK_STATES = ("queued", "scheduled", "running", "succeeded", "failed", "cancelled", "expired")
 
 
 def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -43,6 +44,20 @@ as_json: Callable[[F], F] = click.option(
     expose_value=False,
     callback=_remember_json,
     help="Print JSON, errors too.",
+)
+
+
+def _remember_tenant(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    if value:
+        ctx.ensure_object(Session).tenant = value
+
+
+tenant_option: Callable[[F], F] = click.option(
+    "--tenant",
+    metavar="NAME",
+    expose_value=False,
+    callback=_remember_tenant,
+    help='Whose. Default: MODELYARD_TENANT, "default".',
 )
 
 _REQUIREMENTS = (
@@ -97,6 +112,7 @@ def _all(options: tuple[Callable[[Any], Any], ...]) -> Callable[[F], F]:
 requirement_options: Callable[[F], F] = _all(_REQUIREMENTS)
 chat_options: Callable[[F], F] = _all((*_ROUTING, *_SAMPLING))
 request_options: Callable[[F], F] = _all((*_ROUTING, *_SAMPLING, *_SHAPE))
+batch_options: Callable[[F], F] = _all((*_ROUTING, *_SAMPLING))
 
 timeout_option: Callable[[F], F] = click.option(
     "--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Most seconds the request may take."

@@ -22,6 +22,8 @@ class Session:
     """Of the control plane, as given with --address."""
     config: Path | None = None
     """The configuration file, as given with --config."""
+    tenant: str | None = None
+    """Whose tasks and beliefs are meant, as given with --tenant."""
     json: bool = False
     """Print facts, and errors too, as JSON on standard output."""
 

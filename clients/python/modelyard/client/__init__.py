@@ -9,7 +9,9 @@
 to do (see `modelyard.client.ModelyardError` and the tree in its module's docstring).
 """
 
-from modelyard.client._async import ADDRESS_VARIABLE, DEFAULT_ADDRESS, AsyncClient
+from modelyard.client._async import ADDRESS_VARIABLE, DEFAULT_ADDRESS, TENANT_VARIABLE, AsyncClient
+from modelyard.client._belief_types import Belief, CallbackDelivery
+from modelyard.client._beliefs import AsyncBeliefs, AsyncCallbacks
 from modelyard.client._errors import (
     AttemptsExhausted,
     Cancelled,
@@ -22,8 +24,10 @@ from modelyard.client._errors import (
     EngineFailed,
     FieldViolation,
     FleetWarmingUp,
+    IdempotencyConflict,
     InternalError,
     InvalidRequest,
+    LeaseLost,
     ModelyardError,
     NoCapableServer,
     OutOfMemory,
@@ -33,18 +37,30 @@ from modelyard.client._errors import (
     ServerBusy,
     ServersAway,
     SlowReader,
+    StoreFull,
+    StoreUnavailable,
     StreamBroken,
     Superseded,
+    TaskFailed,
     TimedOut,
     TryAgain,
+    UnknownBelief,
     UnknownModel,
     UnknownServer,
+    UnknownTask,
     Unsupported,
+    WrongState,
 )
-from modelyard.client._names import FEATURES, PRIORITIES, TASK_TYPES
+from modelyard.client._names import FEATURES, PRIORITIES, TASK_STATES, TASK_TYPES
+from modelyard.client._request_queue import RequestOptions, RequestQueue, RequestQueueStatistics
 from modelyard.client._requests import GenerateOptions, Input, Requirements
 from modelyard.client._stream import GenerationStream
 from modelyard.client._sync import Client, SyncGenerationStream
+from modelyard.client._sync_beliefs import Beliefs, Callbacks
+from modelyard.client._sync_tasks import Tasks
+from modelyard.client._task_messages import NewTask, TaskOptions
+from modelyard.client._task_types import QueueStats, Submission, Task, TaskAttempt, TaskEvent, TaskLane
+from modelyard.client._tasks import AsyncTasks
 from modelyard.client._types import (
     Attempt,
     Candidate,
@@ -81,10 +97,19 @@ __all__ = [
     "DEFAULT_ADDRESS",
     "FEATURES",
     "PRIORITIES",
+    "TASK_STATES",
     "TASK_TYPES",
+    "TENANT_VARIABLE",
+    "AsyncBeliefs",
+    "AsyncCallbacks",
     "AsyncClient",
+    "AsyncTasks",
     "Attempt",
     "AttemptsExhausted",
+    "Belief",
+    "Beliefs",
+    "CallbackDelivery",
+    "Callbacks",
     "Cancelled",
     "Candidate",
     "Client",
@@ -106,24 +131,31 @@ __all__ = [
     "GenerationResult",
     "GenerationStream",
     "Health",
+    "IdempotencyConflict",
     "Image",
     "Input",
     "InternalError",
     "InvalidRequest",
+    "LeaseLost",
     "Message",
     "Model",
     "ModelProgress",
     "ModelRuntime",
     "ModelyardError",
+    "NewTask",
     "NoCapableServer",
     "OutOfMemory",
     "Placement",
     "Preset",
     "Price",
     "QueueFull",
+    "QueueStats",
     "QueueTimeout",
     "RateLimited",
     "Rejection",
+    "RequestOptions",
+    "RequestQueue",
+    "RequestQueueStatistics",
     "Requirements",
     "ScorePart",
     "ServedModel",
@@ -131,9 +163,19 @@ __all__ = [
     "ServerStatus",
     "ServersAway",
     "SlowReader",
+    "StoreFull",
+    "StoreUnavailable",
     "StreamBroken",
+    "Submission",
     "Superseded",
     "SyncGenerationStream",
+    "Task",
+    "TaskAttempt",
+    "TaskEvent",
+    "TaskFailed",
+    "TaskLane",
+    "TaskOptions",
+    "Tasks",
     "TimedOut",
     "Timings",
     "TokenLogprob",
@@ -142,8 +184,11 @@ __all__ = [
     "ToolCallDelta",
     "TopLogprob",
     "TryAgain",
+    "UnknownBelief",
     "UnknownModel",
     "UnknownServer",
+    "UnknownTask",
     "Unsupported",
     "Usage",
+    "WrongState",
 ]

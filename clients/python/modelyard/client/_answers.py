@@ -22,11 +22,11 @@ def delta(message: generation_pb2.GenerationDelta) -> types.Delta:
         tuple(types.ToolCallDelta(call.index, call.id, call.name, call.arguments_json) for call in calls)
         if calls
         else (),
-        tuple(_logprob(logprob) for logprob in logprobs) if logprobs else (),
+        tuple(logprob(each) for each in logprobs) if logprobs else (),
     )
 
 
-def _logprob(message: generation_pb2.TokenLogprob) -> types.TokenLogprob:
+def logprob(message: generation_pb2.TokenLogprob) -> types.TokenLogprob:
     top = tuple(types.TopLogprob(each.token, each.logprob) for each in message.top)
     return types.TokenLogprob(message.token, message.logprob, top)
 
@@ -105,7 +105,7 @@ def _attempt(message: orchestrator_pb2.Attempt) -> types.Attempt:
         message.server_id,
         message.model,
         message.provider,
-        _time(message, "started_at"),
+        time(message, "started_at"),
         message.failure_reason,
         message.failure_message,
     )
@@ -219,8 +219,8 @@ def server(message: fleet_pb2.ModelServerStatus) -> types.ServerStatus:
         in_flight=message.in_flight,
         models=tuple(_served_model(info, runtimes.get(info.name)) for info in report.models),
         lease_epoch=message.lease_epoch,
-        attached_at=_time(message, "attached_at"),
-        reported_at=_time(message, "reported_at"),
+        attached_at=time(message, "attached_at"),
+        reported_at=time(message, "reported_at"),
         memory_used_bytes=hardware.memory_used_bytes,
         manages_models=report.engine.manages_models,
         pool=_pool(report.pool) if report.HasField("pool") else None,
@@ -302,7 +302,7 @@ def _seconds(message: Any, field: str) -> float | None:
     return float(duration.seconds + duration.nanos / 1e9)
 
 
-def _time(message: Any, field: str) -> datetime | None:
+def time(message: Any, field: str) -> datetime | None:
     if not message.HasField(field):
         return None
     return getattr(message, field).ToDatetime(UTC)  # type: ignore[no-any-return]

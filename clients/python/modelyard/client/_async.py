@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import math
 import os
+import re
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -14,9 +15,11 @@ import grpc
 import grpc.aio
 
 from modelyard.client import _answers as answers
+from modelyard.client._beliefs import AsyncBeliefs, AsyncCallbacks
 from modelyard.client._errors import Cancelled, from_call, parsed
 from modelyard.client._requests import GenerateOptions, Input, Requirements, embed_request, generate_request
 from modelyard.client._stream import GenerationStream
+from modelyard.client._tasks import AsyncTasks
 from modelyard.client._timing import Patience
 from modelyard.client._types import (
     Decision,
@@ -34,6 +37,7 @@ from modelyard.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 
 ADDRESS_VARIABLE = "MODELYARD_ADDRESS"
 DEFAULT_ADDRESS = "127.0.0.1:7460"
+TENANT_VARIABLE = "MODELYARD_TENANT"
 _SERVICE = "modelyard.v1.Orchestrator"
 _HEALTH_TIMEOUT = 5.0
 
@@ -52,13 +56,22 @@ class AsyncClient:
     timeout   seconds that each call may take, its retries included; None: the control plane's limit
     retries   how often a call that failed with TryAgain is made again, after the pause that the
               control plane asks for; never after a part of the answer has come
+    tenant    whose durable tasks and beliefs are meant; default: environment variable
+              MODELYARD_TENANT, else "default"
 
     May be made anywhere; belongs to the event loop that uses it first. One connection is used for
     all calls. Failures raise ModelyardError (see there for the tree), wrong arguments ValueError
     or TypeError.
     """
 
-    def __init__(self, address: str | None = None, *, timeout: float | None = None, retries: int = 0) -> None:
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        timeout: float | None = None,
+        retries: int = 0,
+        tenant: str | None = None,
+    ) -> None:
         self.address = address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS
         self._timeout = timeout
         self._retries = retries
@@ -66,6 +79,13 @@ class AsyncClient:
         self._stub: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
+        self._metadata = _tenant_metadata(tenant or os.environ.get(TENANT_VARIABLE))
+        self.tasks = AsyncTasks(self)
+        """Durable tasks."""
+        self.beliefs = AsyncBeliefs(self)
+        """What is held to be true."""
+        self.callbacks = AsyncCallbacks(self)
+        """What became of the callbacks of durable tasks."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -276,3 +296,12 @@ class AsyncClient:
         task = asyncio.current_task()
         if self._closed and not (task and task.cancelling()):
             raise Cancelled("the client was closed") from None
+
+
+def _tenant_metadata(tenant: str | None) -> tuple[tuple[str, str], ...]:
+    """What goes with every call about tasks and beliefs. Raises ValueError for what is no name of a tenant."""
+    if not tenant:
+        return ()
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", tenant):
+        raise ValueError(f'a tenant is 1 to 64 letters, digits, ".", "_" or "-", not {tenant!r}')
+    return (("modelyard-tenant", tenant),)

@@ -6,6 +6,11 @@
     +-- ContentRefused             the provider will not answer this
     +-- UnknownModel               choose one of those named
     +-- UnknownServer              see Client.servers()
+    +-- UnknownTask                see Client.tasks.list()
+    +-- UnknownBelief              no fact has this key
+    +-- IdempotencyConflict        the key names another task: choose another key
+    +-- WrongState                 the task's state forbids it: cancel or retry it first
+    +-- TaskFailed                 a durable task did not succeed; .task says why
     +-- NoCapableServer            relax what the nearest miss names
     +-- Unsupported                choose another model
     +-- TryAgain                   nothing was generated; waiting may help (see .retry_after)
@@ -13,6 +18,8 @@
     |   +-- ServerBusy
     |   +-- RateLimited            the provider limits the rate
     |   +-- OutOfMemory            unload another model
+    |   +-- StoreFull              free space on the database's disk
+    |   +-- StoreUnavailable       the database does not answer
     |   +-- FleetWarmingUp
     |   +-- ServersAway
     |   +-- Draining
@@ -20,6 +27,7 @@
     |   +-- EngineFailed
     |   +-- CredentialsRejected    mend the model server's key
     |   +-- ConnectionFailed       no control plane answers
+    +-- LeaseLost                  of an attempt: its control plane was gone; the task runs again
     +-- StreamBroken               the answer broke off; .partial has what came
     +-- SlowReader                 read faster, or ask for less
     +-- TimedOut
@@ -45,12 +53,16 @@ from modelyard.rpc.errors import Refusal, from_rpc_error
 from modelyard.rpc.reasons import Reason
 
 if TYPE_CHECKING:
+    from modelyard.client._task_types import Task
     from modelyard.client._types import GenerationResult
 
 REQUEST_ID_KEY = "modelyard-request-id"
 
 FOREIGN_PEER = "no control plane"
 """`metadata["peer"]` of Unsupported where not the model lacks something, but what answers is no control plane."""
+
+_LOST_STATUS = "Internal error from Core"
+"""What gRPC's library says, whatever the peer said, where a write meets the end of its stream."""
 
 T = TypeVar("T")
 
@@ -136,6 +148,30 @@ class UnknownServer(ModelyardError):
     default_reason = "UNKNOWN_SERVER"
 
 
+class UnknownTask(ModelyardError):
+    """No such task, or one of another tenant: see `Client.tasks.list`."""
+
+    default_reason = "UNKNOWN_TASK"
+
+
+class UnknownBelief(ModelyardError):
+    """No fact has this key."""
+
+    default_reason = "UNKNOWN_BELIEF"
+
+
+class IdempotencyConflict(ModelyardError):
+    """The idempotency key names another task: choose another key. `metadata` has "task_id" and "differing"."""
+
+    default_reason = "IDEMPOTENCY_CONFLICT"
+
+
+class WrongState(ModelyardError):
+    """The task's state forbids it: cancel it first, or retry it."""
+
+    default_reason = "WRONG_STATE"
+
+
 class NoCapableServer(ModelyardError):
     """No server can ever serve the request: relax what the nearest miss names."""
 
@@ -174,6 +210,18 @@ class OutOfMemory(TryAgain):
     """The model does not fit beside those in memory: unload one of them, or add memory."""
 
     default_reason = "OUT_OF_MEMORY"
+
+
+class StoreFull(TryAgain):
+    """The disk of the database is full: free space. Nothing was written, nothing else is lost."""
+
+    default_reason = "STORE_FULL"
+
+
+class StoreUnavailable(TryAgain):
+    """The database does not answer."""
+
+    default_reason = "STORE_UNAVAILABLE"
 
 
 class FleetWarmingUp(TryAgain):
@@ -218,6 +266,12 @@ class ConnectionFailed(TryAgain):
     default_reason = "CONNECTION_FAILED"
 
 
+class LeaseLost(ModelyardError):
+    """Of an attempt: the control plane that ran it was gone. The task runs again by itself."""
+
+    default_reason = "LEASE_LOST"
+
+
 class StreamBroken(ModelyardError):
     """The answer broke off; `partial` has what came. Send the request again for a whole one."""
 
@@ -258,6 +312,16 @@ class Cancelled(ModelyardError):
     default_reason = "CANCELLED"
 
 
+class TaskFailed(ModelyardError):
+    """A durable task failed, expired or was cancelled: `task` says which, `reason` why."""
+
+    default_reason = "TASK_FAILED"
+
+    def __init__(self, message: str, *, task: Task, reason: str | None = None) -> None:
+        super().__init__(message, reason=reason)
+        self.task = task
+
+
 class InternalError(ModelyardError):
     """A bug in modelyard: report it with the request id."""
 
@@ -269,6 +333,10 @@ BY_REASON: Mapping[Reason, type[ModelyardError]] = {
     Reason.CONTEXT_TOO_LONG: ContextTooLong,
     Reason.UNKNOWN_MODEL: UnknownModel,
     Reason.UNKNOWN_SERVER: UnknownServer,
+    Reason.UNKNOWN_TASK: UnknownTask,
+    Reason.UNKNOWN_BELIEF: UnknownBelief,
+    Reason.IDEMPOTENCY_CONFLICT: IdempotencyConflict,
+    Reason.WRONG_STATE: WrongState,
     Reason.NO_CAPABLE_SERVER: NoCapableServer,
     Reason.CONTENT_REFUSED: ContentRefused,
     Reason.QUEUE_FULL: QueueFull,
@@ -276,6 +344,9 @@ BY_REASON: Mapping[Reason, type[ModelyardError]] = {
     Reason.SERVER_BUSY: ServerBusy,
     Reason.RATE_LIMITED: RateLimited,
     Reason.OUT_OF_MEMORY: OutOfMemory,
+    Reason.STORE_FULL: StoreFull,
+    Reason.STORE_UNAVAILABLE: StoreUnavailable,
+    Reason.LEASE_LOST: LeaseLost,
     Reason.FLEET_WARMING_UP: FleetWarmingUp,
     Reason.SERVERS_AWAY: ServersAway,
     Reason.DRAINING: Draining,
@@ -317,6 +388,8 @@ def from_call(error: grpc.RpcError, *, address: str, request_id: str = "", start
 def _unanswered(refusal: Refusal, address: str, started: bool) -> ModelyardError | None:
     """Failures of which the transport tells less than we know; None for the others."""
     code = refusal.code
+    if refusal.message == _LOST_STATUS:
+        return StreamBroken(f"the connection to {address} broke")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded("the timeout of the call passed")
     if code is grpc.StatusCode.UNIMPLEMENTED:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from modelyard.v1 import fleet_pb2, generation_pb2, selection_pb2, task_pb2
+from modelyard.v1 import fleet_pb2, generation_pb2, selection_pb2, task_pb2, task_queue_pb2
 
 
 class Names:
@@ -49,6 +49,9 @@ LEASE_STATE = Names(fleet_pb2.LeaseState, "LEASE_STATE_", "lease state")
 HEALTH = Names(fleet_pb2.ServerHealth, "SERVER_HEALTH_", "health")
 MODEL_STATE = Names(fleet_pb2.ModelState, "MODEL_STATE_", "model state")
 BREAKER_STATE = Names(fleet_pb2.BreakerState, "BREAKER_STATE_", "breaker state")
+TASK_STATE = Names(task_queue_pb2.TaskState, "TASK_STATE_", "state")
+CALLBACK_STATE = Names(task_queue_pb2.CallbackState, "CALLBACK_STATE_", "state of a callback")
+TASK_EVENT_TYPE = Names(task_queue_pb2.TaskEventType, "TASK_EVENT_TYPE_", "event")
 
 TASK_TYPES: tuple[str, ...] = tuple(TASK_TYPE)
 """Every value of `task_type`."""
@@ -56,3 +59,5 @@ PRIORITIES: tuple[str, ...] = tuple(PRIORITY)
 """Every value of `priority`, least urgent first."""
 FEATURES: tuple[str, ...] = tuple(FEATURE)
 """Every value in `features`."""
+TASK_STATES: tuple[str, ...] = tuple(TASK_STATE)
+"""Every state of a durable task, the terminal ones last."""

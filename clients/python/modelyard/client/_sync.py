@@ -15,6 +15,8 @@ from modelyard.client._async import AsyncClient
 from modelyard.client._errors import Cancelled
 from modelyard.client._requests import GenerateOptions, Input, Requirements
 from modelyard.client._stream import GenerationStream
+from modelyard.client._sync_beliefs import Beliefs, Callbacks
+from modelyard.client._sync_tasks import Tasks
 from modelyard.client._types import (
     Decision,
     Delta,
@@ -98,12 +100,35 @@ class Client:
     the `with` block, or with the process.
     """
 
-    def __init__(self, address: str | None = None, *, timeout: float | None = None, retries: int = 0) -> None:
-        self._client = AsyncClient(address, timeout=timeout, retries=retries)
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        timeout: float | None = None,
+        retries: int = 0,
+        tenant: str | None = None,
+    ) -> None:
+        self._client = AsyncClient(address, timeout=timeout, retries=retries, tenant=tenant)
         self._lock = threading.Lock()
         self._thread: _LoopThread | None = None
         self._closed = False
         self._finalizer: Any = None
+
+    @property
+    def tasks(self) -> Tasks:
+        """Durable tasks."""
+        # Made anew each time: kept, the two would hold each other, and nobody would close the client at its end.
+        return Tasks(self, self._client.tasks)
+
+    @property
+    def beliefs(self) -> Beliefs:
+        """What is held to be true."""
+        return Beliefs(self, self._client.beliefs)
+
+    @property
+    def callbacks(self) -> Callbacks:
+        """What became of the callbacks of durable tasks."""
+        return Callbacks(self, self._client.callbacks)
 
     @property
     def address(self) -> str:
