@@ -39,6 +39,7 @@ from control_plane.scheduling.retry import RetryPolicy
 from control_plane.scheduling.stats import StatsPolicy
 from control_plane.selection.policy import Policy, Weights
 from control_plane.tasks.dispatcher import Dispatcher, DispatchPolicy
+from modelyard.program import privacy
 from modelyard.program.process import announce_ready, settle_memory, told_to_stop
 from modelyard.program.settings import SettingsError
 from modelyard.rpc.server import bind, create_server, drain, enable_standard_services, service_handler
@@ -161,10 +162,11 @@ class ControlPlane:
             place = located(tasks.store, os.environ)
             policy = StorePolicy(lease=tasks.lease, max_lost=tasks.max_lost, retention=tasks.retention)
             self.store = store = await open_store(place, policy, self.metrics.store_time.observe)
-        except StoreError as error:
+            learned = await store.learned()
+        except (StoreError, DomainError) as error:
             raise SettingsError(str(error)) from None
         log.info("tasks are kept in %s", place.shown)
-        self.fleet.remember(await store.learned(), self.clock.monotonic(), self.clock.wall())
+        self.fleet.remember(learned, self.clock.monotonic(), self.clock.wall())
         retry = tasks.retry
         self.dispatcher = Dispatcher(
             store,
@@ -236,8 +238,8 @@ class ControlPlane:
         try:
             if learned:
                 await store.keep_learned(learned)
-        except DomainError as error:
-            log.warning("what was learned of the fleet is not kept for now: %s", error.message)
+        except Exception as error:
+            log.warning("what was learned of the fleet is not kept for now: %s", privacy.kind(error))
 
     def _put_in_force(self, catalogue: definition_files.Catalogue) -> None:
         """New definitions and presets; running requests keep what they began with. Raises SettingsError."""

@@ -52,6 +52,9 @@ _LANES_PER_QUERY = 500
 # Lanes that are remembered without having tasks: another task of such a lane needs no look into the store.
 _LANES_KEPT = 4096
 
+# Tasks that ended while claims were under way; one that is not noted runs in vain.
+_ENDED_KEPT = 10_000
+
 # Seconds between two tries of a store that failed.
 _STORE_PAUSE, _STORE_PAUSE_CAP = 0.1, 2.0
 
@@ -271,7 +274,8 @@ class Dispatcher:
             if not await self._idle_within(_LAST_WRITES):
                 self._last_words = True
                 await self._idle_within(_STORE_PAUSE_CAP + 1)
-        self._drained.set_result(None)
+        if not self._drained.done():
+            self._drained.set_result(None)
 
     async def _idle_within(self, seconds: float) -> bool:
         try:
@@ -301,8 +305,8 @@ class Dispatcher:
             attempt = self._running.get(task_id)
             if attempt is not None and attempt.epoch <= epoch:
                 attempt.interrupt(_Interruption.TAKEN_AWAY)
-            elif self._claims:
-                self._ended.add((task_id, epoch))
+            elif self._claims and len(self._ended) < _ENDED_KEPT:
+                self._ended.add((task_id, epoch))  # it may be one that is being claimed
         if self._stopped:
             return
         for lane_id in changes.lanes:

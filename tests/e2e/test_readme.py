@@ -80,13 +80,22 @@ async def test_the_tour(fleet: Fleet, command: str) -> None:
 
 
 @module_loop
+async def test_the_tour_of_durable_tasks(fleet: Fleet, tmp_path: Path) -> None:
+    for command in commands("tasks"):
+        status, output = await fleet.run(command, cwd=tmp_path)
+        assert status == 0, output
+    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(result["id"], result["state"]) for result in results] == [(1, "succeeded"), (2, "succeeded")]
+
+
+@module_loop
 async def test_the_python_snippet(fleet: Fleet) -> None:
     (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     status, output = await fleet.run(f"{shlex.quote(sys.executable)} -c {shlex.quote(snippet)}")
     assert status == 0 and output.strip(), output
 
 
-@pytest.mark.parametrize("example", ["stubs.py", "sdk.py"])
+@pytest.mark.parametrize("example", ["stubs.py", "sdk.py", "tasks.py", "request_queue.py"])
 @module_loop
 async def test_the_python_examples(fleet: Fleet, example: str) -> None:
     arguments = fleet.address if example == "stubs.py" else ""
@@ -123,6 +132,6 @@ def test_links_lead_somewhere() -> None:
 def test_every_modelyard_command_in_the_readme_is_run_by_a_test() -> None:
     shell = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
     told = set(re.findall(r"^modelyard (.*)$", shell, re.MULTILINE))
-    run_here = {line.removeprefix("modelyard ") for line in commands("tour")}
+    run_here = {line.removeprefix("modelyard ") for line in (*commands("tour"), *commands("tasks"))}
     elsewhere = {line for line in told if line.startswith("up")}  # tests/integration/test_cli.py
     assert told <= run_here | elsewhere

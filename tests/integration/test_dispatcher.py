@@ -19,6 +19,7 @@ from modelyard.v1 import generation_pb2, task_pb2
 from modelyard.v1 import task_queue_pb2 as pb
 from tests.harness.front_door import PATIENCE, ask, attached, client
 from tests.harness.model_servers import model_server
+from tests.harness.postgres import Postgres
 from tests.harness.programs import control_plane, until
 from tests.harness.tasks import Desk, desk, events, tried
 
@@ -105,6 +106,40 @@ async def test_two_hundred_tasks_end_each_once(tmp_path: Path) -> None:
         assert tasks.dispatcher.running_here == 0 and tasks.dispatcher.oldest() is None
         states = tasks.door.plane.metrics.task_states
         assert states.labels("succeeded")._value.get() == 200
+
+
+async def test_two_control_planes_share_a_database(postgres_server: Postgres, tmp_path: Path) -> None:
+    store = {"store": await postgres_server.tables()}
+    fakes = pair()
+    async with desk(tmp_path, tasks=store) as one, desk(tmp_path, tasks=store) as other:
+        for fake in fakes:
+            fake.on_generate = lambda request: ("x",)
+            await fake.start()
+        try:
+            # Each hears one of the servers.
+            await fakes[0].attach(one.door.address)
+            await fakes[1].attach(other.door.address)
+            ids = await asyncio.gather(*(one.submit(f"{n}") for n in range(60)))
+            ended = await other.all(ids)
+            assert {task.state for task in ended} == {SUCCEEDED}
+            assert all(len(task.attempts) == 1 for task in ended)
+            assert {server for task in ended for server, _ in tried(task)} == {FIRST, SECOND}
+            hold = asyncio.Event()
+            for fake in fakes:
+                fake.answer("x", hold)
+                fake.on_generate = None
+            endless = await one.submit("endless")
+            await one.until(endless, RUNNING)
+            # Whoever runs it: the other one cancels it, too.
+            for tasks in (one, other):
+                if not tasks.dispatcher.running_here:
+                    assert (await tasks.cancel(endless)).state == CANCELLED
+            await until(lambda: _true(not one.dispatcher.running_here + other.dispatcher.running_here), PATIENCE)
+            assert "cancelled" in {call.outcome for fake in fakes for call in fake.calls_of("Generate")}
+        finally:
+            for fake in fakes:
+                await fake.detach()
+                await fake.stop()
 
 
 async def test_workers_bound_what_is_in_hand(tmp_path: Path) -> None:

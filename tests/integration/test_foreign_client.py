@@ -11,13 +11,14 @@ from google.rpc import error_details_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from modelyard.testing import FakeModelServer
-from modelyard.v1 import model_server_pb2, orchestrator_pb2
+from modelyard.v1 import belief_pb2, model_server_pb2, orchestrator_pb2, task_queue_pb2
 from tests.harness.buf import buf, curl
 from tests.harness.front_door import attached, front_door
 from tests.harness.model_servers import model_server
 
 ORCHESTRATOR, MODEL_SERVER = "modelyard.v1.Orchestrator", "modelyard.v1.ModelServer"
 CHAT = {"input": {"messages": [{"role": "ROLE_USER", "content": [{"text": "Hello"}]}]}}
+TASK_QUEUE = "modelyard.v1.TaskQueue"
 HEALTH = "grpc.health.v1.Health/Check"
 
 
@@ -104,6 +105,33 @@ async def test_error_details_are_visible():
         assert [violation.field for violation in bad.field_violations] == ["input.sampling.temperature"]
         unknown = await curl(door.address, f"{ORCHESTRATOR}/GetModel", {"name": "gpt-9"})
         assert unknown.error["code"] == "not_found" and "gpt-9" in unknown.error["message"]
+
+
+async def test_durable_tasks_by_reflection(tmp_path):
+    store = {"tasks": {"store": f"sqlite:///{tmp_path / 'tasks.db'}"}}
+    async with front_door(**store) as door, attached(door, FakeModelServer("one")):
+        listed = await curl(door.address, "", None, "--list-methods")
+        assert methods(task_queue_pb2.DESCRIPTOR, "TaskQueue") <= set(listed.output.split())
+        assert methods(belief_pb2.DESCRIPTOR, "Beliefs") <= set(listed.output.split())
+        spec = {"input": CHAT["input"], "group": "g", "deadline": "2100-01-01T00:00:00Z"}
+        body = {"spec": spec, "idempotencyKey": "k-1"}
+        submitted = await curl(door.address, f"{TASK_QUEUE}/SubmitTask", body, "-H", "modelyard-tenant: team-1")
+        assert submitted.status == 0, submitted.errors
+        task = submitted.messages[0]["task"]
+        assert (submitted.messages[0]["created"], task["state"]) == (True, "TASK_STATE_QUEUED")
+        watched = await curl(
+            door.address, f"{TASK_QUEUE}/WatchTask", {"id": task["id"]}, "-H", "modelyard-tenant: team-1"
+        )
+        assert watched.messages[-1]["task"]["result"]["text"] == "Hello, world"
+        foreign = await curl(door.address, f"{TASK_QUEUE}/GetTask", {"id": task["id"]})
+        assert foreign.error["code"] == "not_found"
+        body["spec"] = {**spec, "group": "h"}
+        conflict = await curl(door.address, f"{TASK_QUEUE}/SubmitTask", body, "-H", "modelyard-tenant: team-1")
+        assert conflict.error["code"] == "already_exists" and "spec.group" in conflict.error["message"]
+        answers = await asyncio.gather(
+            *(curl(door.address, HEALTH, {"service": name}) for name in (TASK_QUEUE, "modelyard.v1.Beliefs"))
+        )
+        assert [answer.messages for answer in answers] == [[{"status": "SERVING"}]] * 2
 
 
 async def test_reflection_speaks_both_versions():
