@@ -288,7 +288,7 @@ async def test_lanes_are_told_with_their_oldest_task(store: SqlTaskStore) -> Non
 
 
 async def test_deadlines_pass(store: SqlTaskStore) -> None:
-    deadline = store.now() + 0.05
+    deadline = store.now() + 0.5
     taken, waits = [(await store.submit(new_task(deadline=deadline))).record.id for _ in range(2)]
     (claimed,) = await claim(store)
     assert claimed.id == taken
@@ -305,9 +305,8 @@ async def test_deadlines_pass(store: SqlTaskStore) -> None:
 
 
 async def test_what_is_over_is_not_claimed(store: SqlTaskStore) -> None:
-    id = (await store.submit(new_task(deadline=store.now() + 0.02))).record.id
+    id = (await store.submit(new_task(deadline=store.now()))).record.id
     (lane,) = await store.waiting_lanes()
-    await asyncio.sleep(0.05)
     assert await store.claim(lane.id, [PLACE]) == []
     assert (await store.get(TENANT, id)).record.state is TaskState.EXPIRED
 
