@@ -114,8 +114,7 @@ async def test_not_before_and_the_pause_before_a_retry_end_with_a_sweep(url: str
         store.listen(told.append)
         await store.submit(new_task(not_before=store.now() + 0.05))
         later = await store.submit(new_task(not_before=store.now() + 3600))
-        await store.sweep()
-        assert await store.waiting_lanes() == [] or store.now() > later.record.created_at + 0.05
+        assert await store.waiting_lanes() == [], "no sweep, no change"
         while not await store.waiting_lanes():
             await asyncio.sleep(0.02)
             await store.sweep()
