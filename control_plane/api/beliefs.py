@@ -30,8 +30,6 @@ _PAGE, _MOST_PAGE = 100, 1000
 _BATCH = 100
 _MOST_VERSION = 2**63 - 1
 """What databases count with."""
-_POLL = 2.0
-"""Seconds after which to look again where nobody told of a change: other control planes' hints may get lost."""
 _PAUSE = 0.05
 """Seconds between two looks into the database of one watch, however often something changes."""
 
@@ -148,7 +146,7 @@ class BeliefsServicer:
         """Until there may be news, or the process stops."""
         waiting = [asyncio.ensure_future(event.wait()) for event in (news, self._stopping)]
         try:
-            await asyncio.wait(waiting, timeout=_POLL, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             if not self._stopping.is_set():
                 await asyncio.sleep(_PAUSE)
         finally:
