@@ -15,8 +15,8 @@ from control_plane.api.task_queue import TaskQueueServicer
 from control_plane.domain.errors import unknown_model
 from control_plane.domain.model import ModelName, Provider, ServerId
 from control_plane.presets import compile_presets
-from control_plane.tasks.model import Claim, LaneId, Placement
 from control_plane.tasks.location import located
+from control_plane.tasks.model import Claim, LaneId, Placement
 from control_plane.tasks.opening import open_store
 from control_plane.tasks.store import SqlTaskStore, StorePolicy
 from modelyard.rpc.channels import channel
