@@ -15,6 +15,7 @@ from prometheus_client import start_http_server
 
 from control_plane import definitions as definition_files
 from control_plane import delivery
+from control_plane.api.assign import Assignments
 from control_plane.api.attempts import Attempts
 from control_plane.api.beliefs import BeliefsServicer
 from control_plane.api.execute import TaskExecutor
@@ -116,12 +117,23 @@ class ControlPlane:
             self.scheduler.release,
         )
         self._generation = generation
+        assignments = Assignments(
+            orchestrator_id,
+            self.fleet,
+            self.scheduler,
+            generation,
+            settings.limits.ticket_lifetime,
+            clock,
+            self.metrics,
+        )
+        generation.give_back, generation.ticket_for = assignments.give_back, assignments.for_relay
         self._put_in_force(catalogue)
         self.servicer = OrchestratorServicer(
             orchestrator_id,
             self.fleet,
             self.scheduler,
             generation,
+            assignments,
             ModelLifecycle(self.fleet, self.upstreams, clock),
             settings.fleet,
             clock,
@@ -146,8 +158,8 @@ class ControlPlane:
         from control_plane.tasks.store import StorePolicy
 
         try:
-            policy = StorePolicy(lease=tasks.lease, max_lost=tasks.max_lost, retention=tasks.retention)
             place = located(tasks.store, os.environ)
+            policy = StorePolicy(lease=tasks.lease, max_lost=tasks.max_lost, retention=tasks.retention)
             self.store = store = await open_store(place, policy, self.metrics.store_time.observe)
         except StoreError as error:
             raise SettingsError(str(error)) from None

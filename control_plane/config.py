@@ -123,6 +123,9 @@ class LimitSettings(Settings):
     max_generation: PositiveSeconds = Field(
         600.0, description="Seconds after which a request ends when its caller gave no deadline, or a later one."
     )
+    ticket_lifetime: PositiveSeconds = Field(
+        5.0, description="Seconds in which a client must have begun to use a ticket of Assign."
+    )
     write_timeout: PositiveSeconds = Field(
         30.0, description="Seconds that a client may leave its stream unread before it is cut off."
     )

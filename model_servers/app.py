@@ -23,6 +23,7 @@ from model_servers.models import Keeper
 from model_servers.performance import Recorder
 from model_servers.reporter import Reporter
 from model_servers.servicer import SERVICE, ModelServerServicer
+from model_servers.tickets import Tickets
 from model_servers.watchdog import Watchdog
 from modelyard.rpc.server import HealthHandle, bind, create_server, enable_standard_services, service_handler
 
@@ -67,6 +68,7 @@ class ModelServer:
             draining=lambda: self._lifecycle.draining,
             clock=clock,
         )
+        self._tickets = Tickets(required=settings.require_ticket, clock=clock)
         self._keeper = Keeper(
             engine,
             keep_warm=settings.keep_warm,
@@ -117,6 +119,7 @@ class ModelServer:
             self._condition,
             description,
             self._admission,
+            self._tickets,
             self._recorder,
             self._keeper,
             self._watchdog,
@@ -128,7 +131,10 @@ class ModelServer:
         handler = service_handler(SERVICE, servicer, max_request_bytes=settings.max_request_bytes)
         server.add_generic_rpc_handlers((handler,))
         health = enable_standard_services(server, [SERVICE.full_name])
-        self._reporters = [Reporter(target, description, self._lifecycle) for target in settings.orchestrators]
+        self._tickets.server_id, self._tickets.instance_id = identity.server_id, identity.instance_id
+        self._reporters = [
+            Reporter(target, description, self._lifecycle, self._tickets) for target in settings.orchestrators
+        ]
 
         async def come_up() -> None:
             await self._start_engine(
@@ -228,6 +234,11 @@ class ModelServer:
         try:
             async with asyncio.timeout(_FAIL_SECONDS):
                 await in_flight.idle()
+        except TimeoutError:
+            pass
+        try:
+            async with asyncio.timeout(_TELL_SECONDS):
+                await asyncio.gather(*(reporter.settled() for reporter in self._reporters))
         except TimeoutError:
             pass
         await server.stop(0.2)

@@ -90,6 +90,11 @@ class ModelServerSettings(Settings):
         description="End the process, status 1, when the engine stopped producing tokens and cannot be restarted "
         "inside it; for a supervisor that starts it again.",
     )
+    require_ticket: bool = Field(
+        False,
+        description="Refuse Generate and Embed from anybody but the control planes that the server reports to and "
+        "clients that they have given a ticket.",
+    )
     drain_grace: float = Field(
         30.0, ge=0, description="Seconds that running requests have to end when the server is stopped."
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from model_servers.engine import (
     Busy,
@@ -28,6 +29,7 @@ from model_servers.engine import (
     Sampling,
     Tool,
     ToolCall,
+    ToolCallDelta,
     ToolChoiceMode,
     UnknownModel,
     Unsupported,
@@ -142,11 +144,11 @@ def _fill_delta(message: generation_pb2.GenerationDelta, delta: Delta) -> None:
             message.tool_calls.add(index=call.index, id=call.id, name=call.name, arguments_json=call.arguments_json)
 
 
-def result_bytes(finished: Finished, timing: Timing) -> bytes:
-    """The serialised last message of a stream."""
+def result_bytes(finished: Finished, timing: Timing, last: Delta | None) -> bytes:
+    """The serialised last message of a stream; with the whole answer as `last`, a ModelServerCompleteResponse."""
     response = _Response()
-    if finished.last is not None:
-        _fill_delta(response.delta, finished.last)
+    if last is not None:
+        _fill_delta(response.delta, last)
     result = response.result
     result.finish_reason = int(finished.finish_reason)  # type: ignore[assignment]
     usage = finished.usage
@@ -162,6 +164,26 @@ def result_bytes(finished: Finished, timing: Timing) -> bytes:
     if timing.tpot is not None:
         timings.tpot.FromNanoseconds(_nanoseconds(timing.tpot))
     return response.SerializeToString()
+
+
+def merged(deltas: Sequence[Delta]) -> Delta | None:
+    """An answer as one piece; the fragments of each tool call become one. None: nothing was said."""
+    if len(deltas) < 2 and not any(delta.tool_calls for delta in deltas):
+        return deltas[0] if deltas else None
+    calls: defaultdict[int, list[ToolCallDelta]] = defaultdict(list)
+    for delta in deltas:
+        for part in delta.tool_calls:
+            calls[part.index].append(part)
+    return Delta(
+        text="".join([delta.text for delta in deltas]),
+        tokens=sum(delta.tokens for delta in deltas),
+        logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
+        tool_calls=tuple(
+            replace(parts[0], arguments_json="".join([part.arguments_json for part in parts]))
+            for _, parts in sorted(calls.items())
+        ),
+        reasoning_text="".join([delta.reasoning_text for delta in deltas]),
+    )
 
 
 def embed_response(embeddings: Embeddings) -> model_server_pb2.ModelServerEmbedResponse:

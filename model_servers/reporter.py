@@ -11,7 +11,8 @@ import grpc
 import grpc.aio
 
 from model_servers.description import SelfDescription
-from model_servers.lifecycle import Lifecycle
+from model_servers.lifecycle import Changes, Lifecycle
+from model_servers.tickets import Tickets
 from modelyard.program.process import first_of
 from modelyard.rpc.channels import Option, channel
 from modelyard.rpc.errors import Refusal, from_rpc_error
@@ -27,6 +28,8 @@ _FIRST_ANSWER = 5.0
 """Seconds for connecting and for the first directive."""
 _MISSED = 3
 """A control plane that leaves that many reports unanswered is given up and dialled anew."""
+_BETWEEN_OUTCOMES = 0.01
+"""Seconds from one report of tickets alone to the next; those that end meanwhile are told together."""
 _REFUSED_PAUSE = 10.0
 """Seconds before a stream is tried again that was refused for what it said."""
 
@@ -46,6 +49,7 @@ class Reporter:
         target: str,
         description: SelfDescription,
         lifecycle: Lifecycle,
+        tickets: Tickets,
         *,
         chance: Callable[[float, float], float] = random.uniform,
     ) -> None:
@@ -53,12 +57,16 @@ class Reporter:
         self._description = description
         self._lifecycle = lifecycle
         self._chance = chance
+        self._tickets = tickets
+        self._ticket_news = Changes()
+        self._ledger = tickets.ledger(target, self._ticket_news)
         self._interval = FIRST_INTERVAL
         self._orchestrator_id = ""
         self._epoch = 0
         self._attached = False
         self._sent = -1
         self._failures = 0
+        self._settling = False
         self._progress = asyncio.Event()
 
     @property
@@ -96,23 +104,36 @@ class Reporter:
         return self._explain(Refusal(Reason.SERVERS_AWAY, "it ended the stream"))
 
     async def _send(self, call: grpc.aio.StreamStreamCall) -> None:
-        changes = self._lifecycle.changes
+        changes, news, time = self._lifecycle.changes, self._ticket_news, asyncio.get_running_loop().time
         try:
             while True:
-                version = changes.version
-                await call.write(self._description.report(self._orchestrator_id, self._epoch))
+                version, told = changes.version, news.version
+                report = self._description.report(self._orchestrator_id, self._epoch)
+                report.tickets.CopyFrom(self._ledger.report(required=self._tickets.required, whole=True))
+                await call.write(report)
                 self._sent = version
                 self._tell_progress()
-                try:
-                    async with asyncio.timeout(self._interval):
-                        await changes.beyond(version)
-                except TimeoutError:
-                    pass
+                due = time() + self._interval
+                while changes.version <= version:
+                    try:
+                        async with asyncio.timeout_at(due):  # not around a write: cancelling one ends the stream
+                            await first_of(changes.beyond(version), news.beyond(told))
+                    except TimeoutError:
+                        break
+                    if news.version > told:
+                        told = news.version
+                        await call.write(self._tickets_alone())
+                        await asyncio.sleep(_BETWEEN_OUTCOMES)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             # A write to a stream that has ended tells little; the reading side hears the status.
             await call.code()
             await asyncio.sleep(_FIRST_ANSWER)
             raise
+
+    def _tickets_alone(self) -> fleet_pb2.ServerReport:
+        return fleet_pb2.ServerReport(
+            lease_epoch=self._epoch, tickets=self._ledger.report(required=self._tickets.required, whole=False)
+        )
 
     async def _receive(self, call: grpc.aio.StreamStreamCall) -> None:
         time = asyncio.get_running_loop().time
@@ -123,7 +144,15 @@ class Reporter:
 
     def _obey(self, directive: fleet_pb2.ServerDirective) -> None:
         self._orchestrator_id = directive.orchestrator_id
-        self._epoch = directive.lease_epoch
+        if self._ledger.orchestrator_id not in ("", directive.orchestrator_id):
+            self._ledger = self._tickets.ledger(self.target, self._ticket_news)
+        self._ledger.obey(directive)
+        if directive.lease_epoch != self._epoch:
+            self._epoch = directive.lease_epoch
+            if directive.HasField("tickets"):
+                self._ticket_news.tell()  # until the epoch is echoed, nobody is sent here with a ticket
+        if self._settling:
+            self._tell_progress()
         wanted = directive.next_report_in.ToNanoseconds() / 1e9
         interval = min(max(wanted or FIRST_INTERVAL, _SHORTEST_INTERVAL), _LONGEST_INTERVAL)
         if interval != self._interval:
@@ -173,4 +202,10 @@ class Reporter:
         """Wait until the present state was sent, or there is nobody to send it to."""
         version = self._lifecycle.changes.version
         while self._attached and self._sent < version:
+            await self._progress.wait()
+
+    async def settled(self) -> None:
+        """Wait until the outcomes of all tickets have arrived, or there is nobody to tell them to."""
+        self._settling = True
+        while self._attached and self._ledger.owes:
             await self._progress.wait()

@@ -26,11 +26,13 @@ from model_servers.engine import (
 )
 from model_servers.models import Keeper, Step
 from model_servers.performance import Recorder, Timing
+from model_servers.tickets import Tickets, Use
 from model_servers.watchdog import Run, Watchdog, prompt_tokens, text_tokens
 from modelyard.rpc import validation
+from modelyard.rpc.channels import MAX_MESSAGE_BYTES
 from modelyard.rpc.errors import Refusal, Violation, invalid
 from modelyard.rpc.reasons import Reason
-from modelyard.v1 import fleet_pb2, model_server_pb2
+from modelyard.v1 import fleet_pb2, generation_pb2, model_server_pb2
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class ModelServerServicer:
         condition: Condition,
         description: SelfDescription,
         admission: Admission,
+        tickets: Tickets,
         recorder: Recorder,
         keeper: Keeper,
         watchdog: Watchdog,
@@ -62,6 +65,7 @@ class ModelServerServicer:
         self._condition = condition
         self._description = description
         self._admission = admission
+        self._tickets = tickets
         self._recorder = recorder
         self._keeper = keeper
         self._watchdog = watchdog
@@ -78,20 +82,24 @@ class ModelServerServicer:
     async def Generate(
         self, request: model_server_pb2.ModelServerGenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
-        received = self._clock()
-        if violations := validation.check_model_server_generate_request(request):
-            raise invalid(violations)
-        generation = convert.generation_request(request.model, request.input, request.request_id)
-        with self._admission.place(request.orchestrator_id):
-            self._check(generation.model, convert.needed_features(generation))
-            await self._generate(generation, received, context)
+        await self._generate(request, context, _Reader(context, self._slow_reader_seconds))
+
+    async def Complete(
+        self, request: model_server_pb2.ModelServerCompleteRequest, context: grpc.aio.ServicerContext
+    ) -> bytes:
+        whole = _Whole()
+        await self._generate(request, context, whole)
+        return whole.message
 
     async def Embed(
         self, request: model_server_pb2.ModelServerEmbedRequest, context: grpc.aio.ServicerContext
     ) -> model_server_pb2.ModelServerEmbedResponse:
         if violations := validation.check_model_server_embed_request(request):
             raise invalid(violations)
-        with self._admission.place(request.orchestrator_id):
+        with (
+            self._tickets.use(request.ticket, request.model, request.orchestrator_id) as use,
+            self._admission.place(use.orchestrator_id),
+        ):
             self._check(request.model, Feature.EMBEDDING)
             embeddings: Embeddings
             run: Run | None = None
@@ -105,7 +113,9 @@ class ModelServerServicer:
                 if not scope.expired():
                     raise
                 raise self._too_late(run) from None
-        return convert.embed_response(embeddings)
+            answer = convert.embed_response(embeddings)
+            use.end(generation_pb2.GenerationResult(usage=answer.usage))
+        return answer
 
     async def CountTokens(
         self, request: model_server_pb2.CountTokensRequest, context: grpc.aio.ServicerContext
@@ -207,39 +217,52 @@ class ModelServerServicer:
             self._watchdog.end(run)
             self._keeper.leave(model)
 
-    async def _generate(self, request: GenerationRequest, received: float, context: grpc.aio.ServicerContext) -> None:
-        reader: _Reader | None = None
+    async def _generate(
+        self,
+        asked: model_server_pb2.ModelServerGenerateRequest | model_server_pb2.ModelServerCompleteRequest,
+        context: grpc.aio.ServicerContext,
+        outlet: _Reader | _Whole,
+    ) -> None:
+        received = self._clock()
+        if violations := validation.check_model_server_generate_request(asked):
+            raise invalid(violations)
+        request = convert.generation_request(asked.model, asked.input, asked.request_id)
         run: Run | None = None
-        try:
-            async with asyncio.timeout(self._limit(context)) as scope:
-                reader = _Reader(context, scope, self._slow_reader_seconds)
-                with _translated("input"):
-                    async with self._at_work(
-                        request.model,
-                        prompt_tokens(request),
-                        scope,
-                        blocked=reader.blocked,
-                        holds_back=bool(request.tools),
-                    ) as run:
-                        await self._stream(request, received, reader, run)
-        except TimeoutError:
-            if not scope.expired():
-                raise
-            if reader is not None and reader.too_slow:
-                # Told to the log as well: the caller will not read it soon.
-                _log.warning("request %r: cut off, its reader is too slow", request.request_id)
-                raise Refusal(
-                    Reason.SLOW_READER, f"a piece of the answer was not read for {self._slow_reader_seconds:g} s"
-                ) from None
-            raise self._too_late(run) from None
-        finally:
-            if reader is not None:
-                reader.close()
+        with (
+            self._tickets.use(asked.ticket, asked.model, asked.orchestrator_id) as use,
+            self._admission.place(use.orchestrator_id),
+        ):
+            self._check(request.model, convert.needed_features(request))
+            try:
+                async with asyncio.timeout(self._limit(context)) as scope:
+                    outlet.open(scope)
+                    with _translated("input"):
+                        async with self._at_work(
+                            request.model,
+                            prompt_tokens(request),
+                            scope,
+                            blocked=outlet.blocked,
+                            holds_back=bool(request.tools),
+                        ) as run:
+                            await self._pass_on(request, received, outlet, run, use)
+            except TimeoutError:
+                if not scope.expired():
+                    raise
+                if outlet.too_slow:
+                    # Told to the log as well: the caller will not read it soon.
+                    _log.warning("request %r: cut off, its reader is too slow", request.request_id)
+                    raise Refusal(
+                        Reason.SLOW_READER, f"a piece of the answer was not read for {self._slow_reader_seconds:g} s"
+                    ) from None
+                raise self._too_late(run) from None
+            finally:
+                outlet.close()
 
-    async def _stream(self, request: GenerationRequest, received: float, reader: _Reader, run: Run) -> None:
+    async def _pass_on(
+        self, request: GenerationRequest, received: float, outlet: _Reader | _Whole, run: Run, use: Use
+    ) -> None:
         clock = self._clock
-        write = reader.write
-        encode = convert.delta_bytes
+        take = outlet.take
         first = last = 0.0
         tokens = deltas = 0
         finished: Finished | None = None
@@ -255,7 +278,7 @@ class ModelServerServicer:
                             first = last
                         deltas += 1
                         tokens += item.tokens
-                        await write(encode(item))
+                        await take(item)
                     else:
                         finished = item  # type: ignore[assignment]
                         run.at = clock()
@@ -274,7 +297,7 @@ class ModelServerServicer:
                 tpot=(last - first) / (tokens - 1) if tokens > 1 and deltas > 1 else None,
                 total=clock() - received,
             )
-            await write(convert.result_bytes(finished, timing))
+            await outlet.end(finished, timing, use)
         finally:
             if finished is None or timing is None:
                 self._recorder.end(request.model, None)
@@ -286,6 +309,39 @@ class ModelServerServicer:
                 self._recorder.end(request.model, timing, computed=computed, generated=generated)
 
 
+class _Whole:
+    """Keeps an answer until it is complete."""
+
+    too_slow = False
+
+    def __init__(self) -> None:
+        self._pieces: list[Delta] = []
+        self.message = b""
+
+    def open(self, scope: asyncio.Timeout) -> None:
+        """Nobody reads yet."""
+
+    async def take(self, delta: Delta) -> None:
+        self._pieces.append(delta)
+
+    async def end(self, finished: Finished, timing: Timing, use: Use) -> None:
+        if finished.last is not None:
+            self._pieces.append(finished.last)
+        self.message = convert.result_bytes(finished, timing, convert.merged(self._pieces))
+        if len(self.message) > MAX_MESSAGE_BYTES:
+            raise Refusal(
+                Reason.UNSUPPORTED,
+                f"the answer has {len(self.message)} bytes, more than one message may have: ask for it as a stream",
+            )
+        use.ends_with(self.message)
+
+    def blocked(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
 class _Reader:
     """Writes to the caller and notices when a write does not get through.
 
@@ -294,19 +350,32 @@ class _Reader:
     the engine is not asked for more while a write is pending.
     """
 
-    def __init__(self, context: grpc.aio.ServicerContext, scope: asyncio.Timeout, patience: float) -> None:
+    def __init__(self, context: grpc.aio.ServicerContext, patience: float) -> None:
         self._write = context.write
-        self._scope = scope
         self._patience = patience
         self._loop = asyncio.get_running_loop()
         self._writes = 0
         self._pending = False
         self._seen = 0
         self._looks = 0
-        self._timer = self._loop.call_later(patience / _LOOKS, self._look)
+        self._scope: asyncio.Timeout | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self.too_slow = False
 
-    async def write(self, message: bytes) -> None:
+    def open(self, scope: asyncio.Timeout) -> None:
+        """Watch from now on; the scope is ended if a write does not get through."""
+        self._scope = scope
+        self._timer = self._loop.call_later(self._patience / _LOOKS, self._look)
+
+    async def take(self, delta: Delta) -> None:
+        await self._send(convert.delta_bytes(delta))
+
+    async def end(self, finished: Finished, timing: Timing, use: Use) -> None:
+        message = convert.result_bytes(finished, timing, finished.last)
+        use.ends_with(message)
+        await self._send(message)
+
+    async def _send(self, message: bytes) -> None:
         self._writes += 1
         self._pending = True
         await self._write(message)
@@ -322,12 +391,14 @@ class _Reader:
         self._seen = self._writes
         if self._looks >= _LOOKS:
             self.too_slow = True
-            _expire(self._scope)
+            if self._scope is not None:
+                _expire(self._scope)
         else:
             self._timer = self._loop.call_later(self._patience / _LOOKS, self._look)
 
     def close(self) -> None:
-        self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 def _expire(scope: asyncio.Timeout) -> None:

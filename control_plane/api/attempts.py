@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from random import random
 from typing import TypeVar
@@ -74,9 +74,10 @@ class Attempts:
         history: list[Attempt],
         on_grant: Callable[[Grant], Awaitable[None]] | None = None,
         size: int = 0,
+        avoid: Iterable[Failed] = (),
     ) -> T:
         """Return what the first successful attempt returns; `history` gets one entry per attempt. `size` is that of
-        the request in bytes.
+        the request in bytes; those to `avoid` have failed it before it came here.
 
         A server that failed is avoided while there is another that can do it. If there is none, it is asked again,
         unless it would say the same; one that could not be reached is waited for, as it may be starting anew.
@@ -85,7 +86,7 @@ class Attempts:
         """
         place = self._scheduler.take_place()
         unfit: frozenset[Failed] = frozenset()
-        failed: Mapping[Failed, Flight | None] = {}
+        failed: Mapping[Failed, Flight | None] = dict.fromkeys(avoid)
         """Those that may do another time; with the flight if there was no word from the server."""
         unsuited: Refusal | None = None
         """What the latest server said, if the request suits none of those asked."""
@@ -100,7 +101,7 @@ class Attempts:
                     again=bool(history),
                 )
             except DomainError as error:
-                if not history or error.reason not in ("NO_CAPABLE_SERVER", "SERVERS_AWAY"):
+                if not (history or failed) or error.reason not in ("NO_CAPABLE_SERVER", "SERVERS_AWAY"):
                     raise
                 if not failed:
                     raise unsuited or exhausted(history, error.message) from error

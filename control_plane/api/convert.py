@@ -14,13 +14,8 @@ from control_plane.domain.model import ModelCard, ModelName, ModelState, Price, 
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Hardware, Health, Identity, Load, Pool, Report
 from control_plane.domain.task import Feature, Priority, TaskType
-from modelyard.v1 import fleet_pb2, generation_pb2, orchestrator_pb2, selection_pb2
-
-# A tokenizer is the model's own affair; the control plane only has to know whether a prompt
-# can fit. UTF-8 bytes per token are steadier over languages than characters are.
-BYTES_PER_TOKEN = 4
-TOKENS_PER_MESSAGE = 4
-TOKENS_PER_IMAGE = 768
+from modelyard.rpc.routing import BYTES_PER_TOKEN, estimated_tokens, implied_features
+from modelyard.v1 import fleet_pb2, orchestrator_pb2, selection_pb2
 
 # The range of a Duration as protobuf documents it, about 10,000 years; its field holds more.
 _MOST_SECONDS = 315_576_000_000.0
@@ -53,47 +48,12 @@ def timestamp(wall: float) -> Timestamp:
 # ---------------------------------------------------------------- requests ---
 
 
-def estimated_tokens(source: generation_pb2.GenerationInput) -> int:
-    """Prompt tokens of an input, estimated from its size."""
-    total = len(source.prompt.encode()) // BYTES_PER_TOKEN
-    for message in source.messages:
-        total += TOKENS_PER_MESSAGE
-        for part in message.content:
-            if part.WhichOneof("part") == "image":
-                total += TOKENS_PER_IMAGE
-            else:
-                total += len(part.text.encode()) // BYTES_PER_TOKEN
-        for call in message.tool_calls:
-            total += len(call.arguments_json.encode()) // BYTES_PER_TOKEN
-    for tool in source.tools:
-        total += (len(tool.description.encode()) + len(tool.parameters_schema.encode())) // BYTES_PER_TOKEN
-    return max(total, 1)
-
-
-def implied_features(source: generation_pb2.GenerationInput) -> Feature:
-    """Features that the input cannot do without."""
-    features = Feature.NONE
-    if source.tools and source.tool_choice.mode != generation_pb2.TOOL_CHOICE_MODE_NONE:
-        features |= Feature.FUNCTION_CALLING
-    if source.HasField("response_format"):
-        form = source.response_format.WhichOneof("format")
-        if form == "json":
-            features |= Feature.JSON
-        elif form == "json_schema":
-            features |= Feature.JSON_SCHEMA
-    if source.sampling.logprobs:
-        features |= Feature.LOGPROBS
-    if any(part.WhichOneof("part") == "image" for message in source.messages for part in message.content):
-        features |= Feature.VISION
-    return features
-
-
 def feature_set(numbers: Iterable[int]) -> Feature:
-    features = Feature.NONE
+    bits = 0  # of the type itself each step would cost as much as all of them so
     for number in numbers:
         if number:
-            features |= Feature(1 << number)
-    return features
+            bits |= 1 << number
+    return Feature(bits) if bits else Feature.NONE
 
 
 def feature_numbers(features: Feature) -> list[int]:
@@ -101,12 +61,16 @@ def feature_numbers(features: Feature) -> list[int]:
 
 
 def route_request(
-    message: orchestrator_pb2.GenerateRequest, request_id: str, model: tuple[ModelName, Provider | None] | None
+    message: orchestrator_pb2.GenerateRequest,
+    request_id: str,
+    model: tuple[ModelName, Provider | None] | None,
+    more_tokens: int = 0,
 ) -> RouteRequest:
-    """What routing may know of a checked request. `model` is the resolved pin."""
+    """What routing may know of a checked request, whose prompt has `more_tokens` beside what is in its input. `model`
+    is the resolved pin."""
     requirements = message.requirements
     task_type = TaskType(message.task_type or TaskType.CHAT)
-    features = implied_features(message.input) | feature_set(requirements.features)
+    features = feature_set((*implied_features(message.input), *requirements.features))
     if task_type is TaskType.VISION:
         features |= Feature.VISION
     sampling = message.input.sampling
@@ -114,7 +78,7 @@ def route_request(
         request_id=request_id,
         task_type=task_type,
         priority=Priority(message.priority or Priority.NORMAL),
-        prompt_tokens=estimated_tokens(message.input),
+        prompt_tokens=estimated_tokens(message.input) + more_tokens,
         max_tokens=sampling.max_tokens if sampling.HasField("max_tokens") else None,
         features=features,
         preset=message.preset,
@@ -203,6 +167,9 @@ def report(message: fleet_pb2.ServerReport, before: tuple[fleet_pb2.ServerReport
         draining=message.state == fleet_pb2.DESIRED_STATE_DRAIN,
         manages_models=message.engine.manages_models,
         pool=_pool(message.pool) if message.HasField("pool") else None,
+        lease_epoch=message.lease_epoch,
+        takes_tickets=message.HasField("tickets"),
+        needs_tickets=message.tickets.required,
     )
 
 
@@ -241,11 +208,7 @@ def model_info(card: ModelCard) -> fleet_pb2.ModelInfo:
         capabilities=capabilities(card.capabilities),
         context_length=card.context_length,
         features=feature_numbers(card.features),  # type: ignore[arg-type]
-        price=fleet_pb2.Price(
-            prompt_usd_per_million_tokens=card.price.prompt,
-            cached_prompt_usd_per_million_tokens=card.price.cached_prompt,
-            completion_usd_per_million_tokens=card.price.completion,
-        ),
+        price=price(card.price),
         quantization=card.quantization,
         state=card.state.value,  # type: ignore[arg-type]
         state_detail=card.state_detail,
@@ -259,6 +222,14 @@ def model_info(card: ModelCard) -> fleet_pb2.ModelInfo:
     if card.tpot is not None:
         info.performance.tpot.CopyFrom(duration(card.tpot))
     return info
+
+
+def price(of: Price) -> fleet_pb2.Price:
+    return fleet_pb2.Price(
+        prompt_usd_per_million_tokens=of.prompt,
+        cached_prompt_usd_per_million_tokens=of.cached_prompt,
+        completion_usd_per_million_tokens=of.completion,
+    )
 
 
 def capabilities(scores: Mapping[TaskType, float]) -> list[fleet_pb2.Capability]:

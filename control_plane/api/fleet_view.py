@@ -59,6 +59,7 @@ def server_status(server: Server, now: float) -> fleet_pb2.ModelServerStatus:
         reported_at=convert.timestamp(server.reported_wall),
         in_flight=len(server.flights),
         models=[_runtime(server, card, now) for card in server.cards],
+        assigned=sum(flight.assigned for flight in server.flights),
     )
 
 

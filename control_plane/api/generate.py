@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import grpc
@@ -12,20 +12,22 @@ import grpc
 from control_plane.api import convert
 from control_plane.api.attempts import AttemptFailed, Attempts, Progress
 from control_plane.api.metrics import Metrics
-from control_plane.api.upstream import Upstreams
+from control_plane.api.upstream import Upstream, Upstreams
 from control_plane.config import LimitSettings
 from control_plane.domain.errors import fleet_warming_up, unknown_model
-from control_plane.domain.model import ModelName, Provider
+from control_plane.domain.model import ModelName, Provider, ServerId
 from control_plane.domain.ports import Clock
+from control_plane.domain.server import Failed
 from control_plane.fleet.registry import Fleet, Flight, Outcome, OutcomeKind
 from control_plane.fleet.scheduler import Grant
 from control_plane.presets import Presets
-from modelyard.rpc.errors import Refusal, invalid
+from modelyard.rpc.errors import Refusal, from_rpc_error, invalid
 from modelyard.rpc.reasons import Reason
 from modelyard.rpc.server import Unread
 from modelyard.rpc.validation import check_embed_request, check_generate_request
-from modelyard.v1.generation_pb2 import GenerationResult
+from modelyard.v1.generation_pb2 import GenerationDelta, GenerationResult
 from modelyard.v1.model_server_pb2 import (
+    ModelServerCompleteResponse,
     ModelServerEmbedRequest,
     ModelServerEmbedResponse,
     ModelServerGenerateRequest,
@@ -37,10 +39,14 @@ from modelyard.v1.orchestrator_pb2 import (
     EmbedResponse,
     GenerateRequest,
     GenerateResponse,
+    GenerationSummary,
 )
 from modelyard.v1.selection_pb2 import Requirements
 
 M = TypeVar("M", GenerateRequest, EmbedRequest)
+
+# An answer's last message, its deltas if they were kept, and when the first and the last of them came (0: none came).
+_Told = tuple[ModelServerGenerateResponse | ModelServerCompleteResponse, Sequence[GenerationDelta], float, float]
 
 # The first byte of a ModelServerGenerateResponse whose `delta` is set: field 2, length-delimited.
 # Such a message is a GenerateResponse too (the contract promises it) and passes unread.
@@ -58,7 +64,9 @@ REQUEST_ID_KEY = "modelyard-request-id"
 class Sink(Protocol):
     """Where an answer goes: a gRPC context, or the gateway's own.
 
-    One that also has `chosen(flight, attempts)` hears of each attempt as it begins.
+    One that also has `chosen(flight, attempts)` hears of each attempt as it begins. One that also has
+    `whole(deltas, summary)` wants the answer when it is complete: it is called once, and `write` only for decisions.
+    Until then nothing has been sent to anybody, so an attempt that fails in the middle is made again elsewhere.
     """
 
     async def write(self, message: bytes, /) -> None:
@@ -72,6 +80,9 @@ class Sink(Protocol):
     def set_trailing_metadata(self, trailing_metadata: tuple[tuple[str, str], ...], /) -> None:
         """What goes with the status."""
         ...
+
+
+Whole = Callable[[Sequence[GenerationDelta], GenerationSummary], None]
 
 
 class Generation:
@@ -97,6 +108,10 @@ class Generation:
         self._metrics = metrics
         self._release = release
         self.presets = Presets()
+        self.give_back: Callable[[bytes], None] = lambda ticket: None
+        """Ends the reservation of a ticket that could not be used."""
+        self.ticket_for: Callable[[Flight, str], bytes] = lambda flight, request_id: b""
+        """The ticket of a relayed request, where its server wants one."""
         # Calls that gave their result but not yet their status; dropping one would cancel it.
         self._ending: set[grpc.aio.Call] = set()
 
@@ -118,14 +133,16 @@ class Generation:
         """Serve one Generate call, writing to `context`."""
         arrived = self._clock.monotonic()
         raw = _read(source)
-        request_id = _identify(raw.request_id, context)
+        request_id = identify(raw.request_id, context)
+        if raw.unused_ticket:
+            self.give_back(raw.unused_ticket)
         presets = self.presets  # those of now: they may change while the request waits
         request, preset = presets.fill(raw)
         violations = check_generate_request(request)
         if violations:
             raise invalid(violations)
         route = convert.route_request(request, request_id, self.pinned(request.requirements))
-        limit = self._time_limit(context)
+        limit = self.time_limit(context)
         if preset is not None and preset.timeout is not None:
             limit = min(limit, preset.timeout)
 
@@ -137,16 +154,23 @@ class Generation:
             ).SerializeToString()
 
         body = _Body(source, raw, render)
+        avoid = [
+            Failed(ServerId(failed), instance)
+            for failed in raw.failed_server_ids
+            if (instance := self._fleet.instance(ServerId(failed)))
+        ]
         del raw
         history: list[Attempt] = []
-        relay = _Relay(self, context, body, arrived, arrived + limit, request_id, history)
+        # Log-probabilities can make an answer larger than one message may be.
+        unary = not request.input.sampling.logprobs
+        relay = _Relay(self, context, body, arrived, arrived + limit, request_id, history, unary)
         on_grant = relay.announce if request.explain else None
         del request  # it may wait for minutes now
         try:
             async with asyncio.timeout(limit):
-                await self._attempts.run(route, relay.attempt, history, on_grant, body.size)
+                await self._attempts.run(route, relay.attempt, history, on_grant, body.size, avoid)
         except TimeoutError:
-            raise _out_of_time(limit) from None
+            raise out_of_time(limit) from None
         finally:
             relay.close()
 
@@ -156,12 +180,12 @@ class Generation:
         """Serve one Embed call."""
         arrived = self._clock.monotonic()
         request = _read(source)
-        request_id = _identify(request.request_id, context)
+        request_id = identify(request.request_id, context)
         violations = check_embed_request(request)
         if violations:
             raise invalid(violations)
         route = convert.embed_route_request(request, request_id, self.pinned(request.requirements))
-        limit = self._time_limit(context)
+        limit = self.time_limit(context)
 
         def render(request: EmbedRequest) -> bytes:
             return ModelServerEmbedRequest(
@@ -179,7 +203,10 @@ class Generation:
             if chosen is not None:
                 chosen(flight, len(history))
             call = self._upstreams.get(flight.endpoint).embed(
-                body.read() + ModelServerEmbedRequest(model=flight.model).SerializeToString(),
+                body.read()
+                + ModelServerEmbedRequest(
+                    model=flight.model, ticket=self.ticket_for(flight, request_id)
+                ).SerializeToString(),
                 timeout=max(0.0, arrived + limit - started),
             )
             progress.call = call
@@ -204,7 +231,7 @@ class Generation:
             async with asyncio.timeout(limit):
                 return await self._attempts.run(route, attempt, history, size=body.size)
         except TimeoutError:
-            raise _out_of_time(limit) from None
+            raise out_of_time(limit) from None
 
     def let_end(self, call: grpc.aio.Call) -> None:
         """Give a call that has told its result a moment for its status; dropping it would cancel it."""
@@ -217,7 +244,8 @@ class Generation:
 
         call.add_done_callback(ended)
 
-    def _time_limit(self, context: Sink) -> float:
+    def time_limit(self, context: Sink) -> float:
+        """Seconds that a request may take."""
         remaining = context.time_remaining()
         longest = self._limits.max_generation
         return longest if remaining is None else min(remaining, longest)
@@ -258,7 +286,9 @@ class _Relay:
         deadline: float,
         request_id: str,
         history: list[Attempt],
+        unary: bool,
     ) -> None:
+        """`unary`: an answer that is wanted whole may be asked for as one message."""
         self._owner = owner
         self._context = context
         self._body = body
@@ -267,11 +297,13 @@ class _Relay:
         self._request_id = request_id
         self._history = history
         self._chosen: Callable[[Flight, int], None] | None = getattr(context, "chosen", None)
+        self._whole: Whole | None = getattr(context, "whole", None)
+        self._unary = unary and self._whole is not None
         self._queued = 0.0
         self._slow = False
         self._blocked_since: float | None = None
         self._task = asyncio.current_task()
-        self._watch = self._watch_writes()
+        self._watch = self._watch_writes() if self._whole is None else None
 
     # A client that does not read must not hold a slot for ever. One timer per request looks at
     # a time stamp; a timeout object per chunk would cost more than the relaying itself.
@@ -287,7 +319,8 @@ class _Relay:
         self._watch = self._watch_writes()
 
     def close(self) -> None:
-        self._watch.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
 
     async def _write(self, message: bytes) -> None:
         self._blocked_since = self._owner._clock.monotonic()
@@ -315,11 +348,42 @@ class _Relay:
         started = clock()
         if self._chosen is not None:
             self._chosen(flight, len(self._history))
-        call = owner._upstreams.get(flight.endpoint).generate(
-            self._body.read() + ModelServerGenerateRequest(model=flight.model).SerializeToString(),
-            timeout=max(0.0, self._deadline - started),
+        upstream = owner._upstreams.get(flight.endpoint)
+        request = (
+            self._body.read()
+            + ModelServerGenerateRequest(
+                model=flight.model, ticket=owner.ticket_for(flight, self._request_id)
+            ).SerializeToString()
         )
+        instance = flight.server.report.identity.instance_id
+        told = None
+        if self._unary and upstream.only_streams != instance:
+            told = await self._complete(upstream, request, progress, started)
+            if told is None:
+                upstream.only_streams = instance
+        if told is None:
+            told = await self._relay(upstream, request, progress)
+        answer, deltas, first, last = told
+        outcome = self._outcome(answer.result, started, first, last)
+        # The slot is free now; that this client may be slow to read its summary is no concern
+        # of the next request.
+        owner._release(flight, outcome)
+        if self._whole is not None:
+            self._whole(deltas, self._summary(GenerationSummary(), answer.result, grant, first, last))
+        else:
+            response = GenerateResponse()
+            if answer.HasField("delta"):  # the last piece came together with the end
+                response.delta.CopyFrom(answer.delta)
+            self._summary(response.summary, answer.result, grant, first, last)
+            await self._write(response.SerializeToString())
+        return None, outcome
+
+    async def _relay(self, upstream: Upstream, request: bytes, progress: Progress) -> _Told:
+        """Ask for a stream and pass on what comes, or keep it for who wants it whole."""
+        clock, keep = self._owner._clock.monotonic, self._whole is not None
+        call = upstream.generate(request, timeout=max(0.0, self._deadline - clock()))
         progress.call = call
+        kept: list[GenerationDelta] = []
         first = last = 0.0
         try:
             while True:
@@ -329,10 +393,12 @@ class _Relay:
                     raise AttemptFailed(Refusal(Reason.ENGINE_FAILED, "the stream ended without a result"))
                 if chunk and chunk[0] == _DELTA_TAG and _is_one_field(chunk):
                     last = clock()
-                    if not progress.tokens_sent:
-                        first = last
+                    first = first or last
+                    if keep:
+                        kept.append(ModelServerGenerateResponse.FromString(chunk).delta)
+                    else:
                         progress.tokens_sent = True
-                    await self._write(chunk)
+                        await self._write(chunk)
                     continue
                 message = ModelServerGenerateResponse.FromString(chunk)
                 if message.HasField("result"):
@@ -342,33 +408,45 @@ class _Relay:
         except BaseException:
             call.cancel()
             raise
-        if message.HasField("delta"):  # the last piece came together with the end
+        if message.HasField("delta"):
             last = clock()
             first = first or last
-        outcome = self._outcome(message.result, started, first, last)
-        # The slot is free now; that this client may be slow to read its summary is no concern
-        # of the next request.
-        owner._release(flight, outcome)
-        owner.let_end(call)
-        await self._write(self._ending(message, grant, first, last))
-        return None, outcome
+            kept.append(message.delta)
+        self._owner.let_end(call)
+        return message, kept, first, last
+
+    async def _complete(self, upstream: Upstream, request: bytes, progress: Progress, started: float) -> _Told | None:
+        """Ask for the whole answer as one message. None if the server has no such call."""
+        call = upstream.complete(request, timeout=max(0.0, self._deadline - started))
+        progress.call = call
+        try:
+            answer = ModelServerCompleteResponse.FromString(await call)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED and from_rpc_error(error).transport:
+                return None
+            raise
+        if not answer.HasField("result"):
+            raise AttemptFailed(Refusal(Reason.ENGINE_FAILED, "the server sent an answer without a result"))
+        if not answer.HasField("delta"):
+            return answer, (), 0.0, 0.0
+        # How long it took is what was measured here; how that divides, only the server has seen.
+        last = self._owner._clock.monotonic()
+        result = answer.result
+        decoding = convert.seconds(result.timings.tpot) * max(0, result.usage.completion_tokens - 1)
+        return answer, (answer.delta,), max(started, last - max(0.0, decoding)), last
 
     def _outcome(self, result: GenerationResult, started: float, first: float, last: float) -> Outcome:
-        tokens = result.usage.completion_tokens
         return Outcome(
             OutcomeKind.SUCCESS,
             ttft=first - started if first else None,
-            tpot=(last - first) / (tokens - 1) if first and tokens > 1 else None,
+            tpot=_tpot(result, first, last),
         )
 
-    def _ending(self, message: ModelServerGenerateResponse, grant: Grant, first: float, last: float) -> bytes:
-        """The last message: the summary, and the last piece if the server sent it with its result."""
-        result = message.result
+    def _summary(
+        self, summary: GenerationSummary, result: GenerationResult, grant: Grant, first: float, last: float
+    ) -> GenerationSummary:
+        """Complete the last message of an answer."""
         owner, flight, usage = self._owner, grant.flight, result.usage
-        response = GenerateResponse()
-        if message.HasField("delta"):
-            response.delta.CopyFrom(message.delta)
-        summary = response.summary
         summary.request_id = self._request_id
         summary.finish_reason = result.finish_reason
         summary.usage.CopyFrom(usage)
@@ -384,23 +462,34 @@ class _Relay:
             ttft = first - self._arrived
             convert.set_duration(timings.ttft, ttft)
             owner._metrics.first_token(flight.model, ttft)
-            if usage.completion_tokens > 1:
-                tpot = (last - first) / (usage.completion_tokens - 1)
+            tpot = _tpot(result, first, last)
+            if tpot is not None:
                 convert.set_duration(timings.tpot, tpot)
                 owner._metrics.pace(flight.model, tpot)
         owner._metrics.used(flight.model, usage)
-        return response.SerializeToString()
+        return summary
+
+
+def _tpot(result: GenerationResult, first: float, last: float) -> float | None:
+    """Mean seconds per token after the first. Not known of an answer that came in one piece."""
+    tokens = result.usage.completion_tokens
+    return (last - first) / (tokens - 1) if tokens > 1 and last > first else None
 
 
 def _read(source: Unread[M] | M) -> M:
     return source.read() if isinstance(source, Unread) else source
 
 
-def _identify(given: str, context: Sink) -> str:
+def new_request_id() -> str:
+    """Nobody need be unable to guess it, so it does without the system's randomness."""
+    return f"{random.getrandbits(128):032x}"
+
+
+def identify(given: str, context: Sink) -> str:
     """The request's id, sent back in the trailing metadata: with the status, refusals included,
     where initial metadata would cost a write of its own. An id that is no header value is a
     violation, so it is not sent."""
-    request_id = given or uuid.uuid4().hex
+    request_id = given or new_request_id()
     if request_id.isascii() and request_id.isprintable() and len(request_id) <= 64:
         context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
     return request_id
@@ -419,6 +508,7 @@ def _is_one_field(chunk: bytes) -> bool:
     return False
 
 
-def _out_of_time(limit: float) -> Refusal:
+def out_of_time(limit: float) -> Refusal:
+    """The refusal of a request that took longer."""
     # Three digits, however small it is: a limit of 0.001 s is not one of 0.0 s.
     return Refusal(Reason.DEADLINE_EXCEEDED, f"not finished within {float(f'{limit:.3g}'):g} s")

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import grpc
 
 from control_plane.api import convert, fleet_view
+from control_plane.api.assign import Assignments
 from control_plane.api.generate import Generation
 from control_plane.api.lifecycle import LOAD, PULL, UNLOAD, ModelLifecycle
 from control_plane.api.metrics import Metrics
@@ -23,7 +24,7 @@ from control_plane.scheduling.pace import TokenBucket
 from modelyard.rpc.errors import Refusal, Violation, invalid
 from modelyard.rpc.reasons import Reason
 from modelyard.rpc.server import InFlight, Unread, takes_unread
-from modelyard.rpc.validation import check_generate_request, check_report
+from modelyard.rpc.validation import check_generate_request, check_report, check_ticket_report
 from modelyard.v1 import fleet_pb2, orchestrator_pb2
 
 T = TypeVar("T")
@@ -33,6 +34,10 @@ T = TypeVar("T")
 # everything, what is read late is all that is lost.
 _REPORTS_AT_ONCE = 20
 _REPORTS_PER_INTERVAL = 10
+
+# The same for reports of tickets alone, of which a busy server sends up to a hundred a second.
+_TICKET_REPORTS_AT_ONCE = 200
+_TICKET_REPORT_SECONDS = 0.005
 
 
 def served(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
@@ -75,17 +80,19 @@ class OrchestratorServicer:
         fleet: Fleet,
         scheduler: Scheduler,
         generation: Generation,
+        assignments: Assignments,
         lifecycle: ModelLifecycle,
         settings: FleetSettings,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
         self.metrics = metrics
-        self.in_flight = InFlight()
+        self.in_flight: InFlight = assignments.in_flight
         self._orchestrator_id = orchestrator_id
         self._fleet = fleet
         self._scheduler = scheduler
         self._generation = generation
+        self._assignments = assignments
         self._lifecycle = lifecycle
         self._settings = settings
         self._clock = clock
@@ -116,6 +123,13 @@ class OrchestratorServicer:
     ) -> None:
         with self._admit():
             await self._generation.generate(request, context)
+
+    @served
+    async def Assign(
+        self, request: orchestrator_pb2.AssignRequest, context: grpc.aio.ServicerContext
+    ) -> orchestrator_pb2.AssignResponse:
+        with self._admit():
+            return await self._assignments.assign(request, context)
 
     @takes_unread
     @served
@@ -243,8 +257,7 @@ class OrchestratorServicer:
     @served
     async def Attach(self, requests: AsyncIterator[fleet_pb2.ServerReport], context: grpc.aio.ServicerContext) -> None:
         self._admit()
-        pace = TokenBucket(_REPORTS_AT_ONCE, self._settings.report_interval / _REPORTS_PER_INTERVAL)
-        stream = _ReportStream(self._fleet, self._clock, requests, pace)
+        stream = _ReportStream(self._fleet, self._assignments, self._settings, self._clock, requests)
         reader = asyncio.create_task(stream.read(), name="attach-reader")
         reader.add_done_callback(lambda _: stream.wake.set())
         try:
@@ -257,7 +270,7 @@ class OrchestratorServicer:
                     reader.result()
                     return
                 if attachment:
-                    await context.write(self._directive(attachment))
+                    await context.write(self._directive(attachment, stream.acknowledged))
         finally:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
@@ -265,33 +278,47 @@ class OrchestratorServicer:
                 self._fleet.detach(stream.attachment, expected=self._stopping.is_set())
         raise draining()
 
-    def _directive(self, attachment: Attachment) -> fleet_pb2.ServerDirective:
+    def _directive(self, attachment: Attachment, acknowledged: int) -> fleet_pb2.ServerDirective:
         server = attachment.server
-        return fleet_pb2.ServerDirective(
+        directive = fleet_pb2.ServerDirective(
             orchestrator_id=self._orchestrator_id,
             lease_epoch=server.lease.epoch,
             lease_duration=convert.duration(self._settings.lease_duration),
             next_report_in=convert.duration(self._settings.report_interval),
             desired_state=fleet_pb2.DESIRED_STATE_DRAIN if server.drain_ordered else fleet_pb2.DESIRED_STATE_SERVE,
         )
+        self._assignments.direct(directive, server, acknowledged)
+        return directive
 
 
 class _ReportStream:
     """The reading half of an Attach call."""
 
     def __init__(
-        self, fleet: Fleet, clock: Clock, requests: AsyncIterator[fleet_pb2.ServerReport], pace: TokenBucket
+        self,
+        fleet: Fleet,
+        assignments: Assignments,
+        settings: FleetSettings,
+        clock: Clock,
+        requests: AsyncIterator[fleet_pb2.ServerReport],
     ) -> None:
         self.wake = asyncio.Event()
         self.attachment: Attachment | None = None
+        self.acknowledged = 0
+        """Sequence of the last outcome that has come in this stream."""
         self._fleet = fleet
+        self._assignments = assignments
         self._clock = clock
         self._requests = requests
-        self._pace = pace
+        self._pace = TokenBucket(_REPORTS_AT_ONCE, settings.report_interval / _REPORTS_PER_INTERVAL)
+        self._ticket_pace = TokenBucket(_TICKET_REPORTS_AT_ONCE, _TICKET_REPORT_SECONDS)
 
     async def read(self) -> None:
         before: tuple[fleet_pb2.ServerReport, Report] | None = None
         async for message in self._requests:
+            if self.attachment is not None and not message.HasField("identity") and message.HasField("tickets"):
+                await self._hear_tickets(self.attachment, message)
+                continue
             violations = check_report(message)
             if violations:
                 raise invalid(violations)
@@ -302,7 +329,25 @@ class _ReportStream:
                 self.attachment = self._fleet.attach(report, now, wall, self.wake.set)
             else:
                 self._fleet.update(self.attachment, report, now, wall)
+            self._take_note(self.attachment, message)
             self.wake.set()
             pause = self._pace.take(now)
             if pause:
                 await asyncio.sleep(pause)
+
+    async def _hear_tickets(self, attachment: Attachment, message: fleet_pb2.ServerReport) -> None:
+        """A report of tickets alone: many come, each costs little."""
+        violations = check_ticket_report(message.tickets)
+        if violations:
+            raise invalid(violations)
+        now = self._clock.monotonic()
+        self._fleet.heard(attachment, message.lease_epoch, now)
+        self._take_note(attachment, message)
+        self.wake.set()
+        pause = self._ticket_pace.take(now)
+        if pause:
+            await asyncio.sleep(pause)
+
+    def _take_note(self, attachment: Attachment, message: fleet_pb2.ServerReport) -> None:
+        if message.HasField("tickets"):
+            self.acknowledged = max(self.acknowledged, self._assignments.heard(attachment.server, message.tickets))

@@ -20,6 +20,9 @@ class Upstream:
     def __init__(self, endpoint: str) -> None:
         self.channel = channel(endpoint)
         self.generate: grpc.aio.UnaryStreamMultiCallable = self.channel.unary_stream(f"/{_SERVICE}/Generate")
+        self.complete: grpc.aio.UnaryUnaryMultiCallable = self.channel.unary_unary(f"/{_SERVICE}/Complete")
+        self.only_streams = ""
+        """The instance that was found to have no Complete."""
         self.embed: grpc.aio.UnaryUnaryMultiCallable = self.channel.unary_unary(f"/{_SERVICE}/Embed")
         self.pull_model: grpc.aio.UnaryStreamMultiCallable = self.channel.unary_stream(f"/{_SERVICE}/PullModel")
         self.load_model: grpc.aio.UnaryStreamMultiCallable = self.channel.unary_stream(f"/{_SERVICE}/LoadModel")

@@ -104,3 +104,9 @@ class Report:
     """Models can be pulled, loaded and unloaded."""
     pool: Pool | None = None
     """None: the engine is not reached over a network."""
+    lease_epoch: int = 0
+    """That the server was last told of. 0: none in this stream."""
+    takes_tickets: bool = False
+    """Clients may call it with a ticket."""
+    needs_tickets: bool = False
+    """It serves nobody without one."""

@@ -7,6 +7,7 @@ One object, one event loop, no awaits: every method is a single step. Time comes
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -16,7 +17,7 @@ from control_plane.domain.errors import DomainError, unknown_server
 from control_plane.domain.learned import Learned
 from control_plane.domain.lease import Lease
 from control_plane.domain.model import ModelCard, ModelName, Price, Provider, ServerId
-from control_plane.domain.server import BreakerState, Health, LeaseState, Report
+from control_plane.domain.server import BreakerState, Failed, Health, LeaseState, Report
 from control_plane.scheduling.breaker import Breaker, BreakerPolicy
 from control_plane.scheduling.stats import RuntimeStats, StatsPolicy
 from control_plane.selection.table import CandidateRow, CandidateTable
@@ -78,6 +79,8 @@ class Flight:
     """Monotonic seconds of the dispatch."""
     cold: bool
     """The model had to be loaded: its times say nothing of the next request."""
+    assigned: bool = False
+    """Its client calls the server itself."""
     on_lost: Callable[[], None] | None = None
     """Called when the server's lease runs out: nothing will come any more."""
 
@@ -107,6 +110,13 @@ class Server:
     pairs: dict[PairKey, Pair] = field(default_factory=dict)
     flights: set[Flight] = field(default_factory=set)
     lost_at: float = 0.0
+    echoed: int = 0
+    """The lease epoch that the server has been told of, by its own word; with it came the key of tickets."""
+    ticket_key: bytes = field(default_factory=lambda: secrets.token_bytes(32))
+    direct: bool = False
+    """Whether it was last seen to know the key."""
+    tickets_since: int = 0
+    """Tickets of earlier lease epochs are void: what they stood for was given up."""
 
     @property
     def id(self) -> ServerId:
@@ -125,7 +135,13 @@ class Server:
 
     @property
     def ready(self) -> bool:
-        return self.lease.state is LeaseState.LIVE and self.report.health is Health.READY
+        sound = self.lease.state is LeaseState.LIVE and self.report.health is Health.READY
+        return sound and (self.knows_key or not self.report.needs_tickets)
+
+    @property
+    def knows_key(self) -> bool:
+        """Whether it can tell our tickets from forged ones."""
+        return self.report.takes_tickets and self.echoed == self.lease.epoch
 
 
 @dataclass(eq=False, slots=True)
@@ -172,6 +188,7 @@ class Fleet:
         """Fingerprint and statistics of an earlier process."""
         self._troubled: set[tuple[ServerId, PairKey]] = set()
         self._listeners: list[Callable[[ServerId, bool], None]] = []
+        self._without_tickets: frozenset[Failed] | None = None
         self.on_capacity: Callable[[], None] = lambda: None
         self.table = CandidateTable([])
 
@@ -192,6 +209,16 @@ class Fleet:
         """The instance that a server reports now; None if it is not known."""
         server = self._servers.get(server_id)
         return server.report.identity.instance_id if server else None
+
+    def without_tickets(self) -> frozenset[Failed]:
+        """Servers that cannot be called directly, as they are now."""
+        if self._without_tickets is None:
+            self._without_tickets = frozenset(
+                Failed(server.id, server.report.identity.instance_id)
+                for server in self._servers.values()
+                if not server.knows_key
+            )
+        return self._without_tickets
 
     @property
     def definitions(self) -> Definitions:
@@ -252,7 +279,7 @@ class Fleet:
                     pair.stats = pair.stats.renewed(now)
             server.attached_wall = server.reported_wall = wall
             server.lease = Lease.grant(epoch, now, self._policy.lease_duration)
-        server.attachment = Attachment(server, on_directive)
+        server.attachment, self._without_tickets = Attachment(server, on_directive), None
         self._accept(server, report, rebuild=True, now=now)
         log.info(
             "%s attached: %s, %s, epoch %d, %d models",
@@ -276,6 +303,18 @@ class Fleet:
         health = report.health is not server.report.health
         self._accept(server, report, rebuild=static, now=now)
         self._changed(server, urgent=static or health or server.state is not before)
+
+    def heard(self, attachment: Attachment, lease_epoch: int, now: float) -> None:
+        """A report of tickets alone: a sign of life, and a word on the lease. Raises SUPERSEDED."""
+        server = attachment.server
+        if attachment.superseded:
+            raise superseded(server.id)
+        if server.lease.state is LeaseState.LIVE:  # one that is lost comes back with a whole report
+            server.lease = server.lease.renewed(now, self._policy.lease_duration)
+        if self._echo(server, lease_epoch):
+            self._refresh(server)
+            self._changed(server, urgent=True)
+            self.on_capacity()
 
     def detach(self, attachment: Attachment, *, expected: bool = False) -> None:
         """The stream ended, for whatever reason; `expected` if this side ended it."""
@@ -399,6 +438,7 @@ class Fleet:
 
     def _accept(self, server: Server, report: Report, *, rebuild: bool, now: float) -> None:
         server.report = report
+        self._echo(server, report.lease_epoch)
         if rebuild:
             server.cards = tuple(self._definitions.apply(card) for card in report.models)
             server.held = frozenset((card.name, card.provider) for card in server.cards)
@@ -412,6 +452,14 @@ class Fleet:
             self._refresh(server)
         self._changed(server, urgent=rebuild)
         self.on_capacity()
+
+    def _echo(self, server: Server, lease_epoch: int) -> bool:
+        """Take note of what the server has been told; whether that makes a difference to tickets."""
+        server.echoed = lease_epoch
+        if server.knows_key is server.direct:
+            return False
+        server.direct, self._without_tickets = server.knows_key, None
+        return True
 
     def _identify(self, server: Server, card: ModelCard) -> None:
         """Begin to learn anew where the fingerprint is another one; an empty one says nothing."""
@@ -428,6 +476,7 @@ class Fleet:
         pair.fingerprint = card.fingerprint or pair.fingerprint
 
     def _abandon(self, server: Server) -> None:
+        server.tickets_since = server.lease.epoch + 1
         for flight in list(server.flights):
             if flight.on_lost:
                 flight.on_lost()

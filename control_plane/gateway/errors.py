@@ -52,6 +52,7 @@ _SHAPES: Mapping[Reason, _Shape] = MappingProxyType(
         Reason.CREDENTIALS_REJECTED: _Shape(503, _DOWN, "credentials_rejected"),
         Reason.QUEUE_TIMEOUT: _Shape(504, _DOWN, "queue_timeout"),
         Reason.DEADLINE_EXCEEDED: _Shape(504, _DOWN, "deadline_exceeded"),
+        Reason.TICKET_REFUSED: _Shape(503, _DOWN, "ticket_refused"),
         Reason.SUPERSEDED: _Shape(500, _DOWN, "superseded"),
         Reason.INTERNAL: _Shape(500, _DOWN, "internal_error"),
     }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from control_plane.domain.ports import Clock
 from control_plane.fleet.registry import Flight
 from control_plane.gateway.answers import Answer, Asked, Head
 from control_plane.gateway.exchange import Exchange
-from modelyard.v1.orchestrator_pb2 import GenerateResponse
+from modelyard.v1.generation_pb2 import GenerationDelta
+from modelyard.v1.orchestrator_pb2 import GenerateResponse, GenerationSummary
 
 
 class Sink:
@@ -37,20 +39,20 @@ class Sink:
 
 
 class WholeSink(Sink):
-    """Keeps everything until the end."""
+    """Wants the answer when it is complete."""
 
     def __init__(self, http: Exchange, clock: Clock, timeout: float | None) -> None:
         super().__init__(http, clock, timeout)
         self.answer = Answer()
 
     async def write(self, message: bytes) -> None:
-        response = GenerateResponse.FromString(message)
-        if response.HasField("decision"):
-            self.http.decision = response.decision.summary
-        if response.HasField("delta"):
-            self.answer.take(response.delta)
-        if response.HasField("summary"):
-            self.answer.summary = response.summary
+        self.http.decision = GenerateResponse.FromString(message).decision.summary
+
+    def whole(self, deltas: Sequence[GenerationDelta], summary: GenerationSummary) -> None:
+        """The answer."""
+        for delta in deltas:
+            self.answer.take(delta)
+        self.answer.summary = summary
 
 
 class StreamSink(Sink):

@@ -11,7 +11,9 @@ FINAL_REASONS = frozenset({"INVALID_REQUEST", "DEADLINE_EXCEEDED", "SLOW_READER"
 REQUEST_REASONS = frozenset({"UNSUPPORTED", "CONTEXT_TOO_LONG", "CONTENT_REFUSED"})
 """The request does not suit this model; another may do. Where none does, waiting does not help either."""
 
-BLAMELESS_REASONS = REQUEST_REASONS | {"SERVER_BUSY", "DRAINING", "UNKNOWN_MODEL", "RATE_LIMITED", "OUT_OF_MEMORY"}
+BLAMELESS_REASONS = (
+    REQUEST_REASONS | {"SERVER_BUSY", "DRAINING", "UNKNOWN_MODEL", "RATE_LIMITED", "OUT_OF_MEMORY"} | {"TICKET_REFUSED"}
+)
 """The server is sound but not the right one at this moment: another may do."""
 
 STANDING_REASONS = REQUEST_REASONS | {

@@ -68,7 +68,9 @@ def schema_format(schema: dict[str, Any] | str) -> generation_pb2.ResponseFormat
 class Answer:
     """A complete answer."""
 
-    responses: list[model_server_pb2.ModelServerGenerateResponse] = field(default_factory=list)
+    responses: list[model_server_pb2.ModelServerGenerateResponse | model_server_pb2.ModelServerCompleteResponse] = (
+        field(default_factory=list)
+    )
     arrivals: list[float] = field(default_factory=list)
     """Seconds from asking to each response."""
 
@@ -240,6 +242,25 @@ class Subject:
                 answer.responses.append(response)
         except grpc.aio.AioRpcError as error:
             raise refusal_of(error) from error
+        answer.check()
+        return answer
+
+    async def complete(
+        self, asked: generation_pb2.GenerationInput, *, model: str = "", timeout: float = PATIENCE
+    ) -> Answer:
+        """The whole answer as one message, checked. Raises Refusal; the test is skipped if there is no such call."""
+        request = model_server_pb2.ModelServerCompleteRequest(
+            model=model or self.model, input=asked, request_id="conformance"
+        )
+        began = time.perf_counter()
+        try:
+            response = await self.stub.Complete(request, timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            refusal = refusal_of(error)
+            if refusal.transport and refusal.code is grpc.StatusCode.UNIMPLEMENTED:
+                pytest.skip("the server has no Complete")
+            raise refusal from error
+        answer = Answer([response], [time.perf_counter() - began])
         answer.check()
         return answer
 

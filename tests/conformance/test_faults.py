@@ -79,6 +79,17 @@ async def test_a_fault_has_its_reason_and_passes(subject: Subject, name: str) ->
     await subject.until_idle()
 
 
+@pytest.mark.parametrize("name", ["unauthorized", "rate limit", "broken", "stall", "reset"])
+async def test_a_fault_of_a_whole_answer_has_the_same_reason(subject: Subject, name: str) -> None:
+    await subject.complete(says(GREETING, sampling={"max_tokens": 2}))  # skips where there is no such call
+    fault, reasons = FAULTS[name]
+    subject.set_fault(fault)
+    with pytest.raises(Refusal) as caught:
+        await subject.complete(says(GREETING), timeout=_BOUND + 5)
+    assert not caught.value.transport and caught.value.reason in reasons, repr(caught.value)
+    await subject.until_idle()
+
+
 async def test_pieces_that_came_before_the_fault_are_passed_on(subject: Subject) -> None:
     subject.set_fault(Fault("reset", pieces=3))
     text = ""

@@ -42,6 +42,16 @@ def test_no_other_event_shares_a_number() -> None:
     assert {ours[number] for number in theirs.keys() & ours.keys()} == {"delta"}
 
 
+@pytest.mark.parametrize("suffix", ["Request", "Response"])
+def test_a_whole_answer_has_the_numbers_of_a_stream(suffix) -> None:
+    stream, whole = (getattr(model_server_pb2, f"ModelServer{name}{suffix}") for name in ("Generate", "Complete"))
+    shapes = [
+        [(field.number, field.name, field.type, field.message_type) for field in message.DESCRIPTOR.fields]
+        for message in (stream, whole)
+    ]
+    assert shapes[0] == shapes[1]
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.DESCRIPTOR.name)
 def test_package(file) -> None:
     assert file.DESCRIPTOR.package == "modelyard.v1"

@@ -152,7 +152,7 @@ async def test_what_is_asked_arrives_at_the_model_server() -> None:
             temperature=0.5,
             extra_body={"top_k": 3, "never_heard_of": {"a": 1}},
         )
-        (call,) = fake.calls_of("Generate")
+        (call,) = fake.calls_of("Complete")
         system, user = call.request.input.messages
         assert system.role == generation_pb2.ROLE_SYSTEM
         assert user.content[0].image.data == b"\x89PNG"
@@ -276,7 +276,7 @@ async def test_a_deadline_from_a_header() -> None:
                 model="auto", messages=ASK, extra_headers={"X-Modelyard-Timeout": "0.2"}
             )
         assert (caught.value.status_code, caught.value.code) == (504, "deadline_exceeded")
-        await fake.until(lambda: fake.calls_of("Generate")[0].outcome != "running")
+        await fake.until(lambda: fake.calls_of("Complete")[0].outcome != "running")
 
 
 # ------------------------------------------------------------------- errors ---
@@ -293,7 +293,7 @@ async def test_what_an_engine_refuses(
     refusal: Refusal, kind: type[openai.APIStatusError], status: int, code: str
 ) -> None:
     async with faked() as (http, fake):
-        fake.inject_error("Generate", refusal)
+        fake.inject_error("Complete", refusal)
         with pytest.raises(kind) as caught:
             await http.sdk.chat.completions.create(model="auto", messages=ASK)
         assert (caught.value.status_code, caught.value.code) == (status, code)
@@ -307,7 +307,7 @@ async def test_unknown_models_and_retries_are_told() -> None:
         with pytest.raises(openai.NotFoundError) as unknown:
             await http.sdk.chat.completions.create(model="gpt-9", messages=ASK)
         assert (unknown.value.code, unknown.value.param) == ("model_not_found", "model")
-        fake.inject_error("Generate", Refusal(Reason.ENGINE_FAILED, "it broke"), times=9)
+        fake.inject_error("Complete", Refusal(Reason.ENGINE_FAILED, "it broke"), times=9)
         with pytest.raises(openai.InternalServerError) as exhausted:
             await http.sdk.chat.completions.create(model="auto", messages=ASK)
         assert (exhausted.value.status_code, exhausted.value.code) == (503, "attempts_exhausted")
@@ -316,7 +316,7 @@ async def test_unknown_models_and_retries_are_told() -> None:
 
 async def test_a_retry_is_seen_in_the_headers() -> None:
     async with faked(FakeModelServer("a"), FakeModelServer("b")) as (http, fake):
-        fake.inject_error("Generate", Refusal(Reason.ENGINE_FAILED, "it broke"), times=99)
+        fake.inject_error("Complete", Refusal(Reason.ENGINE_FAILED, "it broke"), times=99)
         attempts = set()
         for _ in range(4):
             raw = await http.sdk.chat.completions.with_raw_response.create(model="auto", messages=ASK)
@@ -327,7 +327,7 @@ async def test_a_retry_is_seen_in_the_headers() -> None:
 
 async def test_a_full_queue_says_when_to_come_back() -> None:
     async with faked(FakeModelServer("one", slots=1), queue={"bound": {"normal": 0}}) as (http, fake):
-        gate = fake.gate("Generate")
+        gate = fake.gate("Complete")
         running = asyncio.create_task(http.sdk.chat.completions.create(model="auto", messages=ASK))
         await gate.arrived.wait()
         with pytest.raises(openai.RateLimitError) as caught:

@@ -143,7 +143,7 @@ async def test_a_client_that_goes_away_stops_the_engine(stream: bool) -> None:
 
 async def test_a_client_that_goes_away_leaves_the_queue() -> None:
     async with http_door() as http, attached(http.door, FakeModelServer("one", slots=1)) as (fake,):
-        gate = fake.gate("Generate")
+        gate = fake.gate("Complete")
         depth = http.door.plane.scheduler.depth
         running = asyncio.create_task(http.request("POST", CHAT, HELLO))
         await gate.arrived.wait()

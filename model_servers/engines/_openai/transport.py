@@ -57,10 +57,13 @@ class Events:
 
     async def next(self) -> list[bytes]:
         """At least one payload, or none at the end of the stream. Raises EngineFailed."""
+        content = self._response.content
         while True:
             try:
-                async with asyncio.timeout_at(self._deadline):
-                    data = await self._response.content.readany()
+                data = content.read_nowait()  # what is here already needs no timer
+                if not data and not content.at_eof():
+                    async with asyncio.timeout_at(self._deadline):
+                        data = await content.readany()
             except TimeoutError:
                 seconds = self._patience.stall if self.begun else self._patience.first
                 raise self._source.lost(f"has sent nothing for {seconds:g} s") from None
@@ -90,6 +93,8 @@ class Events:
 
     async def drain(self) -> bool:
         """Whether the stream has come to its end, so that its connection can be used again."""
+        if self._response.content.at_eof():
+            return True
         try:
             async with asyncio.timeout(_REST_SECONDS):
                 while await self._response.content.readany():

@@ -9,8 +9,8 @@ import grpc.aio
 
 Option = tuple[str, int | str]
 
-_MAX_MESSAGE_BYTES = 64 << 20
-"""Most bytes of one answer: 2,048 embeddings of 8,192 floats."""
+MAX_MESSAGE_BYTES = 64 << 20
+"""Most bytes of one message: 2,048 embeddings of 8,192 floats."""
 
 _OPTIONS: tuple[Option, ...] = (
     # While calls are active a stopped peer is noticed after keepalive_time + ping_timeout:
@@ -22,8 +22,8 @@ _OPTIONS: tuple[Option, ...] = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # Retries are the control plane's business; nothing may be configured over DNS.
     ("grpc.service_config_disable_resolution", 1),
     # http_proxy in the environment is meant for the web, not for hosts of the fleet.

@@ -46,6 +46,7 @@ class Reason(StrEnum):
     QUEUE_TIMEOUT = "QUEUE_TIMEOUT"
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     UNSUPPORTED = "UNSUPPORTED"
+    TICKET_REFUSED = "TICKET_REFUSED"
     SUPERSEDED = "SUPERSEDED"
     INTERNAL = "INTERNAL"
 
@@ -80,6 +81,7 @@ CODES: Mapping[Reason, grpc.StatusCode] = MappingProxyType(
         Reason.QUEUE_TIMEOUT: grpc.StatusCode.DEADLINE_EXCEEDED,
         Reason.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
         Reason.UNSUPPORTED: grpc.StatusCode.UNIMPLEMENTED,
+        Reason.TICKET_REFUSED: grpc.StatusCode.UNAUTHENTICATED,
         Reason.SUPERSEDED: grpc.StatusCode.ABORTED,
         Reason.INTERNAL: grpc.StatusCode.INTERNAL,
     }

@@ -14,7 +14,15 @@ from typing import Any, NoReturn
 from google.protobuf.duration_pb2 import Duration
 
 from modelyard.rpc.errors import Violation
-from modelyard.v1 import fleet_pb2, generation_pb2, model_server_pb2, orchestrator_pb2, selection_pb2, task_pb2
+from modelyard.v1 import (
+    fleet_pb2,
+    generation_pb2,
+    model_server_pb2,
+    orchestrator_pb2,
+    selection_pb2,
+    task_pb2,
+    ticket_pb2,
+)
 
 MAX_VIOLATIONS = 20
 """No client reads more, and a hostile request must not make more."""
@@ -39,6 +47,8 @@ MAX_AMOUNT = 1e9
 MAX_SECONDS = 315_576_000_000
 """The range of google.protobuf.Duration as it is documented, about 10,000 years; its field holds more."""
 MAX_CONTEXT_LENGTH = 2**32 - 1
+MAX_OUTCOMES = 1000
+"""Of tickets, in one report."""
 
 
 _ROLES = frozenset(generation_pb2.Role.values()) - {0}
@@ -77,6 +87,25 @@ def check_generate_request(request: orchestrator_pb2.GenerateRequest, path: str 
     return found[:MAX_VIOLATIONS]
 
 
+def check_assign_request(request: orchestrator_pb2.AssignRequest) -> Violations:
+    """Violations of an AssignRequest."""
+    if not request.HasField("request"):
+        return [Violation("request", "is required")]
+    found: Violations = []
+    inner = request.request
+    for field, _ in inner.input.ListFields():
+        if field.name != "sampling":
+            found.append(Violation(f"request.input.{field.name}", "must be left out: it is the model server's to see"))
+    if inner.input.HasField("sampling"):
+        _check_sampling(inner.input.sampling, "request.input.sampling", found)
+    if inner.task_type not in _TASK_TYPES:
+        found.append(Violation("request.task_type", unknown_number(inner.task_type)))
+    if request.prompt_tokens > MAX_CONTEXT_LENGTH // 2:
+        found.append(Violation("prompt_tokens", "is more than any model takes"))
+    _check_routing(inner, "request.", found)
+    return found[:MAX_VIOLATIONS]
+
+
 def check_embed_request(request: orchestrator_pb2.EmbedRequest) -> Violations:
     """Violations of an EmbedRequest."""
     found: Violations = []
@@ -86,9 +115,11 @@ def check_embed_request(request: orchestrator_pb2.EmbedRequest) -> Violations:
 
 
 def check_model_server_generate_request(
-    request: model_server_pb2.ModelServerGenerateRequest | model_server_pb2.CountTokensRequest,
+    request: model_server_pb2.ModelServerGenerateRequest
+    | model_server_pb2.ModelServerCompleteRequest
+    | model_server_pb2.CountTokensRequest,
 ) -> Violations:
-    """Violations of a ModelServerGenerateRequest or CountTokensRequest."""
+    """Violations of a ModelServerGenerateRequest, ModelServerCompleteRequest or CountTokensRequest."""
     found = _check_required_input(request, "input")
     if not request.model:
         found.append(Violation("model", "is required"))
@@ -114,6 +145,7 @@ def check_tenant(name: str) -> Violations:
 def _check_required_input(
     request: orchestrator_pb2.GenerateRequest
     | model_server_pb2.ModelServerGenerateRequest
+    | model_server_pb2.ModelServerCompleteRequest
     | model_server_pb2.CountTokensRequest,
     path: str,
 ) -> Violations:
@@ -381,6 +413,25 @@ def check_report(report: fleet_pb2.ServerReport) -> Violations:
         found.append(Violation("health", unknown_number(report.health)))
     if report.state not in _STATES:
         found.append(Violation("state", unknown_number(report.state)))
+    found += check_ticket_report(report.tickets)
+    return found[:MAX_VIOLATIONS]
+
+
+def check_ticket_report(report: ticket_pb2.TicketReport) -> Violations:
+    """Violations of what a report says of tickets."""
+    found: Violations = []
+    _check_text(report.orchestrator_id, "tickets.orchestrator_id", found)
+    if len(report.outcomes) > MAX_OUTCOMES:
+        found.append(Violation("tickets.outcomes", f"at most {MAX_OUTCOMES} are accepted, not {len(report.outcomes)}"))
+        return found
+    if report.HasField("as_of"):
+        _check_duration(report.as_of, "tickets.as_of", found)
+    for i, outcome in enumerate(report.outcomes):
+        _check_text(outcome.failure_reason, f"tickets.outcomes[{i}].failure_reason", found)
+        for field, value in outcome.result.timings.ListFields():
+            _check_duration(value, f"tickets.outcomes[{i}].result.timings.{field.name}", found)
+        if len(found) >= MAX_VIOLATIONS:
+            break
     return found[:MAX_VIOLATIONS]
 
 

@@ -55,7 +55,7 @@ _STEPS: Mapping[str, tuple[StepItem, ...]] = {
 
 
 class FakeModelServer(FakeServer):
-    """Answers Generate by script, embeds a text as (length, 1), counts a token per four bytes.
+    """Answers Generate and Complete by script, embeds a text as (length, 1), counts a token per four bytes.
 
     PullModel, LoadModel and UnloadModel play a script, too (see `steps`); each state on the way becomes that of the
     model and is reported.
@@ -81,6 +81,8 @@ class FakeModelServer(FakeServer):
         self.on_generate: Callable[[model_server_pb2.ModelServerGenerateRequest], tuple[ScriptItem, ...]] | None = None
         """Makes the script of a request; takes precedence over `answer`."""
         self.finish_reason: generation_pb2.FinishReason = generation_pb2.FINISH_REASON_STOP
+        self.timings: generation_pb2.Timings | None = None
+        """Told with every result; None: not told."""
         self.directives: list[fleet_pb2.ServerDirective] = []
         """Every directive received, in order."""
         self._script: tuple[ScriptItem, ...] = ("Hello", ", ", "world")
@@ -90,7 +92,8 @@ class FakeModelServer(FakeServer):
         self._attaching: asyncio.Task[None] | None = None
 
     def answer(self, *items: ScriptItem, result: bool = True) -> None:
-        """Script of all Generate calls from now on; without `result` the stream just ends."""
+        """Script of all Generate and Complete calls from now on; without `result` the stream just ends, the whole
+        answer lacks it."""
         self._script, self._result = items, result
 
     def steps(self, method: str, *items: StepItem) -> None:
@@ -183,9 +186,27 @@ class FakeModelServer(FakeServer):
                 tokens += delta.tokens
                 yield model_server_pb2.ModelServerGenerateResponse(delta=delta)
             if self._result:
-                usage = generation_pb2.Usage(prompt_tokens=_tokens(request.input), completion_tokens=tokens)
-                result = generation_pb2.GenerationResult(finish_reason=self.finish_reason, usage=usage)
-                yield model_server_pb2.ModelServerGenerateResponse(result=result)
+                yield model_server_pb2.ModelServerGenerateResponse(result=self._end(request.input, tokens))
+
+    async def Complete(
+        self, request: model_server_pb2.ModelServerCompleteRequest, context: ServicerContext
+    ) -> model_server_pb2.ModelServerCompleteResponse:
+        async with self._received("Complete", context, request):
+            asked = model_server_pb2.ModelServerGenerateRequest.FromString(request.SerializeToString())
+            answer = model_server_pb2.ModelServerCompleteResponse()
+            async for delta in play(self._script if self.on_generate is None else self.on_generate(asked)):
+                text = answer.delta.text + delta.text
+                reasoning = answer.delta.reasoning_text + delta.reasoning_text
+                tokens = answer.delta.tokens + delta.tokens
+                answer.delta.MergeFrom(delta)
+                answer.delta.text, answer.delta.reasoning_text, answer.delta.tokens = text, reasoning, tokens
+            if self._result:
+                answer.result.CopyFrom(self._end(request.input, answer.delta.tokens))
+            return answer
+
+    def _end(self, asked: generation_pb2.GenerationInput, tokens: int) -> generation_pb2.GenerationResult:
+        usage = generation_pb2.Usage(prompt_tokens=_tokens(asked), completion_tokens=tokens)
+        return generation_pb2.GenerationResult(finish_reason=self.finish_reason, usage=usage, timings=self.timings)
 
     async def Embed(
         self, request: model_server_pb2.ModelServerEmbedRequest, context: ServicerContext

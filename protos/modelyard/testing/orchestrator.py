@@ -47,6 +47,8 @@ class FakeOrchestrator(FakeServer):
         self.steps: tuple[fleet_pb2.ModelProgress | asyncio.Event | Refusal, ...] = ()
         """Script of PullModel, LoadModel and UnloadModel: steps are sent, events waited for, refusals raised. Where
         there is none, the one step that ends such a call."""
+        self.assignment: orchestrator_pb2.AssignResponse | None = None
+        """Answer of Assign. None: it knows nothing of direct mode, and such calls are not logged."""
         self.presets: list[orchestrator_pb2.Preset] = []
         """Answer of ListPresets."""
         self.next_report_in = 1.0
@@ -102,6 +104,14 @@ class FakeOrchestrator(FakeServer):
                 end.summary.request_id = request_id
                 end.summary.usage.completion_tokens = tokens
                 yield end
+
+    async def Assign(
+        self, request: orchestrator_pb2.AssignRequest, context: ServicerContext
+    ) -> orchestrator_pb2.AssignResponse:
+        if self.assignment is None:
+            raise Refusal(Reason.UNSUPPORTED, "this control plane assigns nothing")
+        async with self._received("Assign", context, request):
+            return self.assignment
 
     async def Embed(
         self, request: orchestrator_pb2.EmbedRequest, context: ServicerContext

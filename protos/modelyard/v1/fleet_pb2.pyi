@@ -1,6 +1,7 @@
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from modelyard.v1 import task_pb2 as _task_pb2
+from modelyard.v1 import ticket_pb2 as _ticket_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -93,7 +94,7 @@ BREAKER_STATE_OPEN: BreakerState
 BREAKER_STATE_HALF_OPEN: BreakerState
 
 class ServerReport(_message.Message):
-    __slots__ = ("identity", "engine", "hardware", "models", "load", "health", "health_detail", "lease_epoch", "state", "pool")
+    __slots__ = ("identity", "engine", "hardware", "models", "load", "health", "health_detail", "lease_epoch", "state", "pool", "tickets")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     HARDWARE_FIELD_NUMBER: _ClassVar[int]
@@ -104,6 +105,7 @@ class ServerReport(_message.Message):
     LEASE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
+    TICKETS_FIELD_NUMBER: _ClassVar[int]
     identity: ServerIdentity
     engine: EngineInfo
     hardware: HardwareInfo
@@ -114,7 +116,8 @@ class ServerReport(_message.Message):
     lease_epoch: int
     state: DesiredState
     pool: ConnectionPool
-    def __init__(self, identity: _Optional[_Union[ServerIdentity, _Mapping]] = ..., engine: _Optional[_Union[EngineInfo, _Mapping]] = ..., hardware: _Optional[_Union[HardwareInfo, _Mapping]] = ..., models: _Optional[_Iterable[_Union[ModelInfo, _Mapping]]] = ..., load: _Optional[_Union[ServerLoad, _Mapping]] = ..., health: _Optional[_Union[ServerHealth, str]] = ..., health_detail: _Optional[str] = ..., lease_epoch: _Optional[int] = ..., state: _Optional[_Union[DesiredState, str]] = ..., pool: _Optional[_Union[ConnectionPool, _Mapping]] = ...) -> None: ...
+    tickets: _ticket_pb2.TicketReport
+    def __init__(self, identity: _Optional[_Union[ServerIdentity, _Mapping]] = ..., engine: _Optional[_Union[EngineInfo, _Mapping]] = ..., hardware: _Optional[_Union[HardwareInfo, _Mapping]] = ..., models: _Optional[_Iterable[_Union[ModelInfo, _Mapping]]] = ..., load: _Optional[_Union[ServerLoad, _Mapping]] = ..., health: _Optional[_Union[ServerHealth, str]] = ..., health_detail: _Optional[str] = ..., lease_epoch: _Optional[int] = ..., state: _Optional[_Union[DesiredState, str]] = ..., pool: _Optional[_Union[ConnectionPool, _Mapping]] = ..., tickets: _Optional[_Union[_ticket_pb2.TicketReport, _Mapping]] = ...) -> None: ...
 
 class ServerIdentity(_message.Message):
     __slots__ = ("server_id", "instance_id", "endpoint", "labels", "version")
@@ -260,21 +263,23 @@ class ServerLoad(_message.Message):
     def __init__(self, slots: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., foreign: _Optional[int] = ..., kv_cache_utilization: _Optional[float] = ...) -> None: ...
 
 class ServerDirective(_message.Message):
-    __slots__ = ("orchestrator_id", "lease_epoch", "lease_duration", "next_report_in", "desired_state")
+    __slots__ = ("orchestrator_id", "lease_epoch", "lease_duration", "next_report_in", "desired_state", "tickets")
     ORCHESTRATOR_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     LEASE_DURATION_FIELD_NUMBER: _ClassVar[int]
     NEXT_REPORT_IN_FIELD_NUMBER: _ClassVar[int]
     DESIRED_STATE_FIELD_NUMBER: _ClassVar[int]
+    TICKETS_FIELD_NUMBER: _ClassVar[int]
     orchestrator_id: str
     lease_epoch: int
     lease_duration: _duration_pb2.Duration
     next_report_in: _duration_pb2.Duration
     desired_state: DesiredState
-    def __init__(self, orchestrator_id: _Optional[str] = ..., lease_epoch: _Optional[int] = ..., lease_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., next_report_in: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., desired_state: _Optional[_Union[DesiredState, str]] = ...) -> None: ...
+    tickets: _ticket_pb2.TicketDirective
+    def __init__(self, orchestrator_id: _Optional[str] = ..., lease_epoch: _Optional[int] = ..., lease_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., next_report_in: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., desired_state: _Optional[_Union[DesiredState, str]] = ..., tickets: _Optional[_Union[_ticket_pb2.TicketDirective, _Mapping]] = ...) -> None: ...
 
 class ModelServerStatus(_message.Message):
-    __slots__ = ("report", "lease_state", "lease_epoch", "attached_at", "reported_at", "in_flight", "models")
+    __slots__ = ("report", "lease_state", "lease_epoch", "attached_at", "reported_at", "in_flight", "models", "assigned")
     REPORT_FIELD_NUMBER: _ClassVar[int]
     LEASE_STATE_FIELD_NUMBER: _ClassVar[int]
     LEASE_EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -282,6 +287,7 @@ class ModelServerStatus(_message.Message):
     REPORTED_AT_FIELD_NUMBER: _ClassVar[int]
     IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
+    ASSIGNED_FIELD_NUMBER: _ClassVar[int]
     report: ServerReport
     lease_state: LeaseState
     lease_epoch: int
@@ -289,7 +295,8 @@ class ModelServerStatus(_message.Message):
     reported_at: _timestamp_pb2.Timestamp
     in_flight: int
     models: _containers.RepeatedCompositeFieldContainer[ModelRuntime]
-    def __init__(self, report: _Optional[_Union[ServerReport, _Mapping]] = ..., lease_state: _Optional[_Union[LeaseState, str]] = ..., lease_epoch: _Optional[int] = ..., attached_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., reported_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., in_flight: _Optional[int] = ..., models: _Optional[_Iterable[_Union[ModelRuntime, _Mapping]]] = ...) -> None: ...
+    assigned: int
+    def __init__(self, report: _Optional[_Union[ServerReport, _Mapping]] = ..., lease_state: _Optional[_Union[LeaseState, str]] = ..., lease_epoch: _Optional[int] = ..., attached_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., reported_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., in_flight: _Optional[int] = ..., models: _Optional[_Iterable[_Union[ModelRuntime, _Mapping]]] = ..., assigned: _Optional[int] = ...) -> None: ...
 
 class ModelRuntime(_message.Message):
     __slots__ = ("model", "success_rate", "ttft", "tpot", "requests", "failures", "breaker")

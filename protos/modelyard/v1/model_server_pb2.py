@@ -26,7 +26,7 @@ from modelyard.v1 import fleet_pb2 as modelyard_dot_v1_dot_fleet__pb2
 from modelyard.v1 import generation_pb2 as modelyard_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmodelyard/v1/model_server.proto\x12\x0cmodelyard.v1\x1a\x18modelyard/v1/fleet.proto\x1a\x1dmodelyard/v1/generation.proto\"\x11\n\x0f\x44\x65scribeRequest\">\n\x10\x44\x65scribeResponse\x12*\n\x06report\x18\x01 \x01(\x0b\x32\x1a.modelyard.v1.ServerReport\"\x86\x01\n\x1aModelServerGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12,\n\x05input\x18\x02 \x01(\x0b\x32\x1d.modelyard.v1.GenerationInput\x12\x17\n\x0forchestrator_id\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"\x87\x01\n\x1bModelServerGenerateResponse\x12,\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1d.modelyard.v1.GenerationDelta\x12.\n\x06result\x18\x03 \x01(\x0b\x32\x1e.modelyard.v1.GenerationResultJ\x04\x08\x01\x10\x02J\x04\x08\x04\x10\x05\"e\n\x17ModelServerEmbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06inputs\x18\x02 \x03(\t\x12\x17\n\x0forchestrator_id\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"k\n\x18ModelServerEmbedResponse\x12+\n\nembeddings\x18\x01 \x03(\x0b\x32\x17.modelyard.v1.Embedding\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.modelyard.v1.Usage\"Q\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12,\n\x05input\x18\x02 \x01(\x0b\x32\x1d.modelyard.v1.GenerationInput\",\n\x13\x43ountTokensResponse\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\",\n\x1bModelServerPullModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"M\n\x1cModelServerPullModelResponse\x12-\n\x08progress\x18\x01 \x01(\x0b\x32\x1b.modelyard.v1.ModelProgress\",\n\x1bModelServerLoadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"M\n\x1cModelServerLoadModelResponse\x12-\n\x08progress\x18\x01 \x01(\x0b\x32\x1b.modelyard.v1.ModelProgress\".\n\x1dModelServerUnloadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"O\n\x1eModelServerUnloadModelResponse\x12-\n\x08progress\x18\x01 \x01(\x0b\x32\x1b.modelyard.v1.ModelProgress2\x9f\x05\n\x0bModelServer\x12I\n\x08\x44\x65scribe\x12\x1d.modelyard.v1.DescribeRequest\x1a\x1e.modelyard.v1.DescribeResponse\x12\x61\n\x08Generate\x12(.modelyard.v1.ModelServerGenerateRequest\x1a).modelyard.v1.ModelServerGenerateResponse0\x01\x12V\n\x05\x45mbed\x12%.modelyard.v1.ModelServerEmbedRequest\x1a&.modelyard.v1.ModelServerEmbedResponse\x12R\n\x0b\x43ountTokens\x12 .modelyard.v1.CountTokensRequest\x1a!.modelyard.v1.CountTokensResponse\x12\x64\n\tPullModel\x12).modelyard.v1.ModelServerPullModelRequest\x1a*.modelyard.v1.ModelServerPullModelResponse0\x01\x12\x64\n\tLoadModel\x12).modelyard.v1.ModelServerLoadModelRequest\x1a*.modelyard.v1.ModelServerLoadModelResponse0\x01\x12j\n\x0bUnloadModel\x12+.modelyard.v1.ModelServerUnloadModelRequest\x1a,.modelyard.v1.ModelServerUnloadModelResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmodelyard/v1/model_server.proto\x12\x0cmodelyard.v1\x1a\x18modelyard/v1/fleet.proto\x1a\x1dmodelyard/v1/generation.proto\"\x11\n\x0f\x44\x65scribeRequest\">\n\x10\x44\x65scribeResponse\x12*\n\x06report\x18\x01 \x01(\x0b\x32\x1a.modelyard.v1.ServerReport\"\x96\x01\n\x1aModelServerGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12,\n\x05input\x18\x02 \x01(\x0b\x32\x1d.modelyard.v1.GenerationInput\x12\x17\n\x0forchestrator_id\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x0e\n\x06ticket\x18\x05 \x01(\x0c\"\x87\x01\n\x1bModelServerGenerateResponse\x12,\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1d.modelyard.v1.GenerationDelta\x12.\n\x06result\x18\x03 \x01(\x0b\x32\x1e.modelyard.v1.GenerationResultJ\x04\x08\x01\x10\x02J\x04\x08\x04\x10\x05\"\x96\x01\n\x1aModelServerCompleteRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12,\n\x05input\x18\x02 \x01(\x0b\x32\x1d.modelyard.v1.GenerationInput\x12\x17\n\x0forchestrator_id\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x0e\n\x06ticket\x18\x05 \x01(\x0c\"\x87\x01\n\x1bModelServerCompleteResponse\x12,\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1d.modelyard.v1.GenerationDelta\x12.\n\x06result\x18\x03 \x01(\x0b\x32\x1e.modelyard.v1.GenerationResultJ\x04\x08\x01\x10\x02J\x04\x08\x04\x10\x05\"u\n\x17ModelServerEmbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06inputs\x18\x02 \x03(\t\x12\x17\n\x0forchestrator_id\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x0e\n\x06ticket\x18\x05 \x01(\x0c\"k\n\x18ModelServerEmbedResponse\x12+\n\nembeddings\x18\x01 \x03(\x0b\x32\x17.modelyard.v1.Embedding\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.modelyard.v1.Usage\"Q\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12,\n\x05input\x18\x02 \x01(\x0b\x32\x1d.modelyard.v1.GenerationInput\",\n\x13\x43ountTokensResponse\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\",\n\x1bModelServerPullModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"M\n\x1cModelServerPullModelResponse\x12-\n\x08progress\x18\x01 \x01(\x0b\x32\x1b.modelyard.v1.ModelProgress\",\n\x1bModelServerLoadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"M\n\x1cModelServerLoadModelResponse\x12-\n\x08progress\x18\x01 \x01(\x0b\x32\x1b.modelyard.v1.ModelProgress\".\n\x1dModelServerUnloadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"O\n\x1eModelServerUnloadModelResponse\x12-\n\x08progress\x18\x01 \x01(\x0b\x32\x1b.modelyard.v1.ModelProgress2\x80\x06\n\x0bModelServer\x12I\n\x08\x44\x65scribe\x12\x1d.modelyard.v1.DescribeRequest\x1a\x1e.modelyard.v1.DescribeResponse\x12\x61\n\x08Generate\x12(.modelyard.v1.ModelServerGenerateRequest\x1a).modelyard.v1.ModelServerGenerateResponse0\x01\x12_\n\x08\x43omplete\x12(.modelyard.v1.ModelServerCompleteRequest\x1a).modelyard.v1.ModelServerCompleteResponse\x12V\n\x05\x45mbed\x12%.modelyard.v1.ModelServerEmbedRequest\x1a&.modelyard.v1.ModelServerEmbedResponse\x12R\n\x0b\x43ountTokens\x12 .modelyard.v1.CountTokensRequest\x1a!.modelyard.v1.CountTokensResponse\x12\x64\n\tPullModel\x12).modelyard.v1.ModelServerPullModelRequest\x1a*.modelyard.v1.ModelServerPullModelResponse0\x01\x12\x64\n\tLoadModel\x12).modelyard.v1.ModelServerLoadModelRequest\x1a*.modelyard.v1.ModelServerLoadModelResponse0\x01\x12j\n\x0bUnloadModel\x12+.modelyard.v1.ModelServerUnloadModelRequest\x1a,.modelyard.v1.ModelServerUnloadModelResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,29 +38,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBERESPONSE']._serialized_start=125
   _globals['_DESCRIBERESPONSE']._serialized_end=187
   _globals['_MODELSERVERGENERATEREQUEST']._serialized_start=190
-  _globals['_MODELSERVERGENERATEREQUEST']._serialized_end=324
-  _globals['_MODELSERVERGENERATERESPONSE']._serialized_start=327
-  _globals['_MODELSERVERGENERATERESPONSE']._serialized_end=462
-  _globals['_MODELSERVEREMBEDREQUEST']._serialized_start=464
-  _globals['_MODELSERVEREMBEDREQUEST']._serialized_end=565
-  _globals['_MODELSERVEREMBEDRESPONSE']._serialized_start=567
-  _globals['_MODELSERVEREMBEDRESPONSE']._serialized_end=674
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=676
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=757
-  _globals['_COUNTTOKENSRESPONSE']._serialized_start=759
-  _globals['_COUNTTOKENSRESPONSE']._serialized_end=803
-  _globals['_MODELSERVERPULLMODELREQUEST']._serialized_start=805
-  _globals['_MODELSERVERPULLMODELREQUEST']._serialized_end=849
-  _globals['_MODELSERVERPULLMODELRESPONSE']._serialized_start=851
-  _globals['_MODELSERVERPULLMODELRESPONSE']._serialized_end=928
-  _globals['_MODELSERVERLOADMODELREQUEST']._serialized_start=930
-  _globals['_MODELSERVERLOADMODELREQUEST']._serialized_end=974
-  _globals['_MODELSERVERLOADMODELRESPONSE']._serialized_start=976
-  _globals['_MODELSERVERLOADMODELRESPONSE']._serialized_end=1053
-  _globals['_MODELSERVERUNLOADMODELREQUEST']._serialized_start=1055
-  _globals['_MODELSERVERUNLOADMODELREQUEST']._serialized_end=1101
-  _globals['_MODELSERVERUNLOADMODELRESPONSE']._serialized_start=1103
-  _globals['_MODELSERVERUNLOADMODELRESPONSE']._serialized_end=1182
-  _globals['_MODELSERVER']._serialized_start=1185
-  _globals['_MODELSERVER']._serialized_end=1856
+  _globals['_MODELSERVERGENERATEREQUEST']._serialized_end=340
+  _globals['_MODELSERVERGENERATERESPONSE']._serialized_start=343
+  _globals['_MODELSERVERGENERATERESPONSE']._serialized_end=478
+  _globals['_MODELSERVERCOMPLETEREQUEST']._serialized_start=481
+  _globals['_MODELSERVERCOMPLETEREQUEST']._serialized_end=631
+  _globals['_MODELSERVERCOMPLETERESPONSE']._serialized_start=634
+  _globals['_MODELSERVERCOMPLETERESPONSE']._serialized_end=769
+  _globals['_MODELSERVEREMBEDREQUEST']._serialized_start=771
+  _globals['_MODELSERVEREMBEDREQUEST']._serialized_end=888
+  _globals['_MODELSERVEREMBEDRESPONSE']._serialized_start=890
+  _globals['_MODELSERVEREMBEDRESPONSE']._serialized_end=997
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=999
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=1080
+  _globals['_COUNTTOKENSRESPONSE']._serialized_start=1082
+  _globals['_COUNTTOKENSRESPONSE']._serialized_end=1126
+  _globals['_MODELSERVERPULLMODELREQUEST']._serialized_start=1128
+  _globals['_MODELSERVERPULLMODELREQUEST']._serialized_end=1172
+  _globals['_MODELSERVERPULLMODELRESPONSE']._serialized_start=1174
+  _globals['_MODELSERVERPULLMODELRESPONSE']._serialized_end=1251
+  _globals['_MODELSERVERLOADMODELREQUEST']._serialized_start=1253
+  _globals['_MODELSERVERLOADMODELREQUEST']._serialized_end=1297
+  _globals['_MODELSERVERLOADMODELRESPONSE']._serialized_start=1299
+  _globals['_MODELSERVERLOADMODELRESPONSE']._serialized_end=1376
+  _globals['_MODELSERVERUNLOADMODELREQUEST']._serialized_start=1378
+  _globals['_MODELSERVERUNLOADMODELREQUEST']._serialized_end=1424
+  _globals['_MODELSERVERUNLOADMODELRESPONSE']._serialized_start=1426
+  _globals['_MODELSERVERUNLOADMODELRESPONSE']._serialized_end=1505
+  _globals['_MODELSERVER']._serialized_start=1508
+  _globals['_MODELSERVER']._serialized_end=2276
 # @@protoc_insertion_point(module_scope)

@@ -19,16 +19,18 @@ class DescribeResponse(_message.Message):
     def __init__(self, report: _Optional[_Union[_fleet_pb2.ServerReport, _Mapping]] = ...) -> None: ...
 
 class ModelServerGenerateRequest(_message.Message):
-    __slots__ = ("model", "input", "orchestrator_id", "request_id")
+    __slots__ = ("model", "input", "orchestrator_id", "request_id", "ticket")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INPUT_FIELD_NUMBER: _ClassVar[int]
     ORCHESTRATOR_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     model: str
     input: _generation_pb2.GenerationInput
     orchestrator_id: str
     request_id: str
-    def __init__(self, model: _Optional[str] = ..., input: _Optional[_Union[_generation_pb2.GenerationInput, _Mapping]] = ..., orchestrator_id: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+    ticket: bytes
+    def __init__(self, model: _Optional[str] = ..., input: _Optional[_Union[_generation_pb2.GenerationInput, _Mapping]] = ..., orchestrator_id: _Optional[str] = ..., request_id: _Optional[str] = ..., ticket: _Optional[bytes] = ...) -> None: ...
 
 class ModelServerGenerateResponse(_message.Message):
     __slots__ = ("delta", "result")
@@ -38,17 +40,41 @@ class ModelServerGenerateResponse(_message.Message):
     result: _generation_pb2.GenerationResult
     def __init__(self, delta: _Optional[_Union[_generation_pb2.GenerationDelta, _Mapping]] = ..., result: _Optional[_Union[_generation_pb2.GenerationResult, _Mapping]] = ...) -> None: ...
 
+class ModelServerCompleteRequest(_message.Message):
+    __slots__ = ("model", "input", "orchestrator_id", "request_id", "ticket")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    INPUT_FIELD_NUMBER: _ClassVar[int]
+    ORCHESTRATOR_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    input: _generation_pb2.GenerationInput
+    orchestrator_id: str
+    request_id: str
+    ticket: bytes
+    def __init__(self, model: _Optional[str] = ..., input: _Optional[_Union[_generation_pb2.GenerationInput, _Mapping]] = ..., orchestrator_id: _Optional[str] = ..., request_id: _Optional[str] = ..., ticket: _Optional[bytes] = ...) -> None: ...
+
+class ModelServerCompleteResponse(_message.Message):
+    __slots__ = ("delta", "result")
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    delta: _generation_pb2.GenerationDelta
+    result: _generation_pb2.GenerationResult
+    def __init__(self, delta: _Optional[_Union[_generation_pb2.GenerationDelta, _Mapping]] = ..., result: _Optional[_Union[_generation_pb2.GenerationResult, _Mapping]] = ...) -> None: ...
+
 class ModelServerEmbedRequest(_message.Message):
-    __slots__ = ("model", "inputs", "orchestrator_id", "request_id")
+    __slots__ = ("model", "inputs", "orchestrator_id", "request_id", "ticket")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     ORCHESTRATOR_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     model: str
     inputs: _containers.RepeatedScalarFieldContainer[str]
     orchestrator_id: str
     request_id: str
-    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[str]] = ..., orchestrator_id: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+    ticket: bytes
+    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[str]] = ..., orchestrator_id: _Optional[str] = ..., request_id: _Optional[str] = ..., ticket: _Optional[bytes] = ...) -> None: ...
 
 class ModelServerEmbedResponse(_message.Message):
     __slots__ = ("embeddings", "usage")

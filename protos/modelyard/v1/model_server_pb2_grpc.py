@@ -48,6 +48,11 @@ class ModelServerStub(object):
                 request_serializer=modelyard_dot_v1_dot_model__server__pb2.ModelServerGenerateRequest.SerializeToString,
                 response_deserializer=modelyard_dot_v1_dot_model__server__pb2.ModelServerGenerateResponse.FromString,
                 _registered_method=True)
+        self.Complete = channel.unary_unary(
+                '/modelyard.v1.ModelServer/Complete',
+                request_serializer=modelyard_dot_v1_dot_model__server__pb2.ModelServerCompleteRequest.SerializeToString,
+                response_deserializer=modelyard_dot_v1_dot_model__server__pb2.ModelServerCompleteResponse.FromString,
+                _registered_method=True)
         self.Embed = channel.unary_unary(
                 '/modelyard.v1.ModelServer/Embed',
                 request_serializer=modelyard_dot_v1_dot_model__server__pb2.ModelServerEmbedRequest.SerializeToString,
@@ -106,7 +111,29 @@ class ModelServerServicer(object):
 
         Errors: INVALID_REQUEST, CONTEXT_TOO_LONG, CONTENT_REFUSED, UNKNOWN_MODEL,
         UNSUPPORTED, SERVER_BUSY, RATE_LIMITED, OUT_OF_MEMORY, DRAINING,
-        CREDENTIALS_REJECTED, ENGINE_FAILED, SLOW_READER, DEADLINE_EXCEEDED.
+        CREDENTIALS_REJECTED, ENGINE_FAILED, SLOW_READER, DEADLINE_EXCEEDED,
+        TICKET_REFUSED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Complete(self, request, context):
+        """Generates an answer and returns it whole, when it is complete. For callers
+        that would only collect the stream: one message costs less than many.
+
+        The caller's deadline and its cancellation stop the engine. A model that is
+        cold is loaded first. Only the server sees the first token: the timings of
+        the result tell how the time divides into `ttft` and `tpot`.
+
+        OPTIONAL: a server without it answers UNIMPLEMENTED, and the caller asks
+        Generate. An answer of more than 64 MiB is no single message: it ends with
+        UNSUPPORTED. Only log-probabilities make answers that long; ask Generate for
+        those.
+
+        Not idempotent.
+
+        Errors: as Generate, without SLOW_READER.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -176,6 +203,11 @@ def add_ModelServerServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=modelyard_dot_v1_dot_model__server__pb2.ModelServerGenerateRequest.FromString,
                     response_serializer=modelyard_dot_v1_dot_model__server__pb2.ModelServerGenerateResponse.SerializeToString,
+            ),
+            'Complete': grpc.unary_unary_rpc_method_handler(
+                    servicer.Complete,
+                    request_deserializer=modelyard_dot_v1_dot_model__server__pb2.ModelServerCompleteRequest.FromString,
+                    response_serializer=modelyard_dot_v1_dot_model__server__pb2.ModelServerCompleteResponse.SerializeToString,
             ),
             'Embed': grpc.unary_unary_rpc_method_handler(
                     servicer.Embed,
@@ -261,6 +293,33 @@ class ModelServer(object):
             '/modelyard.v1.ModelServer/Generate',
             modelyard_dot_v1_dot_model__server__pb2.ModelServerGenerateRequest.SerializeToString,
             modelyard_dot_v1_dot_model__server__pb2.ModelServerGenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Complete(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modelyard.v1.ModelServer/Complete',
+            modelyard_dot_v1_dot_model__server__pb2.ModelServerCompleteRequest.SerializeToString,
+            modelyard_dot_v1_dot_model__server__pb2.ModelServerCompleteResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -22,6 +22,7 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from modelyard.v1 import fleet_pb2 as modelyard_dot_v1_dot_fleet__pb2
 from modelyard.v1 import generation_pb2 as modelyard_dot_v1_dot_generation__pb2
@@ -29,67 +30,71 @@ from modelyard.v1 import selection_pb2 as modelyard_dot_v1_dot_selection__pb2
 from modelyard.v1 import task_pb2 as modelyard_dot_v1_dot_task__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmodelyard/v1/orchestrator.proto\x12\x0cmodelyard.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18modelyard/v1/fleet.proto\x1a\x1dmodelyard/v1/generation.proto\x1a\x1cmodelyard/v1/selection.proto\x1a\x17modelyard/v1/task.proto\"\xff\x01\n\x0fGenerateRequest\x12,\n\x05input\x18\x01 \x01(\x0b\x32\x1d.modelyard.v1.GenerationInput\x12)\n\ttask_type\x18\x02 \x01(\x0e\x32\x16.modelyard.v1.TaskType\x12,\n\x08priority\x18\x03 \x01(\x0e\x32\x1a.modelyard.v1.TaskPriority\x12\x30\n\x0crequirements\x18\x04 \x01(\x0b\x32\x1a.modelyard.v1.Requirements\x12\x0f\n\x07\x65xplain\x18\x05 \x01(\x08\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x0e\n\x06preset\x18\x07 \x01(\t\"\xa2\x01\n\x10GenerateResponse\x12(\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x16.modelyard.v1.Decision\x12,\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1d.modelyard.v1.GenerationDelta\x12\x30\n\x07summary\x18\x04 \x01(\x0b\x32\x1f.modelyard.v1.GenerationSummaryJ\x04\x08\x03\x10\x04\"\x9a\x02\n\x11GenerationSummary\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x31\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x1a.modelyard.v1.FinishReason\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.modelyard.v1.Usage\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.modelyard.v1.Timings\x12\x11\n\tserver_id\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12\x10\n\x08provider\x18\x07 \x01(\t\x12\'\n\x08\x61ttempts\x18\x08 \x03(\x0b\x32\x15.modelyard.v1.Attempt\x12\x15\n\rcost_nano_usd\x18\t \x01(\x03\"\x9e\x01\n\x07\x41ttempt\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08provider\x18\x03 \x01(\t\x12.\n\nstarted_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x66\x61ilure_reason\x18\x05 \x01(\t\x12\x17\n\x0f\x66\x61ilure_message\x18\x06 \x01(\t\"\x92\x01\n\x0c\x45mbedRequest\x12\x0e\n\x06inputs\x18\x01 \x03(\t\x12\x30\n\x0crequirements\x18\x02 \x01(\x0b\x32\x1a.modelyard.v1.Requirements\x12,\n\x08priority\x18\x03 \x01(\x0e\x32\x1a.modelyard.v1.TaskPriority\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"\xbf\x01\n\rEmbedResponse\x12+\n\nembeddings\x18\x01 \x03(\x0b\x32\x17.modelyard.v1.Embedding\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.modelyard.v1.Usage\x12\x11\n\tserver_id\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x10\n\x08provider\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x15\n\rcost_nano_usd\x18\x07 \x01(\x03\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.modelyard.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.modelyard.v1.Model\"\x19\n\x17ListModelServersRequest\"L\n\x18ListModelServersResponse\x12\x30\n\x07servers\x18\x01 \x03(\x0b\x32\x1f.modelyard.v1.ModelServerStatus\"\x13\n\x11WatchFleetRequest\"t\n\x12WatchFleetResponse\x12\x10\n\x08snapshot\x18\x01 \x01(\x08\x12\x30\n\x07servers\x18\x02 \x03(\x0b\x32\x1f.modelyard.v1.ModelServerStatus\x12\x1a\n\x12removed_server_ids\x18\x03 \x03(\t\"I\n\x17\x45xplainSelectionRequest\x12.\n\x07request\x18\x01 \x01(\x0b\x32\x1d.modelyard.v1.GenerateRequest\"e\n\x18\x45xplainSelectionResponse\x12(\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x16.modelyard.v1.Decision\x12\x1f\n\x17\x65stimated_prompt_tokens\x18\x02 \x01(\r\":\n\x17\x44rainModelServerRequest\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12\x0c\n\x04undo\x18\x02 \x01(\x08\"K\n\x18\x44rainModelServerResponse\x12/\n\x06server\x18\x01 \x01(\x0b\x32\x1f.modelyard.v1.ModelServerStatus\"4\n\x10PullModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tserver_id\x18\x02 \x01(\t\"U\n\x11PullModelResponse\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12-\n\x08progress\x18\x02 \x01(\x0b\x32\x1b.modelyard.v1.ModelProgress\"4\n\x10LoadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tserver_id\x18\x02 \x01(\t\"U\n\x11LoadModelResponse\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12-\n\x08progress\x18\x02 \x01(\x0b\x32\x1b.modelyard.v1.ModelProgress\"6\n\x12UnloadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tserver_id\x18\x02 \x01(\t\"W\n\x13UnloadModelResponse\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12-\n\x08progress\x18\x02 \x01(\x0b\x32\x1b.modelyard.v1.ModelProgress\"\x14\n\x12ListPresetsRequest\"<\n\x13ListPresetsResponse\x12%\n\x07presets\x18\x01 \x03(\x0b\x32\x14.modelyard.v1.Preset\"\\\n\x06Preset\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12/\n\x08\x64\x65\x66\x61ults\x18\x03 \x01(\x0b\x32\x1d.modelyard.v1.GenerateRequest2\xc8\x08\n\x0cOrchestrator\x12K\n\x08Generate\x12\x1d.modelyard.v1.GenerateRequest\x1a\x1e.modelyard.v1.GenerateResponse0\x01\x12@\n\x05\x45mbed\x12\x1a.modelyard.v1.EmbedRequest\x1a\x1b.modelyard.v1.EmbedResponse\x12O\n\nListModels\x12\x1f.modelyard.v1.ListModelsRequest\x1a .modelyard.v1.ListModelsResponse\x12I\n\x08GetModel\x12\x1d.modelyard.v1.GetModelRequest\x1a\x1e.modelyard.v1.GetModelResponse\x12\x61\n\x10ListModelServers\x12%.modelyard.v1.ListModelServersRequest\x1a&.modelyard.v1.ListModelServersResponse\x12Q\n\nWatchFleet\x12\x1f.modelyard.v1.WatchFleetRequest\x1a .modelyard.v1.WatchFleetResponse0\x01\x12\x61\n\x10\x45xplainSelection\x12%.modelyard.v1.ExplainSelectionRequest\x1a&.modelyard.v1.ExplainSelectionResponse\x12\x61\n\x10\x44rainModelServer\x12%.modelyard.v1.DrainModelServerRequest\x1a&.modelyard.v1.DrainModelServerResponse\x12N\n\tPullModel\x12\x1e.modelyard.v1.PullModelRequest\x1a\x1f.modelyard.v1.PullModelResponse0\x01\x12N\n\tLoadModel\x12\x1e.modelyard.v1.LoadModelRequest\x1a\x1f.modelyard.v1.LoadModelResponse0\x01\x12T\n\x0bUnloadModel\x12 .modelyard.v1.UnloadModelRequest\x1a!.modelyard.v1.UnloadModelResponse0\x01\x12R\n\x0bListPresets\x12 .modelyard.v1.ListPresetsRequest\x1a!.modelyard.v1.ListPresetsResponse\x12G\n\x06\x41ttach\x12\x1a.modelyard.v1.ServerReport\x1a\x1d.modelyard.v1.ServerDirective(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmodelyard/v1/orchestrator.proto\x12\x0cmodelyard.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18modelyard/v1/fleet.proto\x1a\x1dmodelyard/v1/generation.proto\x1a\x1cmodelyard/v1/selection.proto\x1a\x17modelyard/v1/task.proto\"\xb1\x02\n\x0fGenerateRequest\x12,\n\x05input\x18\x01 \x01(\x0b\x32\x1d.modelyard.v1.GenerationInput\x12)\n\ttask_type\x18\x02 \x01(\x0e\x32\x16.modelyard.v1.TaskType\x12,\n\x08priority\x18\x03 \x01(\x0e\x32\x1a.modelyard.v1.TaskPriority\x12\x30\n\x0crequirements\x18\x04 \x01(\x0b\x32\x1a.modelyard.v1.Requirements\x12\x0f\n\x07\x65xplain\x18\x05 \x01(\x08\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x0e\n\x06preset\x18\x07 \x01(\t\x12\x15\n\runused_ticket\x18\x08 \x01(\x0c\x12\x19\n\x11\x66\x61iled_server_ids\x18\t \x03(\t\"\xa2\x01\n\x10GenerateResponse\x12(\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x16.modelyard.v1.Decision\x12,\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1d.modelyard.v1.GenerationDelta\x12\x30\n\x07summary\x18\x04 \x01(\x0b\x32\x1f.modelyard.v1.GenerationSummaryJ\x04\x08\x03\x10\x04\"\x9a\x02\n\x11GenerationSummary\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x31\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x1a.modelyard.v1.FinishReason\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.modelyard.v1.Usage\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.modelyard.v1.Timings\x12\x11\n\tserver_id\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12\x10\n\x08provider\x18\x07 \x01(\t\x12\'\n\x08\x61ttempts\x18\x08 \x03(\x0b\x32\x15.modelyard.v1.Attempt\x12\x15\n\rcost_nano_usd\x18\t \x01(\x03\"\x9e\x01\n\x07\x41ttempt\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08provider\x18\x03 \x01(\t\x12.\n\nstarted_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x66\x61ilure_reason\x18\x05 \x01(\t\x12\x17\n\x0f\x66\x61ilure_message\x18\x06 \x01(\t\"V\n\rAssignRequest\x12.\n\x07request\x18\x01 \x01(\x0b\x32\x1d.modelyard.v1.GenerateRequest\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"\xb0\x03\n\x0e\x41ssignResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tserver_id\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x10\n\x08provider\x18\x05 \x01(\t\x12\x0e\n\x06ticket\x18\x06 \x01(\x0c\x12,\n\tvalid_for\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\ntime_limit\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06queued\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x08sampling\x18\n \x01(\x0b\x32\x1c.modelyard.v1.SamplingParams\x12.\n\x0fpreset_messages\x18\x0b \x03(\x0b\x32\x15.modelyard.v1.Message\x12\"\n\x05price\x18\x0c \x01(\x0b\x32\x13.modelyard.v1.Price\x12(\n\x08\x64\x65\x63ision\x18\r \x01(\x0b\x32\x16.modelyard.v1.Decision\"\x92\x01\n\x0c\x45mbedRequest\x12\x0e\n\x06inputs\x18\x01 \x03(\t\x12\x30\n\x0crequirements\x18\x02 \x01(\x0b\x32\x1a.modelyard.v1.Requirements\x12,\n\x08priority\x18\x03 \x01(\x0e\x32\x1a.modelyard.v1.TaskPriority\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"\xbf\x01\n\rEmbedResponse\x12+\n\nembeddings\x18\x01 \x03(\x0b\x32\x17.modelyard.v1.Embedding\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.modelyard.v1.Usage\x12\x11\n\tserver_id\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x10\n\x08provider\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x15\n\rcost_nano_usd\x18\x07 \x01(\x03\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.modelyard.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.modelyard.v1.Model\"\x19\n\x17ListModelServersRequest\"L\n\x18ListModelServersResponse\x12\x30\n\x07servers\x18\x01 \x03(\x0b\x32\x1f.modelyard.v1.ModelServerStatus\"\x13\n\x11WatchFleetRequest\"t\n\x12WatchFleetResponse\x12\x10\n\x08snapshot\x18\x01 \x01(\x08\x12\x30\n\x07servers\x18\x02 \x03(\x0b\x32\x1f.modelyard.v1.ModelServerStatus\x12\x1a\n\x12removed_server_ids\x18\x03 \x03(\t\"I\n\x17\x45xplainSelectionRequest\x12.\n\x07request\x18\x01 \x01(\x0b\x32\x1d.modelyard.v1.GenerateRequest\"e\n\x18\x45xplainSelectionResponse\x12(\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x16.modelyard.v1.Decision\x12\x1f\n\x17\x65stimated_prompt_tokens\x18\x02 \x01(\r\":\n\x17\x44rainModelServerRequest\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12\x0c\n\x04undo\x18\x02 \x01(\x08\"K\n\x18\x44rainModelServerResponse\x12/\n\x06server\x18\x01 \x01(\x0b\x32\x1f.modelyard.v1.ModelServerStatus\"4\n\x10PullModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tserver_id\x18\x02 \x01(\t\"U\n\x11PullModelResponse\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12-\n\x08progress\x18\x02 \x01(\x0b\x32\x1b.modelyard.v1.ModelProgress\"4\n\x10LoadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tserver_id\x18\x02 \x01(\t\"U\n\x11LoadModelResponse\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12-\n\x08progress\x18\x02 \x01(\x0b\x32\x1b.modelyard.v1.ModelProgress\"6\n\x12UnloadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tserver_id\x18\x02 \x01(\t\"W\n\x13UnloadModelResponse\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12-\n\x08progress\x18\x02 \x01(\x0b\x32\x1b.modelyard.v1.ModelProgress\"\x14\n\x12ListPresetsRequest\"<\n\x13ListPresetsResponse\x12%\n\x07presets\x18\x01 \x03(\x0b\x32\x14.modelyard.v1.Preset\"\\\n\x06Preset\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12/\n\x08\x64\x65\x66\x61ults\x18\x03 \x01(\x0b\x32\x1d.modelyard.v1.GenerateRequest2\x8d\t\n\x0cOrchestrator\x12K\n\x08Generate\x12\x1d.modelyard.v1.GenerateRequest\x1a\x1e.modelyard.v1.GenerateResponse0\x01\x12\x43\n\x06\x41ssign\x12\x1b.modelyard.v1.AssignRequest\x1a\x1c.modelyard.v1.AssignResponse\x12@\n\x05\x45mbed\x12\x1a.modelyard.v1.EmbedRequest\x1a\x1b.modelyard.v1.EmbedResponse\x12O\n\nListModels\x12\x1f.modelyard.v1.ListModelsRequest\x1a .modelyard.v1.ListModelsResponse\x12I\n\x08GetModel\x12\x1d.modelyard.v1.GetModelRequest\x1a\x1e.modelyard.v1.GetModelResponse\x12\x61\n\x10ListModelServers\x12%.modelyard.v1.ListModelServersRequest\x1a&.modelyard.v1.ListModelServersResponse\x12Q\n\nWatchFleet\x12\x1f.modelyard.v1.WatchFleetRequest\x1a .modelyard.v1.WatchFleetResponse0\x01\x12\x61\n\x10\x45xplainSelection\x12%.modelyard.v1.ExplainSelectionRequest\x1a&.modelyard.v1.ExplainSelectionResponse\x12\x61\n\x10\x44rainModelServer\x12%.modelyard.v1.DrainModelServerRequest\x1a&.modelyard.v1.DrainModelServerResponse\x12N\n\tPullModel\x12\x1e.modelyard.v1.PullModelRequest\x1a\x1f.modelyard.v1.PullModelResponse0\x01\x12N\n\tLoadModel\x12\x1e.modelyard.v1.LoadModelRequest\x1a\x1f.modelyard.v1.LoadModelResponse0\x01\x12T\n\x0bUnloadModel\x12 .modelyard.v1.UnloadModelRequest\x1a!.modelyard.v1.UnloadModelResponse0\x01\x12R\n\x0bListPresets\x12 .modelyard.v1.ListPresetsRequest\x1a!.modelyard.v1.ListPresetsResponse\x12G\n\x06\x41ttach\x12\x1a.modelyard.v1.ServerReport\x1a\x1d.modelyard.v1.ServerDirective(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'modelyard.v1.orchestrator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GENERATEREQUEST']._serialized_start=195
-  _globals['_GENERATEREQUEST']._serialized_end=450
-  _globals['_GENERATERESPONSE']._serialized_start=453
-  _globals['_GENERATERESPONSE']._serialized_end=615
-  _globals['_GENERATIONSUMMARY']._serialized_start=618
-  _globals['_GENERATIONSUMMARY']._serialized_end=900
-  _globals['_ATTEMPT']._serialized_start=903
-  _globals['_ATTEMPT']._serialized_end=1061
-  _globals['_EMBEDREQUEST']._serialized_start=1064
-  _globals['_EMBEDREQUEST']._serialized_end=1210
-  _globals['_EMBEDRESPONSE']._serialized_start=1213
-  _globals['_EMBEDRESPONSE']._serialized_end=1404
-  _globals['_LISTMODELSREQUEST']._serialized_start=1406
-  _globals['_LISTMODELSREQUEST']._serialized_end=1425
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1427
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1484
-  _globals['_GETMODELREQUEST']._serialized_start=1486
-  _globals['_GETMODELREQUEST']._serialized_end=1517
-  _globals['_GETMODELRESPONSE']._serialized_start=1519
-  _globals['_GETMODELRESPONSE']._serialized_end=1573
-  _globals['_LISTMODELSERVERSREQUEST']._serialized_start=1575
-  _globals['_LISTMODELSERVERSREQUEST']._serialized_end=1600
-  _globals['_LISTMODELSERVERSRESPONSE']._serialized_start=1602
-  _globals['_LISTMODELSERVERSRESPONSE']._serialized_end=1678
-  _globals['_WATCHFLEETREQUEST']._serialized_start=1680
-  _globals['_WATCHFLEETREQUEST']._serialized_end=1699
-  _globals['_WATCHFLEETRESPONSE']._serialized_start=1701
-  _globals['_WATCHFLEETRESPONSE']._serialized_end=1817
-  _globals['_EXPLAINSELECTIONREQUEST']._serialized_start=1819
-  _globals['_EXPLAINSELECTIONREQUEST']._serialized_end=1892
-  _globals['_EXPLAINSELECTIONRESPONSE']._serialized_start=1894
-  _globals['_EXPLAINSELECTIONRESPONSE']._serialized_end=1995
-  _globals['_DRAINMODELSERVERREQUEST']._serialized_start=1997
-  _globals['_DRAINMODELSERVERREQUEST']._serialized_end=2055
-  _globals['_DRAINMODELSERVERRESPONSE']._serialized_start=2057
-  _globals['_DRAINMODELSERVERRESPONSE']._serialized_end=2132
-  _globals['_PULLMODELREQUEST']._serialized_start=2134
-  _globals['_PULLMODELREQUEST']._serialized_end=2186
-  _globals['_PULLMODELRESPONSE']._serialized_start=2188
-  _globals['_PULLMODELRESPONSE']._serialized_end=2273
-  _globals['_LOADMODELREQUEST']._serialized_start=2275
-  _globals['_LOADMODELREQUEST']._serialized_end=2327
-  _globals['_LOADMODELRESPONSE']._serialized_start=2329
-  _globals['_LOADMODELRESPONSE']._serialized_end=2414
-  _globals['_UNLOADMODELREQUEST']._serialized_start=2416
-  _globals['_UNLOADMODELREQUEST']._serialized_end=2470
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=2472
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=2559
-  _globals['_LISTPRESETSREQUEST']._serialized_start=2561
-  _globals['_LISTPRESETSREQUEST']._serialized_end=2581
-  _globals['_LISTPRESETSRESPONSE']._serialized_start=2583
-  _globals['_LISTPRESETSRESPONSE']._serialized_end=2643
-  _globals['_PRESET']._serialized_start=2645
-  _globals['_PRESET']._serialized_end=2737
-  _globals['_ORCHESTRATOR']._serialized_start=2740
-  _globals['_ORCHESTRATOR']._serialized_end=3836
+  _globals['_GENERATEREQUEST']._serialized_start=227
+  _globals['_GENERATEREQUEST']._serialized_end=532
+  _globals['_GENERATERESPONSE']._serialized_start=535
+  _globals['_GENERATERESPONSE']._serialized_end=697
+  _globals['_GENERATIONSUMMARY']._serialized_start=700
+  _globals['_GENERATIONSUMMARY']._serialized_end=982
+  _globals['_ATTEMPT']._serialized_start=985
+  _globals['_ATTEMPT']._serialized_end=1143
+  _globals['_ASSIGNREQUEST']._serialized_start=1145
+  _globals['_ASSIGNREQUEST']._serialized_end=1231
+  _globals['_ASSIGNRESPONSE']._serialized_start=1234
+  _globals['_ASSIGNRESPONSE']._serialized_end=1666
+  _globals['_EMBEDREQUEST']._serialized_start=1669
+  _globals['_EMBEDREQUEST']._serialized_end=1815
+  _globals['_EMBEDRESPONSE']._serialized_start=1818
+  _globals['_EMBEDRESPONSE']._serialized_end=2009
+  _globals['_LISTMODELSREQUEST']._serialized_start=2011
+  _globals['_LISTMODELSREQUEST']._serialized_end=2030
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2032
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2089
+  _globals['_GETMODELREQUEST']._serialized_start=2091
+  _globals['_GETMODELREQUEST']._serialized_end=2122
+  _globals['_GETMODELRESPONSE']._serialized_start=2124
+  _globals['_GETMODELRESPONSE']._serialized_end=2178
+  _globals['_LISTMODELSERVERSREQUEST']._serialized_start=2180
+  _globals['_LISTMODELSERVERSREQUEST']._serialized_end=2205
+  _globals['_LISTMODELSERVERSRESPONSE']._serialized_start=2207
+  _globals['_LISTMODELSERVERSRESPONSE']._serialized_end=2283
+  _globals['_WATCHFLEETREQUEST']._serialized_start=2285
+  _globals['_WATCHFLEETREQUEST']._serialized_end=2304
+  _globals['_WATCHFLEETRESPONSE']._serialized_start=2306
+  _globals['_WATCHFLEETRESPONSE']._serialized_end=2422
+  _globals['_EXPLAINSELECTIONREQUEST']._serialized_start=2424
+  _globals['_EXPLAINSELECTIONREQUEST']._serialized_end=2497
+  _globals['_EXPLAINSELECTIONRESPONSE']._serialized_start=2499
+  _globals['_EXPLAINSELECTIONRESPONSE']._serialized_end=2600
+  _globals['_DRAINMODELSERVERREQUEST']._serialized_start=2602
+  _globals['_DRAINMODELSERVERREQUEST']._serialized_end=2660
+  _globals['_DRAINMODELSERVERRESPONSE']._serialized_start=2662
+  _globals['_DRAINMODELSERVERRESPONSE']._serialized_end=2737
+  _globals['_PULLMODELREQUEST']._serialized_start=2739
+  _globals['_PULLMODELREQUEST']._serialized_end=2791
+  _globals['_PULLMODELRESPONSE']._serialized_start=2793
+  _globals['_PULLMODELRESPONSE']._serialized_end=2878
+  _globals['_LOADMODELREQUEST']._serialized_start=2880
+  _globals['_LOADMODELREQUEST']._serialized_end=2932
+  _globals['_LOADMODELRESPONSE']._serialized_start=2934
+  _globals['_LOADMODELRESPONSE']._serialized_end=3019
+  _globals['_UNLOADMODELREQUEST']._serialized_start=3021
+  _globals['_UNLOADMODELREQUEST']._serialized_end=3075
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=3077
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=3164
+  _globals['_LISTPRESETSREQUEST']._serialized_start=3166
+  _globals['_LISTPRESETSREQUEST']._serialized_end=3186
+  _globals['_LISTPRESETSRESPONSE']._serialized_start=3188
+  _globals['_LISTPRESETSRESPONSE']._serialized_end=3248
+  _globals['_PRESET']._serialized_start=3250
+  _globals['_PRESET']._serialized_end=3342
+  _globals['_ORCHESTRATOR']._serialized_start=3345
+  _globals['_ORCHESTRATOR']._serialized_end=4510
 # @@protoc_insertion_point(module_scope)

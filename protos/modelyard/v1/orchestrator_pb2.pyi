@@ -1,3 +1,4 @@
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from modelyard.v1 import fleet_pb2 as _fleet_pb2
 from modelyard.v1 import generation_pb2 as _generation_pb2
@@ -12,7 +13,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("input", "task_type", "priority", "requirements", "explain", "request_id", "preset")
+    __slots__ = ("input", "task_type", "priority", "requirements", "explain", "request_id", "preset", "unused_ticket", "failed_server_ids")
     INPUT_FIELD_NUMBER: _ClassVar[int]
     TASK_TYPE_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
@@ -20,6 +21,8 @@ class GenerateRequest(_message.Message):
     EXPLAIN_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PRESET_FIELD_NUMBER: _ClassVar[int]
+    UNUSED_TICKET_FIELD_NUMBER: _ClassVar[int]
+    FAILED_SERVER_IDS_FIELD_NUMBER: _ClassVar[int]
     input: _generation_pb2.GenerationInput
     task_type: _task_pb2.TaskType
     priority: _task_pb2.TaskPriority
@@ -27,7 +30,9 @@ class GenerateRequest(_message.Message):
     explain: bool
     request_id: str
     preset: str
-    def __init__(self, input: _Optional[_Union[_generation_pb2.GenerationInput, _Mapping]] = ..., task_type: _Optional[_Union[_task_pb2.TaskType, str]] = ..., priority: _Optional[_Union[_task_pb2.TaskPriority, str]] = ..., requirements: _Optional[_Union[_selection_pb2.Requirements, _Mapping]] = ..., explain: bool = ..., request_id: _Optional[str] = ..., preset: _Optional[str] = ...) -> None: ...
+    unused_ticket: bytes
+    failed_server_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, input: _Optional[_Union[_generation_pb2.GenerationInput, _Mapping]] = ..., task_type: _Optional[_Union[_task_pb2.TaskType, str]] = ..., priority: _Optional[_Union[_task_pb2.TaskPriority, str]] = ..., requirements: _Optional[_Union[_selection_pb2.Requirements, _Mapping]] = ..., explain: bool = ..., request_id: _Optional[str] = ..., preset: _Optional[str] = ..., unused_ticket: _Optional[bytes] = ..., failed_server_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("decision", "delta", "summary")
@@ -76,6 +81,44 @@ class Attempt(_message.Message):
     failure_reason: str
     failure_message: str
     def __init__(self, server_id: _Optional[str] = ..., model: _Optional[str] = ..., provider: _Optional[str] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., failure_reason: _Optional[str] = ..., failure_message: _Optional[str] = ...) -> None: ...
+
+class AssignRequest(_message.Message):
+    __slots__ = ("request", "prompt_tokens")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    request: GenerateRequest
+    prompt_tokens: int
+    def __init__(self, request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
+
+class AssignResponse(_message.Message):
+    __slots__ = ("request_id", "server_id", "endpoint", "model", "provider", "ticket", "valid_for", "time_limit", "queued", "sampling", "preset_messages", "price", "decision")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SERVER_ID_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    PROVIDER_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    VALID_FOR_FIELD_NUMBER: _ClassVar[int]
+    TIME_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    PRESET_MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    PRICE_FIELD_NUMBER: _ClassVar[int]
+    DECISION_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    server_id: str
+    endpoint: str
+    model: str
+    provider: str
+    ticket: bytes
+    valid_for: _duration_pb2.Duration
+    time_limit: _duration_pb2.Duration
+    queued: _duration_pb2.Duration
+    sampling: _generation_pb2.SamplingParams
+    preset_messages: _containers.RepeatedCompositeFieldContainer[_generation_pb2.Message]
+    price: _fleet_pb2.Price
+    decision: _selection_pb2.Decision
+    def __init__(self, request_id: _Optional[str] = ..., server_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., model: _Optional[str] = ..., provider: _Optional[str] = ..., ticket: _Optional[bytes] = ..., valid_for: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., time_limit: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., queued: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., preset_messages: _Optional[_Iterable[_Union[_generation_pb2.Message, _Mapping]]] = ..., price: _Optional[_Union[_fleet_pb2.Price, _Mapping]] = ..., decision: _Optional[_Union[_selection_pb2.Decision, _Mapping]] = ...) -> None: ...
 
 class EmbedRequest(_message.Message):
     __slots__ = ("inputs", "requirements", "priority", "request_id")

@@ -44,6 +44,11 @@ class OrchestratorStub(object):
                 request_serializer=modelyard_dot_v1_dot_orchestrator__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=modelyard_dot_v1_dot_orchestrator__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Assign = channel.unary_unary(
+                '/modelyard.v1.Orchestrator/Assign',
+                request_serializer=modelyard_dot_v1_dot_orchestrator__pb2.AssignRequest.SerializeToString,
+                response_deserializer=modelyard_dot_v1_dot_orchestrator__pb2.AssignResponse.FromString,
+                _registered_method=True)
         self.Embed = channel.unary_unary(
                 '/modelyard.v1.Orchestrator/Embed',
                 request_serializer=modelyard_dot_v1_dot_orchestrator__pb2.EmbedRequest.SerializeToString,
@@ -132,6 +137,26 @@ class OrchestratorServicer(object):
         Errors: INVALID_REQUEST, UNKNOWN_MODEL, NO_CAPABLE_SERVER, QUEUE_FULL,
         SLOW_READER, FLEET_WARMING_UP, SERVERS_AWAY, DRAINING, ATTEMPTS_EXHAUSTED,
         STREAM_BROKEN, QUEUE_TIMEOUT, DEADLINE_EXCEEDED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Assign(self, request, context):
+        """Direct mode: queues and chooses as Generate does, and reserves a slot, but
+        the client then calls the model server itself: ModelServer.Generate at
+        `endpoint`, with `model` and `ticket`. Tokens take no detour, and no prompt
+        comes here. See ticket.proto for what becomes of the reservation.
+
+        There is no second attempt here: whoever gets no answer calls Generate, with
+        the server in `failed_server_ids`, and with the ticket as `unused_ticket` if
+        the server has not taken it. A call that no server with tickets could serve
+        is UNSUPPORTED: Generate may do.
+
+        Not idempotent: each call reserves anew.
+        Errors: INVALID_REQUEST, UNKNOWN_MODEL, NO_CAPABLE_SERVER, UNSUPPORTED,
+        QUEUE_FULL, FLEET_WARMING_UP, SERVERS_AWAY, DRAINING, QUEUE_TIMEOUT,
+        DEADLINE_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -280,6 +305,11 @@ def add_OrchestratorServicer_to_server(servicer, server):
                     request_deserializer=modelyard_dot_v1_dot_orchestrator__pb2.GenerateRequest.FromString,
                     response_serializer=modelyard_dot_v1_dot_orchestrator__pb2.GenerateResponse.SerializeToString,
             ),
+            'Assign': grpc.unary_unary_rpc_method_handler(
+                    servicer.Assign,
+                    request_deserializer=modelyard_dot_v1_dot_orchestrator__pb2.AssignRequest.FromString,
+                    response_serializer=modelyard_dot_v1_dot_orchestrator__pb2.AssignResponse.SerializeToString,
+            ),
             'Embed': grpc.unary_unary_rpc_method_handler(
                     servicer.Embed,
                     request_deserializer=modelyard_dot_v1_dot_orchestrator__pb2.EmbedRequest.FromString,
@@ -372,6 +402,33 @@ class Orchestrator(object):
             '/modelyard.v1.Orchestrator/Generate',
             modelyard_dot_v1_dot_orchestrator__pb2.GenerateRequest.SerializeToString,
             modelyard_dot_v1_dot_orchestrator__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Assign(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modelyard.v1.Orchestrator/Assign',
+            modelyard_dot_v1_dot_orchestrator__pb2.AssignRequest.SerializeToString,
+            modelyard_dot_v1_dot_orchestrator__pb2.AssignResponse.FromString,
             options,
             channel_credentials,
             insecure,

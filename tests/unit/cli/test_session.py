@@ -18,6 +18,11 @@ def test_later_ones_win(tmp_path: Path) -> None:
     env = {"MODELYARD_ADDRESS": "env:1", "MODELYARD_TIMEOUT": "7"}
     assert client_settings(session, env) == ClientSettings("env:1", 7.0)
     assert client_settings(Session(address="flag:1", config=path), env).address == "flag:1"
+    path.write_text("client: {direct: always}")
+    assert client_settings(session, {}).direct == "always"
+    assert client_settings(session, {"MODELYARD_DIRECT": "never"}).direct == "never"
+    assert client_settings(Session(config=path, direct=True), {"MODELYARD_DIRECT": "never"}).direct == "always"
+    assert client_settings(Session(config=path, direct=False), {}).direct == "never"
 
 
 def test_the_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,6 +42,8 @@ def test_the_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("client: {timeout: soon}", {}, "client.timeout: must be a number"),
         ("client: {timeout: 2024-13-45}", {}, "not valid YAML: month must be"),
         ("client: {timeout: 0}", {}, "client.timeout: must be a number"),
+        ("client: {direct: maybe}", {}, "client.direct: must be auto, always or never"),
+        ("", {"MODELYARD_DIRECT": "maybe"}, "MODELYARD_DIRECT: must be auto, always or never"),
         ("", {"MODELYARD_TIMEOUT": "-1"}, "MODELYARD_TIMEOUT: must be a number"),
     ],
 )

@@ -103,7 +103,7 @@ def test_deltas_and_results():
     assert (message.text, message.tokens, message.reasoning_text) == ("é", 2, "r")
     assert message.logprobs[0].top[0].token == "e" and message.tool_calls[0].index == 1
     finished = Finished(FinishReason.LENGTH, Usage(5, 2, 3, 1))
-    result = parse(convert.result_bytes(finished, Timing(0.25, None, None, 1.5))).result
+    result = parse(convert.result_bytes(finished, Timing(0.25, None, None, 1.5), None)).result
     assert (result.usage.cached_prompt_tokens, result.usage.reasoning_tokens) == (2, 1)
     assert result.timings.queued.ToMilliseconds() == 250 and not result.timings.HasField("ttft")
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from modelyard.rpc import validation
 from modelyard.testing import FakeModelServer, model_info
-from modelyard.v1 import fleet_pb2, generation_pb2, model_server_pb2, orchestrator_pb2, selection_pb2
+from modelyard.v1 import fleet_pb2, generation_pb2, model_server_pb2, orchestrator_pb2, selection_pb2, ticket_pb2
 
 USER, SYSTEM, ASSISTANT, TOOL = (
     generation_pb2.ROLE_USER,
@@ -413,3 +413,31 @@ def test_a_question_must_not_be_empty():
     assert [violation.field for violation in validation.check_generation_input(asked)] == [
         "input.messages[0].content[0].text"
     ]
+
+
+def test_of_tickets_a_report_says_what_can_be() -> None:
+    report = ticket_pb2.TicketReport(outcomes=[ticket_pb2.TicketOutcome(failure_reason="x" * 300)] * 2)
+    report.as_of.seconds = -1
+    report.outcomes[1].result.timings.ttft.nanos = -1
+    assert [each.field for each in validation.check_ticket_report(report)] == [
+        "tickets.as_of",
+        "tickets.outcomes[0].failure_reason",
+        "tickets.outcomes[1].failure_reason",
+        "tickets.outcomes[1].result.timings.ttft",
+    ]
+    many = ticket_pb2.TicketReport(outcomes=[ticket_pb2.TicketOutcome()] * 1001)
+    assert [each.field for each in validation.check_ticket_report(many)] == ["tickets.outcomes"]
+    assert not validation.check_ticket_report(ticket_pb2.TicketReport())
+
+
+def test_an_assignment_has_sampling_and_routing_alone() -> None:
+    request = orchestrator_pb2.AssignRequest(prompt_tokens=2**32 - 1)
+    request.request.input.prompt = "x"
+    request.request.input.sampling.top_p = 2
+    request.request.priority = 99
+    assert {each.field for each in validation.check_assign_request(request)} == {
+        "prompt_tokens",
+        "request.input.prompt",
+        "request.input.sampling.top_p",
+        "request.priority",
+    }

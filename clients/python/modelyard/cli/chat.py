@@ -13,7 +13,7 @@ from modelyard.cli import output
 from modelyard.cli.connection import told
 from modelyard.cli.errors import words
 from modelyard.cli.generate import AnswerPrinter, answer, statistics
-from modelyard.cli.options import chat_options, timeout_option
+from modelyard.cli.options import chat_options, direct_option, timeout_option
 from modelyard.cli.session import ClientSettings, Session, client_settings
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ Ctrl-C         stop the current answer"""
 @click.command("chat")
 @chat_options
 @timeout_option
+@direct_option
 @click.pass_obj
 def chat(session: Session, /, timeout: float | None, **options: Any) -> None:
     """Talk with the fleet, turn by turn. /help lists what can be said besides."""
@@ -61,7 +62,7 @@ def chat(session: Session, /, timeout: float | None, **options: Any) -> None:
 async def _connect(settings: ClientSettings) -> AsyncClient:
     from modelyard.client import AsyncClient
 
-    return AsyncClient(settings.address, timeout=settings.timeout)
+    return AsyncClient(settings.address, timeout=settings.timeout, direct=settings.direct)
 
 
 def _edit_lines() -> None:

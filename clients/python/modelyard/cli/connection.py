@@ -27,7 +27,9 @@ async def _with_client(settings: ClientSettings, tenant: str | None, work: Calla
     from modelyard.client import AsyncClient, ModelyardError
 
     try:
-        async with AsyncClient(settings.address, timeout=settings.timeout, tenant=tenant) as client:
+        async with AsyncClient(
+            settings.address, timeout=settings.timeout, tenant=tenant, direct=settings.direct
+        ) as client:
             return await work(client)
     except ModelyardError as error:
         raise Failed(await told(error, settings.address)) from error

@@ -50,6 +50,7 @@ REASONS: Mapping[str, tuple[int, str]] = {
     "STREAM_BROKEN": (UNAVAILABLE, "the answer is unfinished; send the request again"),
     "ENGINE_FAILED": (UNAVAILABLE, SERVERS),
     "CREDENTIALS_REJECTED": (UNAVAILABLE, "mend the key on the model server's host"),
+    "TICKET_REFUSED": (UNAVAILABLE, "send the request again, or with --no-direct"),
     "QUEUE_TIMEOUT": (UNAVAILABLE, "try a higher --priority, or add servers"),
     "DEADLINE_EXCEEDED": (UNAVAILABLE, "allow more time with --timeout"),
     "UNSUPPORTED": (FAILED, "choose another --model"),

@@ -11,6 +11,7 @@ from modelyard.cli import output
 from modelyard.cli.connection import call
 from modelyard.cli.options import (
     as_json,
+    direct_option,
     read_prompt,
     request,
     request_options,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 @click.argument("prompt", required=False)
 @request_options
 @timeout_option
+@direct_option
 @click.option("--explain", is_flag=True, help="Show the decision behind the answer, on standard error.")
 @click.option("-q", "--quiet", is_flag=True, help="No line about server and speed.")
 @as_json

@@ -114,6 +114,19 @@ chat_options: Callable[[F], F] = _all((*_ROUTING, *_SAMPLING))
 request_options: Callable[[F], F] = _all((*_ROUTING, *_SAMPLING, *_SHAPE))
 batch_options: Callable[[F], F] = _all((*_ROUTING, *_SAMPLING))
 
+
+def _remember_direct(ctx: click.Context, _: click.Parameter, value: bool | None) -> None:
+    ctx.ensure_object(Session).direct = value
+
+
+direct_option: Callable[[F], F] = click.option(
+    "--direct/--no-direct",
+    default=None,
+    expose_value=False,
+    callback=_remember_direct,
+    help="The answer comes from the model server itself, or through the control plane. Default: as it can.",
+)
+
 timeout_option: Callable[[F], F] = click.option(
     "--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Most seconds the request may take."
 )

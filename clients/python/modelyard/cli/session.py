@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from modelyard.cli.errors import CliError
 
@@ -26,6 +26,8 @@ class Session:
     """Whose tasks and beliefs are meant, as given with --tenant."""
     json: bool = False
     """Print facts, and errors too, as JSON on standard output."""
+    direct: bool | None = None
+    """As given with --direct or --no-direct."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,8 @@ class ClientSettings:
     address: str = DEFAULT_ADDRESS
     timeout: float | None = None
     """Seconds that a request may take; None leaves it to the control plane."""
+    direct: Literal["auto", "always", "never"] = "auto"
+    """Whether answers come from the model server itself."""
 
 
 def configuration_file(chosen: Path | None, env: Mapping[str, str] | None = None) -> Path | None:
@@ -80,7 +84,7 @@ def client_settings(session: Session, env: Mapping[str, str] | None = None) -> C
     environment = os.environ if env is None else env
     path = configuration_file(session.config, environment)
     given = section(path, "client")
-    unknown = sorted(set(given) - {"address", "timeout"})
+    unknown = sorted(set(given) - {"address", "timeout", "direct"})
     if unknown:
         raise CliError(f"{path}: client.{unknown[0]}: unknown setting", status=2, reason="INVALID_CONFIG")
     address = session.address or environment.get("MODELYARD_ADDRESS") or given.get("address") or DEFAULT_ADDRESS
@@ -95,4 +99,18 @@ def client_settings(session: Session, env: Mapping[str, str] | None = None) -> C
             timeout = 0.0
         if not 0 < timeout < float("inf"):
             raise CliError(f"{name}: must be a number of seconds above 0 (got {value!r})", 2, "INVALID_CONFIG")
-    return ClientSettings(address=str(address), timeout=timeout)
+    return ClientSettings(address=str(address), timeout=timeout, direct=_direct(session, environment, path, given))
+
+
+def _direct(
+    session: Session, env: Mapping[str, str], path: Path | None, given: Mapping[str, Any]
+) -> Literal["auto", "always", "never"]:
+    name, value = f"{path}: client.direct", given.get("direct", "auto")
+    if env.get("MODELYARD_DIRECT"):
+        name, value = "MODELYARD_DIRECT", env["MODELYARD_DIRECT"]
+    if session.direct is not None:
+        return "always" if session.direct else "never"
+    for mode in ("auto", "always", "never"):
+        if value == mode:
+            return mode
+    raise CliError(f"{name}: must be auto, always or never (got {value!r})", 2, "INVALID_CONFIG")

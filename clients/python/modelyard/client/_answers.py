@@ -221,6 +221,7 @@ def server(message: fleet_pb2.ModelServerStatus) -> types.ServerStatus:
         lease_epoch=message.lease_epoch,
         attached_at=time(message, "attached_at"),
         reported_at=time(message, "reported_at"),
+        assigned=message.assigned,
         memory_used_bytes=hardware.memory_used_bytes,
         manages_models=report.engine.manages_models,
         pool=_pool(report.pool) if report.HasField("pool") else None,

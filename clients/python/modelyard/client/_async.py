@@ -16,6 +16,7 @@ import grpc.aio
 
 from modelyard.client import _answers as answers
 from modelyard.client._beliefs import AsyncBeliefs, AsyncCallbacks
+from modelyard.client._direct import MODES, Direct, DirectCall, Hosts
 from modelyard.client._errors import Cancelled, from_call, parsed
 from modelyard.client._requests import GenerateOptions, Input, Requirements, embed_request, generate_request
 from modelyard.client._stream import GenerationStream
@@ -38,10 +39,19 @@ from modelyard.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 ADDRESS_VARIABLE = "MODELYARD_ADDRESS"
 DEFAULT_ADDRESS = "127.0.0.1:7460"
 TENANT_VARIABLE = "MODELYARD_TENANT"
+DIRECT_VARIABLE = "MODELYARD_DIRECT"
 _SERVICE = "modelyard.v1.Orchestrator"
 _HEALTH_TIMEOUT = 5.0
 
 T = TypeVar("T")
+
+
+def direct_mode(given: str) -> Direct:
+    """Raises ValueError for what is none."""
+    for mode in MODES:
+        if given == mode:
+            return mode
+    raise ValueError(f"unknown direct mode {given!r}; allowed: {', '.join(MODES)}")
 
 
 class AsyncClient:
@@ -54,6 +64,9 @@ class AsyncClient:
 
     address   "host:port"; default: environment variable MODELYARD_ADDRESS, else 127.0.0.1:7460
     timeout   seconds that each call may take, its retries included; None: the control plane's limit
+    direct    "auto": answers come from the model server itself where it can be reached, else through the control
+              plane; "never": always through the control plane; "always": never. Default: environment variable
+              MODELYARD_DIRECT, else "auto"
     retries   how often a call that failed with TryAgain is made again, after the pause that the
               control plane asks for; never after a part of the answer has come
     tenant    whose durable tasks and beliefs are meant; default: environment variable
@@ -71,10 +84,13 @@ class AsyncClient:
         timeout: float | None = None,
         retries: int = 0,
         tenant: str | None = None,
+        direct: Direct | None = None,
     ) -> None:
         self.address = address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS
         self._timeout = timeout
         self._retries = retries
+        self._direct = direct_mode(direct or os.environ.get(DIRECT_VARIABLE) or "auto")
+        self._hosts = Hosts(self.address)
         self._channel: grpc.aio.Channel | None = None
         self._stub: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -98,6 +114,7 @@ class AsyncClient:
     async def close(self) -> None:
         """Cancel what runs and close the connection. Idempotent."""
         self._closed = True
+        await self._hosts.close()
         if self._channel is not None:
             await self._channel.close(None)
 
@@ -109,6 +126,7 @@ class AsyncClient:
         *,
         timeout: float | None = None,
         retries: int | None = None,
+        direct: Direct | None = None,
         **options: Unpack[GenerateOptions],
     ) -> GenerationStream:
         """Generate an answer and read it as it is made; see GenerateOptions for what may be said.
@@ -117,7 +135,9 @@ class AsyncClient:
         stops the model.
         """
         request = generate_request(input, **options)
-        return GenerationStream(self, request, lambda: self._patience(timeout, retries))
+        return GenerationStream(
+            self, request, lambda: self._patience(timeout, retries), None if direct is None else direct_mode(direct)
+        )
 
     async def generate(
         self,
@@ -125,10 +145,11 @@ class AsyncClient:
         *,
         timeout: float | None = None,
         retries: int | None = None,
+        direct: Direct | None = None,
         **options: Unpack[GenerateOptions],
     ) -> GenerationResult:
         """Generate a whole answer. Arguments as `stream`."""
-        return await self.stream(input, timeout=timeout, retries=retries, **options).collect()
+        return await self.stream(input, timeout=timeout, retries=retries, direct=direct, **options).collect()
 
     async def embed(
         self,
@@ -254,6 +275,15 @@ class AsyncClient:
         elif self._loop is not loop:
             raise RuntimeError("an AsyncClient belongs to the event loop that used it first: make one per loop")
         return self._stub
+
+    def _generating(
+        self, request: orchestrator_pb2.GenerateRequest, timeout: float | None, direct: Direct | None
+    ) -> Any:
+        """A Generate call, direct where that is wanted."""
+        stub, mode = self._connected(), direct or self._direct
+        if mode == "always" or (mode == "auto" and self._hosts.assigned):
+            return DirectCall(stub, self._hosts, request, timeout, must=mode == "always")
+        return stub.Generate(request, timeout=timeout)
 
     def _patience(self, timeout: float | None, retries: int | None) -> Patience:
         return Patience(self._timeout if timeout is None else timeout, self._retries if retries is None else retries)

@@ -26,6 +26,7 @@
     |   +-- AttemptsExhausted
     |   +-- EngineFailed
     |   +-- CredentialsRejected    mend the model server's key
+    |   +-- TicketRefused          the model server does not take the ticket of a direct call
     |   +-- ConnectionFailed       no control plane answers
     +-- LeaseLost                  of an attempt: its control plane was gone; the task runs again
     +-- StreamBroken               the answer broke off; .partial has what came
@@ -260,6 +261,12 @@ class CredentialsRejected(TryAgain):
     default_reason = "CREDENTIALS_REJECTED"
 
 
+class TicketRefused(TryAgain):
+    """The model server does not take the ticket of a direct call: it is new, or its control plane is."""
+
+    default_reason = "TICKET_REFUSED"
+
+
 class ConnectionFailed(TryAgain):
     """No control plane answers at the address."""
 
@@ -357,6 +364,7 @@ BY_REASON: Mapping[Reason, type[ModelyardError]] = {
     Reason.QUEUE_TIMEOUT: QueueTimeout,
     Reason.DEADLINE_EXCEEDED: DeadlineExceeded,
     Reason.UNSUPPORTED: Unsupported,
+    Reason.TICKET_REFUSED: TicketRefused,
     Reason.SUPERSEDED: Superseded,
     Reason.INTERNAL: InternalError,
 }

@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 
 from modelyard.client import _answers as answers
+from modelyard.client._direct import Direct
 from modelyard.client._errors import (
     Cancelled,
     InternalError,
@@ -42,11 +43,16 @@ class GenerationStream:
     """
 
     def __init__(
-        self, client: AsyncClient, request: orchestrator_pb2.GenerateRequest, patience: Callable[[], Patience]
+        self,
+        client: AsyncClient,
+        request: orchestrator_pb2.GenerateRequest,
+        patience: Callable[[], Patience],
+        direct: Direct | None = None,
     ) -> None:
         self._client = client
         self._request = request
         self._make_patience = patience
+        self._direct = direct
         self._patience: Patience | None = None
         self._call: Any = None
         self._answer = answers.Answer()
@@ -147,8 +153,7 @@ class GenerationStream:
                 if self._cancelled:
                     raise asyncio.CancelledError
                 if self._call is None:
-                    stub = self._client._connected()
-                    self._call = stub.Generate(self._request, timeout=self._patience.left())
+                    self._call = self._client._generating(self._request, self._patience.left(), self._direct)
                 message = await self._call.read()
                 if message is not grpc.aio.EOF:
                     return parsed(message)  # type: ignore[no-any-return]
@@ -162,16 +167,23 @@ class GenerationStream:
                     request_id=self._request.request_id,
                     started=self._answer.started,
                 )
-                if self._answer.started or not isinstance(failure, TryAgain):
-                    raise self._failed(failure) from error
-                await self._patience.wait_or_raise(failure, error)
-                self._call, self._answer = None, answers.Answer()
+                await self._again(failure, error)
+            except ModelyardError as failure:
+                await self._again(failure, failure.__cause__)
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if self._cancelled and not (task and task.cancelling()):
                     raise self._failed(Cancelled("the call was cancelled")) from None
                 self._client._raise_if_closed()
                 raise
+
+    async def _again(self, failure: ModelyardError, cause: BaseException | None) -> None:
+        """Get ready for another call, or raise the failure."""
+        assert self._patience is not None
+        if self._answer.started or not isinstance(failure, TryAgain):
+            raise self._failed(failure) from cause
+        await self._patience.wait_or_raise(failure, cause)
+        self._call, self._answer = None, answers.Answer()
 
     async def _finish(self) -> None:
         """Take the status, which follows the summary at once, so that the call ends in order."""

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from modelyard.client._async import AsyncClient
+from modelyard.client._direct import Direct
 from modelyard.client._errors import Cancelled
 from modelyard.client._requests import GenerateOptions, Input, Requirements
 from modelyard.client._stream import GenerationStream
@@ -106,9 +107,10 @@ class Client:
         *,
         timeout: float | None = None,
         retries: int = 0,
+        direct: Direct | None = None,
         tenant: str | None = None,
     ) -> None:
-        self._client = AsyncClient(address, timeout=timeout, retries=retries, tenant=tenant)
+        self._client = AsyncClient(address, timeout=timeout, retries=retries, direct=direct, tenant=tenant)
         self._lock = threading.Lock()
         self._thread: _LoopThread | None = None
         self._closed = False
@@ -174,10 +176,11 @@ class Client:
         *,
         timeout: float | None = None,
         retries: int | None = None,
+        direct: Direct | None = None,
         **options: Unpack[GenerateOptions],
     ) -> SyncGenerationStream:
         """Generate an answer and read it as it is made; see GenerateOptions for what may be said."""
-        stream = self._client.stream(input, timeout=timeout, retries=retries, **options)
+        stream = self._client.stream(input, timeout=timeout, retries=retries, direct=direct, **options)
         return SyncGenerationStream(self, stream)
 
     def generate(
@@ -186,10 +189,11 @@ class Client:
         *,
         timeout: float | None = None,
         retries: int | None = None,
+        direct: Direct | None = None,
         **options: Unpack[GenerateOptions],
     ) -> GenerationResult:
         """Generate a whole answer. Arguments as `stream`."""
-        return self._run(self._client.generate(input, timeout=timeout, retries=retries, **options))
+        return self._run(self._client.generate(input, timeout=timeout, retries=retries, direct=direct, **options))
 
     def embed(
         self,

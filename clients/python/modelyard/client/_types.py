@@ -423,6 +423,8 @@ class ServerStatus(Value):
     """Models can be pulled, loaded and unloaded."""
     pool: ConnectionPool | None = None
     """None: the engine is not reached over a network."""
+    assigned: int = 0
+    """Of in_flight: reserved for clients that call the server themselves."""
 
 
 @dataclass(frozen=True, slots=True)
