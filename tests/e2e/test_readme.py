@@ -95,7 +95,7 @@ async def test_the_python_snippet(fleet: Fleet) -> None:
     assert status == 0 and output.strip(), output
 
 
-@pytest.mark.parametrize("example", ["stubs.py", "sdk.py", "tasks.py"])
+@pytest.mark.parametrize("example", ["stubs.py", "sdk.py", "tasks.py", "request_queue.py"])
 @module_loop
 async def test_the_python_examples(fleet: Fleet, example: str) -> None:
     arguments = fleet.address if example == "stubs.py" else ""

@@ -221,6 +221,17 @@ async def test_watches_resume_where_they_broke(store: SqlTaskStore) -> None:
     assert seen == [0, 1, 2, 3, 4, 5]
 
 
+async def test_a_watch_tells_what_another_control_plane_writes(server: Postgres) -> None:
+    url = await fresh(server)
+    async with open_tasks(url) as one, open_tasks(url) as two:
+        async with serving(Beliefs(one.database)) as service, AsyncClient(service.address) as client:
+            async with aclosing(client.beliefs.watch("k", after=0)) as watch:
+                for n in range(3):
+                    await Beliefs(two.database).put(HERE, "k", str(n), 1.0, "")
+                    (belief,) = await some(watch, 1)
+                    assert belief.value == n
+
+
 async def test_slow_readers_miss_values_between_never_the_latest(small: AsyncClient) -> None:
     """One that reads nothing while 400 large values are written to one key takes the latest soon after."""
     payload = "x" * 32_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -247,3 +248,10 @@ async def test_watch_on_the_command_line(tmp_path: Path) -> None:
         finally:
             process.terminate()
             await process.wait()
+
+
+def test_aiohttp_is_imported_for_the_first_callback_only() -> None:
+    parts = "control_plane.app, control_plane.delivery, control_plane.tasks.opening, control_plane.tasks.deliveries"
+    code = f"import sys, {parts}; print('aiohttp' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

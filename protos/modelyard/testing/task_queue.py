@@ -43,6 +43,8 @@ class FakeTaskQueue(FakeServer):
         """Leave new tasks queued."""
         self.stats = task_queue_pb2.GetQueueStatsResponse()
         """Answer of GetQueueStats; the states are filled in."""
+        self.callbacks: dict[str, task_queue_pb2.CallbackDelivery] = {}
+        """Callbacks by id; nothing is ever sent."""
         self._cuts: dict[str, list[int]] = {}
         self._keys: dict[str, str] = {}
 
@@ -251,6 +253,29 @@ class FakeTaskQueue(FakeServer):
             )
             response.last_event_id = len(self.events)
             return response
+
+    async def ListCallbacks(
+        self, request: task_queue_pb2.ListCallbacksRequest, context: ServicerContext
+    ) -> task_queue_pb2.ListCallbacksResponse:
+        async with self._received("ListCallbacks", context, request):
+            return task_queue_pb2.ListCallbacksResponse(
+                callbacks=[
+                    callback
+                    for callback in self.callbacks.values()
+                    if (not request.states or callback.state in request.states)
+                    and request.task_id in ("", callback.task_id)
+                ]
+            )
+
+    async def ResendCallback(
+        self, request: task_queue_pb2.ResendCallbackRequest, context: ServicerContext
+    ) -> task_queue_pb2.ResendCallbackResponse:
+        async with self._received("ResendCallback", context, request):
+            callback = self.callbacks.get(request.id)
+            if callback is None:
+                raise Refusal(Reason.UNKNOWN_TASK, f"no callback {request.id!r}")
+            callback.state, callback.attempt_count = task_queue_pb2.CALLBACK_STATE_PENDING, 0
+            return task_queue_pb2.ResendCallbackResponse(callback=callback)
 
     def _known(self, id: str) -> Task:
         if id not in self.tasks:
