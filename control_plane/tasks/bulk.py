@@ -13,7 +13,6 @@ from functools import cache
 from typing import Any
 
 from sqlalchemy import ARRAY, ColumnElement, Connection, Table, Text, any_, bindparam, func, select
-from sqlalchemy.dialects import postgresql
 
 Row = tuple[Any, ...]
 
@@ -97,6 +96,8 @@ def _values(columns: int, count: int) -> str:
 
 @cache
 def _arrays(table: Table, columns: tuple[str, ...]) -> str:
+    from sqlalchemy.dialects import postgresql  # 2 MB, for those who use it
+
     dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
     types = [table.c[name].type.compile(dialect) for name in columns]
     arrays = ", ".join(f"${i}::{type}[]" for i, type in enumerate(types, 1))

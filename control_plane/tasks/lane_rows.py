@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from functools import cache
+from typing import Any
 
 from sqlalchemy import Connection, bindparam, delete, func, literal_column, select
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from control_plane.tasks import schema
 from control_plane.tasks.lanes import from_json, to_json
@@ -39,7 +39,7 @@ class Lanes:
             else:
                 missing[to_json(lane)] = lane
         if missing:
-            upsert = _UPSERT[transaction.connection.dialect.name]
+            upsert = _upsert(transaction.connection.dialect.name)
             for text, lane in sorted(missing.items()):  # in one order everywhere: no two may wait for each other
                 row = transaction.connection.execute(upsert, {"lane": text, "used_at": transaction.now}).one()
                 found[lane] = row.id
@@ -69,16 +69,16 @@ class Lanes:
             del self._ids[lane]
 
 
-_UPSERT = {
-    name: made
-    for name, insert in (("sqlite", sqlite_insert), ("postgresql", postgresql_insert))
-    for statement in [insert(schema.lanes).values(lane=bindparam("lane"), used_at=bindparam("used_at"))]
-    for made in [
-        statement.on_conflict_do_update(
-            index_elements=["lane"], set_={"used_at": statement.excluded.used_at}
-        ).returning(schema.lanes.c.id)
-    ]
-}
+@cache
+def _upsert(dialect: str) -> Any:
+    """Write a lane, or that it is used; its number."""
+    if dialect == "sqlite":
+        from sqlalchemy.dialects.sqlite import insert
+    else:
+        from sqlalchemy.dialects.postgresql import insert  # type: ignore[assignment]
+    statement = insert(schema.lanes).values(lane=bindparam("lane"), used_at=bindparam("used_at"))
+    used = {"used_at": statement.excluded.used_at}
+    return statement.on_conflict_do_update(index_elements=["lane"], set_=used).returning(schema.lanes.c.id)
 
 
 def startable(connection: Connection) -> list[LaneId]:

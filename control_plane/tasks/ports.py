@@ -30,8 +30,8 @@ class TaskStore(Protocol):
     """Tasks in a database. What a method has returned is on disk.
 
     Every method raises DomainError STORE_UNAVAILABLE when the database does not answer, and a writing one STORE_FULL
-    when its disk is full; nothing is written then. Methods for one task raise UNKNOWN_TASK for one that does not
-    exist or belongs to another tenant.
+    when its disk is full; nothing is written then, unless the connection broke during the very commit. Methods for
+    one task raise UNKNOWN_TASK for one that does not exist or belongs to another tenant.
     """
 
     def now(self) -> float:

@@ -39,6 +39,8 @@ from control_plane.tasks.sweep import Sweeper, renew_lease
 from control_plane.tasks.transaction import Batch, Transaction
 
 _PURGE_INTERVAL = 60.0
+_LANES_INTERVAL = 3600.0
+"""Between two looks for lanes that no task needs: a look reads every task."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class SqlTaskStore:
         """Tasks in hand of this process, with their epochs; the writer's. For shared databases."""
         self._renewed = float("-inf")
         self._purged = float("-inf")
+        self._looked = float("-inf")
 
     @classmethod
     async def open(cls, database: Database, policy: StorePolicy | None = None) -> SqlTaskStore:
@@ -166,11 +169,13 @@ class SqlTaskStore:
         await self._repeat(self._sweeper.due)
         if self.now() >= self._purged + _PURGE_INTERVAL:
             self._purged = self.now()
-            await self.purge()
+            await self._repeat(self._sweeper.old)
+        if self.now() >= self._looked + _LANES_INTERVAL:
+            self._looked = self.now()
+            await self.forget_lanes()
 
-    async def purge(self) -> None:
-        """Delete what was kept long enough. Part of `sweep`, once a minute."""
-        await self._repeat(self._sweeper.old)
+    async def forget_lanes(self) -> None:
+        """Delete lanes that no task needs. Part of `sweep`, once an hour."""
         unused = await self.database.read(lambda connection: self._sweeper.unused_lanes(connection, self.now()))
         if unused:
             await self.database.write(lambda transaction: lane_rows.forget(transaction, unused, self._intake.lanes))

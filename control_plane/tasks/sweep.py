@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, Connection, Double, Select, cast, delete, func, literal, select
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 
 from control_plane.tasks import lane_rows, schema
 from control_plane.tasks.intake import Intake
@@ -111,7 +110,9 @@ def database_time(transaction: Transaction) -> ColumnElement[float]:
 
 def renew_lease(transaction: Transaction, owner: str, lease: float) -> None:
     """`owner` is alive for `lease` more seconds by the database's clock."""
-    statement = postgresql_insert(schema.dispatchers).values(id=owner, lease_until=database_time(transaction) + lease)
+    from sqlalchemy.dialects.postgresql import insert  # 2 MB, for those who use it
+
+    statement = insert(schema.dispatchers).values(id=owner, lease_until=database_time(transaction) + lease)
     transaction.connection.execute(
         statement.on_conflict_do_update(index_elements=["id"], set_={"lease_until": statement.excluded.lease_until})
     )

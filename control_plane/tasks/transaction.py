@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 from sqlalchemy import Connection, bindparam, update
 
 from control_plane.tasks import bulk, schema
+from control_plane.tasks.faults import Fault, fault_of
 from control_plane.tasks.model import Changes, LaneId, TaskId
 
 C = TypeVar("C")
@@ -132,7 +133,7 @@ class Job:
 
 
 def _each(transaction: Transaction, operations: Sequence[Callable[[Transaction], Any]]) -> list[Any]:
-    """Operations of any kind. One that raises is undone alone."""
+    """Operations of any kind. One that raises is undone alone, unless the database is what failed."""
     outcomes: list[Any] = []
     for operation in operations:
         kept = (len(transaction.events), dict(transaction.beliefs), len(transaction.deliveries))
@@ -140,7 +141,7 @@ def _each(transaction: Transaction, operations: Sequence[Callable[[Transaction],
         try:
             outcomes.append(operation(transaction))
         except Exception as error:
-            if not point.is_active:
+            if not point.is_active or fault_of(error) is not Fault.COMMAND:
                 raise
             point.rollback()
             events, transaction.beliefs, deliveries = kept

@@ -11,7 +11,7 @@ from pathlib import Path
 from sqlalchemy import Connection, insert, inspect, select
 
 from control_plane.tasks.location import StoreError
-from control_plane.tasks.schema import REVISION, alembic_version, counters, metadata
+from control_plane.tasks.schema import REVISION, alembic_version, counters, for_postgresql, metadata
 
 UPGRADE = "modelyard db upgrade"
 
@@ -70,6 +70,8 @@ def bring_up_to_date(connection: Connection, shown: str) -> Version:
 
 def create(connection: Connection) -> None:
     """All tables in an empty database, as they are after the newest migration."""
+    if connection.dialect.name == "postgresql":
+        for_postgresql()
     metadata.create_all(connection)
     alembic_version.create(connection)
     connection.execute(insert(alembic_version).values(version_num=REVISION))

@@ -29,6 +29,8 @@ def test_one_wheel_holds_everything(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {
         "control_plane/__main__.py",
+        "control_plane/tasks/migrations/env.py",
+        "control_plane/tasks/migrations/versions/0001_first_tables.py",
         "model_servers/__main__.py",
         "model_servers/bundled/yardling/model.safetensors",
         "modelyard/v1/orchestrator_pb2.py",

@@ -114,8 +114,7 @@ async def test_not_before_and_the_pause_before_a_retry_end_with_a_sweep(url: str
         store.listen(told.append)
         await store.submit(new_task(not_before=store.now() + 0.05))
         later = await store.submit(new_task(not_before=store.now() + 3600))
-        await store.sweep()
-        assert await store.waiting_lanes() == [] or store.now() > later.record.created_at + 0.05
+        assert await store.waiting_lanes() == [], "no sweep, no change"
         while not await store.waiting_lanes():
             await asyncio.sleep(0.02)
             await store.sweep()
@@ -288,7 +287,7 @@ async def test_lanes_are_told_with_their_oldest_task(store: SqlTaskStore) -> Non
 
 
 async def test_deadlines_pass(store: SqlTaskStore) -> None:
-    deadline = store.now() + 0.05
+    deadline = store.now() + 0.5
     taken, waits = [(await store.submit(new_task(deadline=deadline))).record.id for _ in range(2)]
     (claimed,) = await claim(store)
     assert claimed.id == taken
@@ -305,9 +304,8 @@ async def test_deadlines_pass(store: SqlTaskStore) -> None:
 
 
 async def test_what_is_over_is_not_claimed(store: SqlTaskStore) -> None:
-    id = (await store.submit(new_task(deadline=store.now() + 0.02))).record.id
+    id = (await store.submit(new_task(deadline=store.now()))).record.id
     (lane,) = await store.waiting_lanes()
-    await asyncio.sleep(0.05)
     assert await store.claim(lane.id, [PLACE]) == []
     assert (await store.get(TENANT, id)).record.state is TaskState.EXPIRED
 

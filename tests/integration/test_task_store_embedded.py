@@ -101,6 +101,14 @@ async def test_a_full_disk_refuses_writes_and_recovers(url: str) -> None:
         assert accepted
         with pytest.raises(DomainError):
             await store.submit(new_task("more", b"x" * 20_000))
+
+        def operation(transaction: Transaction) -> None:
+            big = {"task_id": "big", "spec": b"x" * 100_000}
+            transaction.connection.execute(schema.payloads.insert(), big)
+
+        with pytest.raises(DomainError) as caught:
+            await store.database.write(operation)
+        assert caught.value.reason == "STORE_FULL"
         assert len(await store.page(TENANT, Filter(), 1000)) == len(accepted)
         assert (await store.get(TENANT, accepted[-1])).spec == b"x" * 20_000
         await store.database.write(limit(100_000))  # type: ignore[arg-type]
@@ -206,3 +214,26 @@ async def test_deferred_tasks_do_not_slow_claims(url: str) -> None:
         told = await store.database.write(plan)
         assert "tasks_startable" in told and "TEMP B-TREE" not in told
         assert len(await store.claim(lane.id, [PLACE] * 5)) == 1
+
+
+async def test_lanes_that_nobody_needs_are_forgotten(path: Path) -> None:
+    clock = Clock()
+    store = await open_with(path, clock)
+
+    async def lanes() -> int:
+        return len(await store.database.read(lambda connection: connection.execute(select(schema.lanes)).all()))
+
+    kept = (await store.submit(new_task())).record
+    gone = (await store.submit(new_task(tenant="other"))).record
+    await store.cancel(gone.tenant, gone.id)
+    await store.delete(gone.tenant, gone.id)
+    await store.forget_lanes()
+    assert await lanes() == 2
+    clock.elapsed += 25 * 3600
+    await store.forget_lanes()
+    assert await lanes() == 1
+    assert (await claim(store))[0].id == kept.id
+    await store.submit(new_task(tenant="other"))
+    assert {waiting.lane.tenant for waiting in await store.waiting_lanes()} == {"other"}
+    assert await lanes() == 2
+    await store.close()

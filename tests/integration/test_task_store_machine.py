@@ -253,8 +253,8 @@ def test_the_store_is_as_its_model() -> None:
     run_state_machine_as_test(
         StoreMachine,
         settings=settings(
-            max_examples=20,
-            stateful_step_count=25,
+            max_examples=8,
+            stateful_step_count=15,
             deadline=None,
             derandomize=True,
             suppress_health_check=list(HealthCheck),
