@@ -15,6 +15,7 @@ from control_plane.api.attempts import NEUTRAL, AttemptFailed, Progress, is_fore
 from control_plane.api.generate import Generation
 from control_plane.api.metrics import Metrics
 from control_plane.api.upstream import Upstream, Upstreams
+from control_plane.api.whole import complete
 from control_plane.config import LimitSettings
 from control_plane.domain.errors import DomainError
 from control_plane.domain.ports import Clock
@@ -101,11 +102,13 @@ class TaskExecutor:
         started = self._clock.monotonic()
         limit = math.inf
         try:
-            request, limit = self._request(claim, flight)
+            request, unary, limit = self._request(claim, flight)
             limit = min(limit, timeout)
             upstream = self._upstreams.get(flight.endpoint)
             async with asyncio.timeout(limit):
-                answer = await judged(self._ask(upstream, request, limit, progress), progress)
+                answer = await judged(
+                    self._ask(upstream, instance_id if unary else None, request, limit, progress), progress
+                )
         except AttemptFailed as failure:
             refusal = failure.refusal
             self._release(flight, outcome_of(refusal, flight, instance_id))
@@ -125,8 +128,9 @@ class TaskExecutor:
         self._release(flight, Outcome(OutcomeKind.SUCCESS, ttft=ttft, tpot=answer.tpot()))
         return self._result(claim, flight, answer, started)
 
-    def _request(self, claim: Claim, flight: Flight) -> tuple[bytes, float]:
-        """What is sent, with the presets of now, and the seconds that it may take. Raises Refusal."""
+    def _request(self, claim: Claim, flight: Flight) -> tuple[bytes, bool, float]:
+        """What is sent, with the presets of now, whether one message can hold the answer, and the seconds that it may
+        take. Raises Refusal."""
         try:
             spec = TaskSpec.FromString(claim.spec)
         except DecodeError as error:
@@ -142,12 +146,23 @@ class TaskExecutor:
             input=filled.input,
             orchestrator_id=self._orchestrator_id,
             request_id=_request_id(claim),
+            ticket=self._generation.ticket_for(flight, _request_id(claim)),
         )
-        return request.SerializeToString(), limit
+        # Log-probabilities can make an answer larger than one message may be.
+        return request.SerializeToString(), not filled.input.sampling.logprobs, limit
 
-    async def _ask(self, upstream: Upstream, request: bytes, limit: float, progress: Progress) -> _Answer:
-        """One call to a model server."""
+    async def _ask(
+        self, upstream: Upstream, instance_id: str | None, request: bytes, limit: float, progress: Progress
+    ) -> _Answer:
+        """One call to a model server: for the whole answer, or without `instance_id` for a stream."""
         answer, clock = _Answer(), self._clock.monotonic
+        if instance_id is not None:
+            whole = await complete(upstream, instance_id, request, timeout=limit, progress=progress, clock=clock)
+            if whole is not None:
+                if whole.answer.HasField("delta"):
+                    answer.take(whole.answer.delta, whole.size, whole.last)
+                answer.result, answer.first = whole.answer.result, whole.first
+                return answer
         call = upstream.generate(request, timeout=limit)
         progress.call = call
         try:

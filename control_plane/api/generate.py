@@ -13,6 +13,7 @@ from control_plane.api import convert
 from control_plane.api.attempts import AttemptFailed, Attempts, Progress
 from control_plane.api.metrics import Metrics
 from control_plane.api.upstream import Upstream, Upstreams
+from control_plane.api.whole import complete
 from control_plane.config import LimitSettings
 from control_plane.domain.errors import fleet_warming_up, unknown_model
 from control_plane.domain.model import ModelName, Provider, ServerId
@@ -21,7 +22,7 @@ from control_plane.domain.server import Failed
 from control_plane.fleet.registry import Fleet, Flight, Outcome, OutcomeKind
 from control_plane.fleet.scheduler import Grant
 from control_plane.presets import Presets
-from modelyard.rpc.errors import Refusal, from_rpc_error, invalid
+from modelyard.rpc.errors import Refusal, invalid
 from modelyard.rpc.reasons import Reason
 from modelyard.rpc.server import Unread
 from modelyard.rpc.validation import check_embed_request, check_generate_request
@@ -355,12 +356,13 @@ class _Relay:
                 model=flight.model, ticket=owner.ticket_for(flight, self._request_id)
             ).SerializeToString()
         )
-        instance = flight.server.report.identity.instance_id
-        told = None
-        if self._unary and upstream.only_streams != instance:
-            told = await self._complete(upstream, request, progress, started)
-            if told is None:
-                upstream.only_streams = instance
+        told: _Told | None = None
+        if self._unary:
+            left, instance = max(0.0, self._deadline - started), flight.server.report.identity.instance_id
+            whole = await complete(upstream, instance, request, timeout=left, progress=progress, clock=clock)
+            if whole is not None:
+                pieces = (whole.answer.delta,) if whole.answer.HasField("delta") else ()
+                told = whole.answer, pieces, whole.first, whole.last
         if told is None:
             told = await self._relay(upstream, request, progress)
         answer, deltas, first, last = told
@@ -414,26 +416,6 @@ class _Relay:
             kept.append(message.delta)
         self._owner.let_end(call)
         return message, kept, first, last
-
-    async def _complete(self, upstream: Upstream, request: bytes, progress: Progress, started: float) -> _Told | None:
-        """Ask for the whole answer as one message. None if the server has no such call."""
-        call = upstream.complete(request, timeout=max(0.0, self._deadline - started))
-        progress.call = call
-        try:
-            answer = ModelServerCompleteResponse.FromString(await call)
-        except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.UNIMPLEMENTED and from_rpc_error(error).transport:
-                return None
-            raise
-        if not answer.HasField("result"):
-            raise AttemptFailed(Refusal(Reason.ENGINE_FAILED, "the server sent an answer without a result"))
-        if not answer.HasField("delta"):
-            return answer, (), 0.0, 0.0
-        # How long it took is what was measured here; how that divides, only the server has seen.
-        last = self._owner._clock.monotonic()
-        result = answer.result
-        decoding = convert.seconds(result.timings.tpot) * max(0, result.usage.completion_tokens - 1)
-        return answer, (answer.delta,), max(started, last - max(0.0, decoding)), last
 
     def _outcome(self, result: GenerationResult, started: float, first: float, last: float) -> Outcome:
         return Outcome(
