@@ -38,7 +38,7 @@ def pair(slots: int = 4) -> tuple[FakeModelServer, FakeModelServer]:
 
 def prompts(*fakes: FakeModelServer) -> list[str]:
     """What was asked, in the order in which it came."""
-    calls = [call for fake in fakes for call in fake.calls_of("Generate")]
+    calls = [call for fake in fakes for call in fake.calls if call.method in ("Complete", "Generate")]
     return [call.request.input.messages[-1].content[0].text for call in calls]
 
 
@@ -74,7 +74,7 @@ async def test_a_task_becomes_a_result(tmp_path: Path) -> None:
         assert task.attempts[0].cost_nano_usd == 6000
         assert summary.timings.HasField("ttft") and summary.timings.HasField("tpot")
         assert summary.timings.total.ToNanoseconds() >= summary.timings.ttft.ToNanoseconds()
-        request = fake.calls_of("Generate")[0].request
+        request = fake.calls_of("Complete")[0].request
         assert request.input.sampling.max_tokens == 9 and request.request_id == summary.request_id
         await tasks.door.until_idle()
         learned = (await tasks.door.server(FIRST)).models[0]
@@ -84,7 +84,7 @@ async def test_a_task_becomes_a_result(tmp_path: Path) -> None:
 async def test_the_preset_of_the_moment_holds(tmp_path: Path) -> None:
     async with desk(tmp_path) as tasks, attached(tasks.door, FakeModelServer(FIRST)) as (fake,):
         await tasks.until(await tasks.submit("What?", preset="critic"))
-        roles = [message.role for message in fake.calls_of("Generate")[0].request.input.messages]
+        roles = [message.role for message in fake.calls_of("Complete")[0].request.input.messages]
         assert roles == [generation_pb2.ROLE_SYSTEM, generation_pb2.ROLE_USER]
 
 
@@ -135,7 +135,7 @@ async def test_two_control_planes_share_a_database(postgres_server: Postgres, tm
                 if not tasks.dispatcher.running_here:
                     assert (await tasks.cancel(endless)).state == CANCELLED
             await until(lambda: _true(not one.dispatcher.running_here + other.dispatcher.running_here), PATIENCE)
-            assert "cancelled" in {call.outcome for fake in fakes for call in fake.calls_of("Generate")}
+            assert "cancelled" in {call.outcome for fake in fakes for call in fake.calls_of("Complete")}
         finally:
             for fake in fakes:
                 await fake.detach()
@@ -144,7 +144,7 @@ async def test_two_control_planes_share_a_database(postgres_server: Postgres, tm
 
 async def test_workers_bound_what_is_in_hand(tmp_path: Path) -> None:
     async with desk(tmp_path, tasks={"workers": 3}) as tasks, attached(tasks.door, *pair(8)) as fakes:
-        gates = [fake.gate("Generate") for fake in fakes]
+        gates = [fake.gate("Complete") for fake in fakes]
         ids = [await tasks.submit(f"{n}") for n in range(8)] + [await tasks.of("other").submit("other")]
         await until(lambda: _true(len(prompts(*fakes)) == 3), PATIENCE)
         waiting = [task for task in [await tasks.get(id) for id in ids[:8]] if task.state == QUEUED]
@@ -163,11 +163,18 @@ async def _true(value: object) -> object:
     return value
 
 
+def some_time() -> asyncio.Event:
+    """That an engine takes, if it is no fake."""
+    over = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.02, over.set)
+    return over
+
+
 async def held_up(tasks: Desk, fake: FakeModelServer):
     """The only slot of a server is taken by a request of somebody; what sets it free."""
     gate = asyncio.Event()
     fake.on_generate = lambda request: (
-        (gate, "x") if request.input.messages[-1].content[0].text == "holds the slot" else ("x",)
+        (gate if request.input.messages[-1].content[0].text == "holds the slot" else some_time(), "x")
     )
     holding = asyncio.create_task(tasks.door.generate(ask("holds the slot")))
     await fake.until(lambda: bool(fake.calls_of("Generate")))
@@ -236,7 +243,7 @@ async def test_a_task_does_not_start_before_its_time(tmp_path: Path) -> None:
 
 async def test_a_failed_attempt_is_made_elsewhere(tmp_path: Path) -> None:
     async with desk(tmp_path) as tasks, attached(tasks.door, *pair()) as (first, _second):
-        first.inject_error("Generate", failure(), times=99)
+        first.inject_error("Complete", failure(), times=99)
         task = await tasks.until(await tasks.submit())
         assert task.state == SUCCEEDED and (task.attempt_count, task.failure_count) == (2, 1)
         assert sorted(tried(task), key=lambda entry: entry[1]) == [(SECOND, ""), (FIRST, "ENGINE_FAILED")]
@@ -250,7 +257,7 @@ async def test_a_failed_attempt_is_made_elsewhere(tmp_path: Path) -> None:
 
 async def test_who_is_alone_is_asked_again(tmp_path: Path) -> None:
     async with desk(tmp_path) as tasks, attached(tasks.door, FakeModelServer(FIRST)) as (fake,):
-        fake.inject_error("Generate", failure(), times=2)
+        fake.inject_error("Complete", failure(), times=2)
         task = await tasks.until(await tasks.submit())
         assert task.state == SUCCEEDED
         assert tried(task) == [(FIRST, "ENGINE_FAILED")] * 2 + [(FIRST, "")]
@@ -259,7 +266,7 @@ async def test_who_is_alone_is_asked_again(tmp_path: Path) -> None:
 async def test_attempts_are_bounded(tmp_path: Path) -> None:
     async with desk(tmp_path) as tasks, attached(tasks.door, *pair()) as fakes:
         for fake in fakes:
-            fake.inject_error("Generate", failure(), times=99)
+            fake.inject_error("Complete", failure(), times=99)
         task = await tasks.until(await tasks.submit(max_attempts=3))
         assert task.state == FAILED and len(task.attempts) == 3
         assert (task.failure_reason, task.failure_message) == ("ENGINE_FAILED", "it broke")
@@ -274,7 +281,7 @@ async def test_a_model_that_failed_twice_makes_way_for_another(tmp_path: Path) -
     bad = [offers(FIRST, "bad", 0.9), offers(SECOND, "bad", 0.9), offers("c-third", "bad", 0.9)]
     async with desk(tmp_path) as tasks, attached(tasks.door, *bad, offers("d-fourth", "good", 0.1)):
         for fake in bad:
-            fake.inject_error("Generate", failure(), times=99)
+            fake.inject_error("Complete", failure(), times=99)
         task = await tasks.until(await tasks.submit())
         assert task.state == SUCCEEDED
         assert [attempt.model for attempt in task.attempts] == ["bad", "bad", "good"]
@@ -283,7 +290,7 @@ async def test_a_model_that_failed_twice_makes_way_for_another(tmp_path: Path) -
 @pytest.mark.parametrize("reason", [Reason.INVALID_REQUEST, Reason.CONTEXT_TOO_LONG])
 async def test_a_permanent_error_is_final(tmp_path: Path, reason: Reason) -> None:
     async with desk(tmp_path) as tasks, attached(tasks.door, FakeModelServer(FIRST)) as (fake,):
-        fake.inject_error("Generate", failure(reason), times=99)
+        fake.inject_error("Complete", failure(reason), times=99)
         task = await tasks.until(await tasks.submit())
         assert task.state == FAILED and tried(task) == [(FIRST, reason)]
 
@@ -293,7 +300,7 @@ async def test_a_slow_attempt_is_ended_and_made_elsewhere(tmp_path: Path) -> Non
         first.answer("x", asyncio.Event())
         task = await tasks.until(await tasks.submit(attempt_timeout=0.3))
         assert tried(task) == [(FIRST, "DEADLINE_EXCEEDED"), (SECOND, "")]
-        await first.until(lambda: first.calls_of("Generate")[0].outcome == "cancelled")
+        await first.until(lambda: first.calls_of("Complete")[0].outcome == "cancelled")
 
 
 async def test_an_answer_without_measure_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,7 +309,7 @@ async def test_an_answer_without_measure_is_refused(tmp_path: Path, monkeypatch:
         fake.answer(*["x" * 100] * 50)
         task = await tasks.until(await tasks.submit())
         assert (task.state, task.failure_reason) == (FAILED, "UNSUPPORTED")
-        await fake.until(lambda: fake.calls_of("Generate")[0].outcome != "running")
+        await fake.until(lambda: fake.calls_of("Complete")[0].outcome != "running")
 
 
 # --------------------------------------------------------- deadline, cancel ---
@@ -317,7 +324,7 @@ async def test_the_deadline_holds_while_it_waits_and_while_it_runs(tmp_path: Pat
             running = await tasks.until(await tasks.submit(within=0.5))
             assert running.state == EXPIRED
             assert events(running) == ["SUBMITTED", "SCHEDULED", "RUNNING", "EXPIRED"]
-            await fake.until(lambda: fake.calls_of("Generate")[0].outcome == "cancelled")
+            await fake.until(lambda: fake.calls_of("Complete")[0].outcome == "cancelled")
             await tasks.door.until_idle()
         learned = (await tasks.door.server(FIRST)).models[0]
         assert learned.failures == 0
@@ -355,7 +362,7 @@ async def test_a_server_that_dies_costs_an_attempt(tmp_path: Path) -> None:
     async with desk(tmp_path) as tasks, attached(tasks.door, first, second):
         first.answer("x", asyncio.Event())
         id = await tasks.submit()
-        await first.until(lambda: bool(first.calls_of("Generate")))
+        await first.until(lambda: bool(first.calls_of("Complete")))
         await first.detach()
         await first.stop()
         task = await tasks.until(id)
@@ -402,7 +409,7 @@ async def test_a_drain_gives_back_what_does_not_end(tmp_path: Path) -> None:
             endless = await tasks.submit("endless")
             await tasks.until(endless, RUNNING)
             waiting = await tasks.submit("elsewhere", provider="nobody")
-        await fake.until(lambda: fake.calls_of("Generate")[0].outcome == "cancelled")
+        await fake.until(lambda: fake.calls_of("Complete")[0].outcome == "cancelled")
         hold.set()
         async with desk(tmp_path) as tasks:
             await fake.attach(tasks.door.address)
@@ -417,12 +424,12 @@ async def test_a_drain_gives_back_what_does_not_end(tmp_path: Path) -> None:
 async def test_a_killed_control_plane_loses_nothing(tmp_path: Path) -> None:
     store = ("--tasks.store", f"sqlite:///{tmp_path / 'tasks.db'}", "--fleet.warm-up", "0")
     async with FakeModelServer(FIRST, slots=4) as fake:
-        gate = fake.gate("Generate")
+        gate = fake.gate("Complete")
         async with control_plane(*store) as plane, client(plane.address) as door:
             await fake.attach(plane.address)
             tasks = Desk(door)
             ids = [await tasks.submit(f"{n}", key=f"key-{n}") for n in range(12)]
-            await fake.until(lambda: len(fake.calls_of("Generate")) == 4)
+            await fake.until(lambda: len(fake.calls_of("Complete")) == 4)
             for id in ids[:4]:
                 await tasks.until(id, RUNNING)
             plane.kill()
@@ -468,7 +475,7 @@ class Flaky:
 async def test_what_runs_while_the_store_is_away_is_written_when_it_is_back(tmp_path: Path) -> None:
     async with desk(tmp_path) as tasks, attached(tasks.door, FakeModelServer(FIRST, slots=2)) as (fake,):
         flaky = tasks.dispatcher._store = Flaky(tasks.dispatcher._store)
-        gate = fake.gate("Generate")
+        gate = fake.gate("Complete")
         running = [await tasks.submit(f"running{n}") for n in range(2)]
         for id in running:
             await tasks.until(id, RUNNING)
@@ -512,7 +519,7 @@ async def test_without_a_store_there_are_no_tasks_and_no_database_layer(tmp_path
 
 async def test_states_are_counted(tmp_path: Path) -> None:
     async with desk(tmp_path) as tasks, attached(tasks.door, *pair()) as (first, _):
-        first.inject_error("Generate", failure(), times=1)
+        first.inject_error("Complete", failure(), times=1)
         await tasks.until(await tasks.submit())
         metrics = tasks.door.plane.metrics
         counted = {state: metrics.task_states.labels(state.name.lower())._value.get() for state in TaskState}
