@@ -242,11 +242,12 @@ async def cluster(
     planes: int = 1,
     servers: int = 3,
     seed: int = 0,
-    module: str = "control_plane",
+    program: Sequence[str] = ("control_plane",),
     engine: dict[str, Any] | None = None,
     argv: Sequence[str] = (),
 ) -> AsyncIterator[Cluster]:
-    """Started, ready, and ended whatever happens. `argv` goes to every control plane."""
+    """Started, ready, and ended whatever happens. `program` is the module of the control
+    planes with arguments that come first, `argv` those that come last."""
     ports = [(free_port(), free_port()) for _ in range(planes)]
     addresses = [f"127.0.0.1:{port}" for port, _ in ports]
     common = [
@@ -256,7 +257,7 @@ async def cluster(
     async with AsyncExitStack() as stack:
         made = Cluster(
             [
-                Restartable(module, "--port", str(port), "--metrics-port", str(metrics), *common)
+                Restartable(*program, "--port", str(port), "--metrics-port", str(metrics), *common)
                 for port, metrics in ports
             ],
             addresses,
@@ -270,11 +271,11 @@ async def cluster(
             ],
             random.Random(seed),
         )  # fmt: skip
-        for program in (*made.planes, *made.servers):
-            stack.push_async_callback(program.kill)
+        for each in (*made.planes, *made.servers):
+            stack.push_async_callback(each.kill)
         for each in made.channels:
             stack.push_async_callback(each.close)
-        await asyncio.gather(*(program.start() for program in (*made.planes, *made.servers)))
+        await asyncio.gather(*(each.start() for each in (*made.planes, *made.servers)))
         for n in range(planes):
             await made.ready(servers, n)
         yield made

@@ -11,7 +11,7 @@ import contextlib
 import re
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,8 +159,21 @@ async def postgres_killed(database: Database, *, tasks: int, kills: int, seed: i
     return report
 
 
+UNHEEDING = ("tests.faults.unheeding",)
+"""A control plane that is not interrupted when its tasks are taken from it, so that it tries to write."""
+
+# Tasks that a dispatcher has in hand when it is stopped, at least: enough that some of its writes come too late.
+_HELD = 10
+
+
 async def zombie(
-    database: Database, *, tasks: int, rounds: int, planes: int = 2, module: str = "control_plane", seed: int = 3
+    database: Database,
+    *,
+    tasks: int,
+    rounds: int,
+    planes: int = 2,
+    program: Sequence[str] = ("control_plane",),
+    seed: int = 3,
 ) -> Report:
     """A dispatcher is stopped past its lease while others take its tasks over, then goes on as if nothing had been."""
     report = Report("zombie")
@@ -168,14 +181,17 @@ async def zombie(
     engine = {"decode_tokens_per_second": 8, "aggregate_tokens_per_second": 0, "answer_tokens": 4, "slots": 16}
     async with (
         database() as (url, _),
-        cluster(url, planes=planes, seed=seed, module=module, engine=engine) as running,
+        cluster(url, planes=planes, seed=seed, program=program, engine=engine) as running,
     ):
         frozen = running.planes[-1]
         at_once: list[int] = []
 
         async def freezer() -> None:
             for _ in range(rounds):
-                while not (held := await _running_here(running, len(running.planes) - 1)):
+                patience = asyncio.get_running_loop().time() + 30
+                while (held := await _running_here(running, len(running.planes) - 1)) < _HELD:
+                    if asyncio.get_running_loop().time() > patience:
+                        raise RuntimeError(f"only {held} tasks are running in the dispatcher to be stopped")
                     await asyncio.sleep(0.02)
                 at_once.append(held)
                 frozen.stop()
@@ -191,7 +207,7 @@ async def zombie(
             chaos.cancel()
             frozen.resume()
         await running.until_terminal(tasks, 60 + tasks / 10)
-        refused = sum(metric(port, "modelyard_tasks_stale_writes_total") for port in running.metrics)
+        refused = sum(metric(port, "modelyard_task_refused_writes_total") for port in running.metrics)
         history = await running.history(acknowledged)
     report.judge(history)
     report.figures |= {
