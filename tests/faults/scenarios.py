@@ -296,7 +296,9 @@ async def model_servers_killed(*, kills: int, streams: int = 4, seed: int = 6) -
     engine = {"decode_tokens_per_second": 50, "aggregate_tokens_per_second": 0, "answer_tokens": 2000, "slots": 8}
     took: list[float] = []
     truncated = 0
-    async with cluster("", servers=4, seed=seed, engine=engine) as running:
+    # A server that is killed all the time would be left alone for a while.
+    patient = ("--breaker.failures", "1000000")
+    async with cluster("", servers=4, seed=seed, engine=engine, argv=patient) as running:
         left = iter(range(kills))
 
         async def executioner(n: int) -> None:
