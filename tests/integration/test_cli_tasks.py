@@ -24,8 +24,10 @@ PROMPTS = int(os.environ.get("MODELYARD_TEST_PROMPTS", "60"))
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    with up("--no-discover", cwd=tmp_path_factory.mktemp("fleet")) as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        with up("--no-discover", cwd=tmp_path_factory.mktemp("fleet")) as running:
+            yield running
 
 
 def facts(done: subprocess.CompletedProcess[str]) -> Any:
