@@ -117,7 +117,10 @@ def assert_gone(pids: set[int]) -> None:
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    with up("--server", FAST, "--server", SLOW, cwd=tmp_path_factory.mktemp("fleet")) as running:
+    folder = tmp_path_factory.mktemp("fleet")
+    # What is refused for good shall be refused at once.
+    (folder / "modelyard.yaml").write_text("control_plane: {fleet: {warm_up: 0}}\n")
+    with up("--server", FAST, "--server", SLOW, cwd=folder) as running:
         yield running
 
 

@@ -26,7 +26,9 @@ presets:
 
 
 def settings(folder: Path) -> ControlPlaneSettings:
-    return ControlPlaneSettings(port=0, metrics_port=-1, models_dir=folder, fleet={"warm_up": 0}, tasks={"store": ""})
+    return ControlPlaneSettings(
+        port=0, metrics_port=-1, models_dir=folder, fleet={"warm_up": 0}, tasks={"store": ""}, gateway={"port": -1}
+    )
 
 
 async def test_a_request_names_a_preset_and_a_hot_reload_drops_no_stream(tmp_path: Path) -> None:
