@@ -92,6 +92,29 @@ async def submitting(plane: Program, stub: TaskQueueStub, calls: int) -> tuple[f
     return statistics.median(rates), statistics.median(cpu)
 
 
+async def streaming(plane: Program, stub: TaskQueueStub, calls: int) -> float:
+    """Submissions per second of 64 clients that hold a BatchSubmitTasks stream each and wait for every answer."""
+    before = sum((await counts(stub)).values())
+    left = iter(range(calls))
+    began = time.perf_counter()
+
+    async def client() -> None:
+        call = stub.BatchSubmitTasks()
+        for _ in left:
+            await call.write(pb.BatchSubmitTasksRequest(spec=spec()))
+            answer = await call.read()
+            if not answer.created:
+                raise RuntimeError(f"not accepted: {answer}")
+        await call.done_writing()
+
+    await asyncio.gather(*(client() for _ in range(CONCURRENCY)))
+    seconds = time.perf_counter() - began
+    added = sum((await counts(stub)).values()) - before
+    if added != calls:
+        raise RuntimeError(f"{calls} submissions were acknowledged, {added} tasks are there")
+    return calls / seconds
+
+
 async def finished(stub: TaskQueueStub, tasks: int, within: float) -> float:
     """Seconds until so many tasks have succeeded."""
     began = time.perf_counter()
@@ -136,6 +159,12 @@ async def run(store: str, deep: int, quick: bool) -> list[Row]:
         shallow, cpu = await submitting(plane, stub, calls)
         rows.append(Row(f"durable submits, {CONCURRENCY} clients", shallow, "1/s", wanted=f">= {wanted}"))
         rows.append(Row("control plane CPU per submit", cpu * 1e6, "µs"))
+        await streaming(plane, stub, calls // 10)
+        cpu = cpu_seconds(plane.pid)
+        streamed = await streaming(plane, stub, calls)
+        rows.append(Row(f"durable submits, {CONCURRENCY} open streams", streamed, "1/s"))
+        cpu = (cpu_seconds(plane.pid) - cpu) / calls
+        rows.append(Row("control plane CPU per submit in a stream", cpu * 1e6, "µs"))
         if deep:
             body = pb.SubmitTaskRequest(spec=spec()).SerializeToString()
             while (there := sum((await counts(stub)).values())) < deep:
