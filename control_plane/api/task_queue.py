@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
 import grpc
 
@@ -19,7 +19,6 @@ from control_plane.api.tenant import tenant_of
 from control_plane.domain.errors import DomainError, draining
 from control_plane.domain.model import ModelName, Provider
 from control_plane.presets import Presets
-from control_plane.tasks.deliveries import Deliveries
 from control_plane.tasks.model import (
     EventRecord,
     Filter,
@@ -46,6 +45,10 @@ from modelyard.rpc.task_validation import (
 )
 from modelyard.v1 import task_queue_pb2
 from modelyard.v1.selection_pb2 import Requirements
+
+if TYPE_CHECKING:
+    from control_plane.tasks.deliveries import Deliveries
+
 
 P = ParamSpec("P")
 T = TypeVar("T")
