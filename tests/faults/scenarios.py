@@ -178,7 +178,7 @@ async def zombie(
     """A dispatcher is stopped past its lease while others take its tasks over, then goes on as if nothing had been."""
     report = Report("zombie")
     # Slow enough that tasks are running when their dispatcher is stopped.
-    engine = {"decode_tokens_per_second": 8, "aggregate_tokens_per_second": 0, "answer_tokens": 4, "slots": 16}
+    engine = {"decode_tokens_per_second": 4, "aggregate_tokens_per_second": 0, "answer_tokens": 4, "slots": 16}
     async with (
         database() as (url, _),
         cluster(url, planes=planes, seed=seed, program=program, engine=engine) as running,
