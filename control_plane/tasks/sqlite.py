@@ -10,7 +10,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -38,8 +38,10 @@ _OLDEST = (3, 35, 0)
 class SqliteDatabase(Database):
     """See `Database`. Its clock is the wall's at the start and monotonic from there."""
 
-    def __init__(self, owner: str, clock: Clock, writer: Engine, readers: Engine, lock: IO[bytes]) -> None:
+    def __init__(self, path: Path, owner: str, clock: Clock, writer: Engine, readers: Engine, lock: IO[bytes]) -> None:
         super().__init__(owner)
+        self._path = path
+        self._file = _identity(path)
         self._clock = clock
         self._writer = writer
         self._readers = readers
@@ -62,6 +64,7 @@ class SqliteDatabase(Database):
             raise translated(OSError("it is closed"))
 
         def call() -> T:
+            self._check_in_place()
             with self._readers.connect() as connection:
                 return operation(connection)
 
@@ -82,12 +85,23 @@ class SqliteDatabase(Database):
             while (jobs := self._handed.get()) is not None:
                 changes: list[Changes | None] = []
                 try:
-                    changes = drive(jobs, lambda some: transact(connection, some, self.now()))
+                    changes = drive(jobs, lambda some: self._transact(connection, some))
                 except BaseException as error:  # nobody may wait for ever
                     for job in jobs:
                         job.outcome = error
                 finally:
                     self._loop.call_soon_threadsafe(self._finished, jobs, [one for one in changes if one])
+
+    def _transact(self, connection: Connection, jobs: Sequence[Job]) -> Changes | None:
+        self._check_in_place()
+        changes = transact(connection, jobs, self.now())
+        self._check_in_place()  # what is in a file without a name is gone at the next start: it must not be answered
+        return changes
+
+    def _check_in_place(self) -> None:
+        """Raises OSError if the open file is not the one that its path names any more; takes microseconds."""
+        if _identity(self._path) != self._file:
+            raise OSError(f"the file {self._path} was removed or replaced: restore it, or restart the control plane")
 
     async def _close(self) -> None:
         self._handed.put(None)
@@ -101,6 +115,15 @@ class SqliteDatabase(Database):
         self._lock.close()
 
 
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Of the file that a path names, if there is one."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 class SystemClock:
     monotonic = staticmethod(time.monotonic)
     wall = staticmethod(time.time)
@@ -109,7 +132,7 @@ class SystemClock:
 async def open_sqlite(place: SqliteFile, owner: str, clock: Clock | None = None) -> SqliteDatabase:
     """Open the file, made if it is not there, its tables brought up to date. Raises StoreError."""
     writer, readers, lock = await asyncio.to_thread(_open, place)
-    return SqliteDatabase(owner, clock or SystemClock(), writer, readers, lock)
+    return SqliteDatabase(place.path, owner, clock or SystemClock(), writer, readers, lock)
 
 
 def _open(place: SqliteFile) -> tuple[Engine, Engine, IO[bytes]]:
