@@ -16,7 +16,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event, inspect
 from sqlalchemy.pool import QueuePool, StaticPool
 
 from control_plane.domain.ports import Clock
@@ -25,12 +25,15 @@ from control_plane.tasks.database import Database, drive, transact
 from control_plane.tasks.faults import brief, translated
 from control_plane.tasks.location import SqliteFile, StoreError
 from control_plane.tasks.model import Changes
+from control_plane.tasks.schema import alembic_version, lanes, payloads, tasks
 from control_plane.tasks.transaction import Job
 from control_plane.tasks.versions import Version
 
 T = TypeVar("T")
 
 _READERS = 3
+_OURS = frozenset({tasks.name, payloads.name, lanes.name})
+"""Tables of every schema."""
 _OLDEST = (3, 35, 0)
 """UPDATE FROM, RETURNING."""
 
@@ -149,13 +152,23 @@ def upgrade(place: SqliteFile) -> tuple[Version, Version]:
 
 
 def status(place: SqliteFile) -> Version:
-    """Which tables the file has, also while a control plane uses it. Raises StoreError."""
+    """Which tables the file has, also while a control plane uses it. Raises StoreError, also where they are foreign."""
     if not place.path.exists():
         return Version("")
     reader = engine(place.path, write=False)
     try:
         with reader.connect() as connection:
-            return versions.version(connection)
+            names = set(inspect(connection).get_table_names())
+            found = versions.version(connection)
+            ours = names >= _OURS if found.current else names <= {alembic_version.name}
+            if not ours:
+                raise StoreError(
+                    f"tasks.store {place.shown} is a database of another program: name a file of its own "
+                    "(--tasks.store sqlite:///OTHER), it is made if it is not there"
+                )
+            return found
+    except StoreError:
+        raise
     except Exception as error:
         raise StoreError(f"tasks.store {place.shown}: {brief(error)}") from None
     finally:
@@ -173,6 +186,7 @@ def _ready(place: SqliteFile) -> tuple[IO[bytes], Engine, Version]:
         raise StoreError(f"tasks.store {place.shown}: {error.strerror or error}") from None
     writer = engine(place.path, write=True)
     try:
+        status(place)  # reading, before a connection that writes changes anything
         with writer.connect() as connection:
             return lock, writer, versions.bring_up_to_date(connection, place.shown)
     except Exception as error:

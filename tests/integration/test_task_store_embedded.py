@@ -143,6 +143,20 @@ async def test_a_commit_into_a_file_that_was_taken_away_is_not_acknowledged(url:
             await store.database.write(take_away)
 
 
+@pytest.mark.parametrize("table", ["songs (title)", "tasks (id, title)", "alembic_version (version_num)"])
+async def test_a_file_of_another_program_is_left_as_it_is(url: str, path: Path, table: str) -> None:
+    path.parent.mkdir()
+    with sqlite3.connect(path) as connection:
+        connection.execute(f"CREATE TABLE {table}")
+        if "version_num" in table:
+            connection.execute("INSERT INTO alembic_version VALUES ('0001')")
+    connection.close()
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match="is a database of another program: name a file of its own"):
+        await open_store(located(url, {}))
+    assert path.read_bytes() == before
+
+
 @dataclass
 class Clock:
     wall_time: float = 1.8e9
