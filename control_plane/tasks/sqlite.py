@@ -34,6 +34,10 @@ T = TypeVar("T")
 _READERS = 3
 _OURS = frozenset({tasks.name, payloads.name, lanes.name})
 """Tables of every schema."""
+_ANOTHER_FILE = (
+    "a file of their own (--tasks.store sqlite:///OTHER, for `modelyard up` the environment variable "
+    "MODELYARD_CONTROL_PLANE_TASKS__STORE)"
+)
 _OLDEST = (3, 35, 0)
 """UPDATE FROM, RETURNING."""
 
@@ -163,8 +167,8 @@ def status(place: SqliteFile) -> Version:
             ours = names >= _OURS if found.current else names <= {alembic_version.name}
             if not ours:
                 raise StoreError(
-                    f"tasks.store {place.shown} is a database of another program: name a file of its own "
-                    "(--tasks.store sqlite:///OTHER), it is made if it is not there"
+                    f"tasks.store {place.shown} is a database of another program: give tasks "
+                    f"{_ANOTHER_FILE}; it is made if it is not there"
                 )
             return found
     except StoreError:
@@ -210,7 +214,7 @@ def _locked(place: SqliteFile) -> IO[bytes]:
         file.close()
         raise StoreError(
             f"tasks.store {place.shown} is in use by another control plane{f' (pid {other})' if other else ''}; "
-            "several need a PostgreSQL database"
+            f"give the tasks of this one {_ANOTHER_FILE}, or share a PostgreSQL database"
         ) from None
     file.truncate(0)
     file.write(b"%d\n" % os.getpid())

@@ -152,7 +152,7 @@ async def test_a_file_of_another_program_is_left_as_it_is(url: str, path: Path, 
             connection.execute("INSERT INTO alembic_version VALUES ('0001')")
     connection.close()
     before = path.read_bytes()
-    with pytest.raises(StoreError, match="is a database of another program: name a file of its own"):
+    with pytest.raises(StoreError, match="is a database of another program: give tasks a file of their own"):
         await open_store(located(url, {}))
     assert path.read_bytes() == before
 
