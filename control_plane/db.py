@@ -107,7 +107,7 @@ def _told(verb: str, place: Location, before: Version, after: Version) -> str:
     if after.newer:
         return f"{place.shown}: schema {after.current}, newer than this program knows ({after.newest})"
     have = f"schema {after.current}" if after.current else "no tables yet"
-    return f"{place.shown}: {have}, {after.newest} is needed: run `{versions.UPGRADE}`"
+    return f"{place.shown}: {have}, {after.newest} is needed: run `{versions.upgrade_command(place.shown)}`"
 
 
 if __name__ == "__main__":

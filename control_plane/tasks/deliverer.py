@@ -60,6 +60,7 @@ class Deliverer:
         self._wake = asyncio.Event()
         self._ended = asyncio.Event()
         self._stopping = False
+        self._store_away = False
         self._sender: Sender | None = None
 
     @property
@@ -108,17 +109,26 @@ class Deliverer:
             due = await self._deliveries.next_due()
             left = _POLL if due is None else due - self._deliveries.now()
             if left > 0:
+                self._answered()
                 return min(left, _POLL)
             taken = await self._deliveries.claim(free, self._most_per_host, dict(self._running), self.lease)
         except DomainError as error:
-            log.warning("callbacks wait: %s", error.reason)
+            if not self._store_away:
+                log.warning("callbacks wait until the task store is back: %s", error.reason)
+            self._store_away = True
             return _POLL
+        self._answered()
         for delivery in taken:
             origin = origin_of(delivery.url)
             self._running[origin] += 1
             group.create_task(self._deliver(delivery, origin), name=f"callback {delivery.id}")
         # What is due and was not taken waits for its host: the end of what runs against it wakes us.
         return 0.0 if taken else _POLL
+
+    def _answered(self) -> None:
+        if self._store_away:
+            log.warning("callbacks are sent again")
+        self._store_away = False
 
     async def _deliver(self, delivery: DeliveryRecord, origin: str) -> None:
         try:

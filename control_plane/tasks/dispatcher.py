@@ -190,6 +190,9 @@ class Dispatcher:
         self._ended: set[tuple[TaskId, int]] = set()
         """Told while claims were under way, whose tasks are not known yet."""
         self._store_away = False
+        """A call has failed, and nothing was written since."""
+        self._trial = False
+        """It can be read again: one claim may show whether it can be written, too."""
         self._stopped = False
         self._last_words = False
         """What cannot be written now will not be written."""
@@ -226,7 +229,7 @@ class Dispatcher:
             return ""
         if self._stopped:
             return "this control plane is shutting down"
-        if self._store_away:
+        if not self._may_claim:
             return "the task store does not answer"
         if place.parked:
             return f"all {self._policy.workers} workers are busy (tasks.workers)"
@@ -339,28 +342,43 @@ class Dispatcher:
                         self._open(waiting.id, waiting.lane, waiting.oldest)
             except Exception as error:
                 self._store_failed(error)
-                everything = True
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, _STORE_PAUSE_CAP)
-                continue
-            pause = _STORE_PAUSE
-            if self._store_away:
-                self._store_away = False
-                log.warning("the task store answers again")
-                for _ in range(len(self._parked)):
-                    self._unpark()
+            else:
+                if self._store_away:
+                    self._try_a_claim()
+                else:
+                    pause = _STORE_PAUSE
             try:
                 async with asyncio.timeout(_LOOK_AROUND):
                     await self._look.wait()
                 everything = False
             except TimeoutError:
                 everything = True
+            if not self._may_claim:
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _STORE_PAUSE_CAP)
+
+    @property
+    def _may_claim(self) -> bool:
+        return self._trial or not self._store_away
 
     def _store_failed(self, error: Exception) -> None:
         if not self._store_away:
             log.warning("no task is started until the store is back: %s", _words(error))
             self._store_away = True
+        self._trial = False
         self._look.set()
+
+    def _try_a_claim(self) -> None:
+        """The lane that gets a server first may see whether the store can be written: a full disk can still be read."""
+        self._trial = True
+        self._unpark_all()
+
+    def _store_wrote(self) -> None:
+        if self._store_away:
+            self._store_away = self._trial = False
+            log.warning("the task store answers again")
+            self._look.set()
+            self._unpark_all()
 
     def _open(self, lane_id: LaneId, lane: Lane, oldest: float) -> None:
         """A lane has tasks."""
@@ -454,7 +472,7 @@ class Dispatcher:
             return  # it has left, and the grant was given back
         place.standing = None
         grant = standing.future.result()
-        if self._stopped or self._store_away or not self._free or self._group is None:
+        if self._stopped or not self._may_claim or not self._free or self._group is None:
             self._scheduler.release(grant.flight, _NEUTRAL)
             self._park(place)
             return
@@ -464,6 +482,7 @@ class Dispatcher:
             if more is None:
                 break
             grants.append(more)
+        self._trial = False
         self._free -= len(grants)
         self._claims += 1
         self._idle.clear()
@@ -499,6 +518,10 @@ class Dispatcher:
             self._group.create_task(self._attempt(attempt, claim, grant, placement, since))
         if not self._claims:
             self._ended.clear()
+        if claims:
+            self._store_wrote()
+        elif self._store_away and not failed:
+            self._try_a_claim()  # a claim of nothing writes nothing
         if failed:
             self._park(place)
         elif len(claims) == len(grants) and await self._has_more(place):
@@ -536,11 +559,15 @@ class Dispatcher:
                 self._stand(place)
                 return
 
+    def _unpark_all(self) -> None:
+        for _ in range(len(self._parked)):
+            self._unpark()
+
     def _put_back_worker(self) -> None:
         self._free += 1
         if self._free == self._policy.workers and not self._claims:
             self._idle.set()
-        if not self._store_away:
+        if self._may_claim:
             self._unpark()
 
     # ------------------------------------------------------------ attempts ---
@@ -627,6 +654,7 @@ class Dispatcher:
         while True:
             try:
                 if await write():
+                    self._store_wrote()
                     self._observer.entered(state)
                 else:
                     self._observer.refused_write()

@@ -10,13 +10,13 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event, inspect
 from sqlalchemy.pool import QueuePool, StaticPool
 
 from control_plane.domain.ports import Clock
@@ -25,12 +25,19 @@ from control_plane.tasks.database import Database, drive, transact
 from control_plane.tasks.faults import brief, translated
 from control_plane.tasks.location import SqliteFile, StoreError
 from control_plane.tasks.model import Changes
+from control_plane.tasks.schema import alembic_version, lanes, payloads, tasks
 from control_plane.tasks.transaction import Job
 from control_plane.tasks.versions import Version
 
 T = TypeVar("T")
 
 _READERS = 3
+_OURS = frozenset({tasks.name, payloads.name, lanes.name})
+"""Tables of every schema."""
+_ANOTHER_FILE = (
+    "a file of their own (--tasks.store sqlite:///OTHER, for `modelyard up` the environment variable "
+    "MODELYARD_CONTROL_PLANE_TASKS__STORE)"
+)
 _OLDEST = (3, 35, 0)
 """UPDATE FROM, RETURNING."""
 
@@ -38,8 +45,10 @@ _OLDEST = (3, 35, 0)
 class SqliteDatabase(Database):
     """See `Database`. Its clock is the wall's at the start and monotonic from there."""
 
-    def __init__(self, owner: str, clock: Clock, writer: Engine, readers: Engine, lock: IO[bytes]) -> None:
+    def __init__(self, path: Path, owner: str, clock: Clock, writer: Engine, readers: Engine, lock: IO[bytes]) -> None:
         super().__init__(owner)
+        self._path = path
+        self._file = _identity(path)
         self._clock = clock
         self._writer = writer
         self._readers = readers
@@ -62,6 +71,7 @@ class SqliteDatabase(Database):
             raise translated(OSError("it is closed"))
 
         def call() -> T:
+            self._check_in_place()
             with self._readers.connect() as connection:
                 return operation(connection)
 
@@ -82,12 +92,23 @@ class SqliteDatabase(Database):
             while (jobs := self._handed.get()) is not None:
                 changes: list[Changes | None] = []
                 try:
-                    changes = drive(jobs, lambda some: transact(connection, some, self.now()))
+                    changes = drive(jobs, lambda some: self._transact(connection, some))
                 except BaseException as error:  # nobody may wait for ever
                     for job in jobs:
                         job.outcome = error
                 finally:
                     self._loop.call_soon_threadsafe(self._finished, jobs, [one for one in changes if one])
+
+    def _transact(self, connection: Connection, jobs: Sequence[Job]) -> Changes | None:
+        self._check_in_place()
+        changes = transact(connection, jobs, self.now())
+        self._check_in_place()  # what is in a file without a name is gone at the next start: it must not be answered
+        return changes
+
+    def _check_in_place(self) -> None:
+        """Raises OSError if the open file is not the one that its path names any more; takes microseconds."""
+        if _identity(self._path) != self._file:
+            raise OSError(f"the file {self._path} was removed or replaced: restore it, or restart the control plane")
 
     async def _close(self) -> None:
         self._handed.put(None)
@@ -101,6 +122,15 @@ class SqliteDatabase(Database):
         self._lock.close()
 
 
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Of the file that a path names, if there is one."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 class SystemClock:
     monotonic = staticmethod(time.monotonic)
     wall = staticmethod(time.time)
@@ -109,7 +139,7 @@ class SystemClock:
 async def open_sqlite(place: SqliteFile, owner: str, clock: Clock | None = None) -> SqliteDatabase:
     """Open the file, made if it is not there, its tables brought up to date. Raises StoreError."""
     writer, readers, lock = await asyncio.to_thread(_open, place)
-    return SqliteDatabase(owner, clock or SystemClock(), writer, readers, lock)
+    return SqliteDatabase(place.path, owner, clock or SystemClock(), writer, readers, lock)
 
 
 def _open(place: SqliteFile) -> tuple[Engine, Engine, IO[bytes]]:
@@ -126,13 +156,23 @@ def upgrade(place: SqliteFile) -> tuple[Version, Version]:
 
 
 def status(place: SqliteFile) -> Version:
-    """Which tables the file has, also while a control plane uses it. Raises StoreError."""
+    """Which tables the file has, also while a control plane uses it. Raises StoreError, also where they are foreign."""
     if not place.path.exists():
         return Version("")
     reader = engine(place.path, write=False)
     try:
         with reader.connect() as connection:
-            return versions.version(connection)
+            names = set(inspect(connection).get_table_names())
+            found = versions.version(connection)
+            ours = names >= _OURS if found.current else names <= {alembic_version.name}
+            if not ours:
+                raise StoreError(
+                    f"tasks.store {place.shown} is a database of another program: give tasks "
+                    f"{_ANOTHER_FILE}; it is made if it is not there"
+                )
+            return found
+    except StoreError:
+        raise
     except Exception as error:
         raise StoreError(f"tasks.store {place.shown}: {brief(error)}") from None
     finally:
@@ -150,6 +190,7 @@ def _ready(place: SqliteFile) -> tuple[IO[bytes], Engine, Version]:
         raise StoreError(f"tasks.store {place.shown}: {error.strerror or error}") from None
     writer = engine(place.path, write=True)
     try:
+        status(place)  # reading, before a connection that writes changes anything
         with writer.connect() as connection:
             return lock, writer, versions.bring_up_to_date(connection, place.shown)
     except Exception as error:
@@ -173,7 +214,7 @@ def _locked(place: SqliteFile) -> IO[bytes]:
         file.close()
         raise StoreError(
             f"tasks.store {place.shown} is in use by another control plane{f' (pid {other})' if other else ''}; "
-            "several need a PostgreSQL database"
+            f"give the tasks of this one {_ANOTHER_FILE}, or share a PostgreSQL database"
         ) from None
     file.truncate(0)
     file.write(b"%d\n" % os.getpid())

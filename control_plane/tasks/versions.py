@@ -5,6 +5,7 @@ Alembic is imported only where there is something to migrate: it takes 11 MB and
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from sqlalchemy import Connection, insert, inspect, select
 from control_plane.tasks.location import StoreError
 from control_plane.tasks.schema import REVISION, alembic_version, counters, for_postgresql, metadata
 
-UPGRADE = "modelyard db upgrade"
+
+def upgrade_command(shown: str) -> str:
+    """What brings up to date the tables of a store, as people type it."""
+    return f"modelyard db upgrade --store {shlex.quote(shown)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,7 @@ def check(found: Version, shown: str) -> None:
         )
     if not found.up_to_date:
         state = f"schema {found.current} instead of {found.newest}" if found.current else "no tables yet"
-        raise StoreError(f"tasks.store {shown} has {state}: run `{UPGRADE}` first")
+        raise StoreError(f"tasks.store {shown} has {state}: run `{upgrade_command(shown)}` first")
 
 
 def bring_up_to_date(connection: Connection, shown: str) -> Version:

@@ -14,6 +14,7 @@ import pytest_asyncio
 from control_plane.api.notices import Notices
 from control_plane.config import CallbackRetrySettings, CallbackSettings
 from control_plane.delivery import check, deliverer, rules
+from control_plane.domain.errors import DomainError
 from control_plane.tasks.callbacks import CallbackState, DeliveryRecord
 from control_plane.tasks.deliverer import Deliverer
 from control_plane.tasks.deliveries import Deliveries
@@ -312,3 +313,29 @@ async def test_nothing_of_it_is_logged(tmp_path: Path, hook: Receiver, caplog: p
     assert json.loads(hook.received[0].body)["task"]["result"]["text"] == "CANARY-TEXT"
     assert "CANARY" not in caplog.text
     assert SECRET.removeprefix("whsec_") not in caplog.text
+
+
+async def test_an_outage_of_the_store_is_told_once(
+    tmp_path: Path, hook: Receiver, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = 0
+
+    async def away(*_: object) -> list[DeliveryRecord]:
+        nonlocal tries
+        tries += 1
+        raise DomainError("STORE_UNAVAILABLE", "not now")
+
+    async with open_tasks(f"sqlite:///{tmp_path}/tasks.db") as store, desk(store) as made:
+        with monkeypatch.context() as outage:
+            outage.setattr(made.deliveries, "claim", away)
+            await succeeded(store, hook.url)
+
+            async def tried_again() -> bool:
+                made.deliverer._wake.set()
+                return tries >= 4
+
+            await until(tried_again, PATIENCE)
+        made.deliverer._wake.set()
+        await hook.until(1)
+    told = [record.message for record in caplog.records if record.name == "control_plane.tasks.deliverer"]
+    assert told == ["callbacks wait until the task store is back: STORE_UNAVAILABLE", "callbacks are sent again"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import re
@@ -513,7 +514,20 @@ def test_a_port_in_use_is_told() -> None:
         done = modelyard("up", "--port", str(port), "--no-servers", "--metrics-port", "-1", "--gateway-port", "-1")
     assert done.returncode == 2
     assert f"127.0.0.1:{port} is in use" in done.stderr.splitlines()[-1]
+    assert done.stderr.count("is in use") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_a_task_store_in_use_is_told_once(tmp_path: Path) -> None:
+    (tmp_path / "tasks.db.lock").touch()
+    with (tmp_path / "tasks.db.lock").open("rb+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ports = ("--port", "0", "--metrics-port", "-1", "--gateway-port", "-1")
+        store = {"MODELYARD_CONTROL_PLANE_TASKS__STORE": "sqlite:///tasks.db"}
+        done = modelyard("up", *ports, "--no-servers", cwd=tmp_path, **store)
+    assert done.returncode == 2
+    assert done.stderr.count("is in use by another control plane") == 1
+    assert "a file of their own (--tasks.store sqlite:///OTHER" in done.stderr.splitlines()[-1]
 
 
 def test_wrong_settings_of_a_server_are_told(tmp_path: Path) -> None:

@@ -456,6 +456,8 @@ class Flaky:
     def __init__(self, store) -> None:
         self.store = store
         self.away = False
+        self.full = False
+        """It can be read and not written."""
         self.refused: Counter[str] = Counter()
 
     def __getattr__(self, name: str):
@@ -464,7 +466,7 @@ class Flaky:
             return real
 
         async def maybe(*given):
-            if self.away:
+            if self.away or (self.full and not name.startswith("waiting_")):
                 self.refused[name] += 1
                 raise DomainError("STORE_UNAVAILABLE", "not now")
             return await real(*given)
@@ -491,6 +493,29 @@ async def test_what_runs_while_the_store_is_away_is_written_when_it_is_back(tmp_
         assert {task.state for task in ended} == {SUCCEEDED}
         assert all(len(task.attempts) == 1 for task in ended)
         assert sorted(Counter(prompts(fake)).values()) == [1] * 5
+
+
+async def test_a_store_that_can_only_be_read_is_tried_with_growing_pauses(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with desk(tmp_path) as tasks, attached(tasks.door, FakeModelServer(FIRST, slots=2)) as (fake,):
+        fake.on_generate = lambda request: ("x",)
+        flaky = tasks.dispatcher._store = Flaky(tasks.dispatcher._store)
+        flaky.full = True
+        begin = time.monotonic()
+        ids = [await tasks.submit("first")]
+        await until(lambda: _true(flaky.refused["claim"] >= 4), PATIENCE)
+        assert time.monotonic() - begin >= 0.1 + 0.2 + 0.4, "pauses between the tries grow"
+        ids += [await tasks.submit("more", priority=priority) for priority in (LOW, NORMAL, HIGH)]
+        tried_before = flaky.refused["claim"]
+        await until(lambda: _true(flaky.refused["claim"] > tried_before), PATIENCE)
+        told = [record.message for record in caplog.records if record.name == "control_plane.tasks.dispatcher"]
+        assert sum("until the store is back" in line for line in told) == 1
+        assert not any("answers again" in line for line in told)
+        flaky.full = False
+        assert {task.state for task in await tasks.all(ids)} == {SUCCEEDED}
+        told = [record.message for record in caplog.records if record.name == "control_plane.tasks.dispatcher"]
+        assert sum("answers again" in line for line in told) == 1
 
 
 async def test_what_was_measured_outlives_the_control_plane(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from sqlalchemy import Connection, inspect, text
 
 from control_plane import db
 from control_plane.tasks import schema, versions
-from control_plane.tasks.location import PostgresDatabase, SqliteFile
+from control_plane.tasks.location import PostgresDatabase, SqliteFile, StoreError, located
+from control_plane.tasks.opening import open_store
 from control_plane.tasks.postgresql import _administer
 from control_plane.tasks.sqlite import engine
 from tests.harness.postgres import Postgres
@@ -115,7 +117,11 @@ async def test_db_status_and_upgrade(
     status, told = await run("status", "--json")
     facts = json.loads(told)
     assert (status, facts["schema"], facts["newest"], facts["up_to_date"]) == (1, None, schema.REVISION, False)
-    assert "run `modelyard db upgrade`" in (await run("status"))[1]
+    hint = f"run `modelyard db upgrade --store {located(url, {}).shown}`"
+    assert hint in (await run("status"))[1]
+    if kind == "postgresql":
+        with pytest.raises(StoreError, match=re.escape(hint)):
+            await open_store(located(url, {}))
     assert json.loads((await run("upgrade", "--json"))[1])["schema"] == schema.REVISION
     assert (await run("upgrade"))[1].endswith("up to date\n")
     assert (await run("status"))[0] == 0

@@ -117,6 +117,46 @@ async def test_a_full_disk_refuses_writes_and_recovers(url: str) -> None:
         assert [claimed.id for claimed in await claim(store, len(accepted))] == accepted
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_a_file_that_was_taken_away_acknowledges_nothing(url: str, path: Path, replaced: bool) -> None:
+    async with opened(url) as store:
+        kept = (await store.submit(new_task())).record.id
+        path.rename(path.with_name("elsewhere"))
+        if replaced:
+            path.touch()
+        for call in (store.submit(new_task()), store.counts(TENANT)):
+            with pytest.raises(DomainError, match="was removed or replaced: restore it") as caught:
+                await call
+            assert caught.value.reason == "STORE_UNAVAILABLE"
+        path.with_name("elsewhere").replace(path)
+        await store.submit(new_task())
+        assert len(await claim(store, 9)) == 2
+        assert (await store.get(TENANT, kept)).record.state is TaskState.SCHEDULED
+
+
+async def test_a_commit_into_a_file_that_was_taken_away_is_not_acknowledged(url: str, path: Path) -> None:
+    def take_away(transaction: Transaction) -> None:
+        path.unlink()
+
+    async with opened(url) as store:
+        with pytest.raises(DomainError, match="removed or replaced"):
+            await store.database.write(take_away)
+
+
+@pytest.mark.parametrize("table", ["songs (title)", "tasks (id, title)", "alembic_version (version_num)"])
+async def test_a_file_of_another_program_is_left_as_it_is(url: str, path: Path, table: str) -> None:
+    path.parent.mkdir()
+    with sqlite3.connect(path) as connection:
+        connection.execute(f"CREATE TABLE {table}")
+        if "version_num" in table:
+            connection.execute("INSERT INTO alembic_version VALUES ('0001')")
+    connection.close()
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match="is a database of another program: give tasks a file of their own"):
+        await open_store(located(url, {}))
+    assert path.read_bytes() == before
+
+
 @dataclass
 class Clock:
     wall_time: float = 1.8e9

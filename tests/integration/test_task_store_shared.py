@@ -170,7 +170,7 @@ async def test_without_notifications_a_look_each_second_finds_the_same(url: str)
 
 async def test_tables_are_asked_for(postgres_server: Postgres) -> None:
     empty = postgres_server.url(await postgres_server.new_database())
-    with pytest.raises(StoreError, match="no tables yet: run `modelyard db upgrade` first"):
+    with pytest.raises(StoreError, match=r"no tables yet: run `modelyard db upgrade --store postgresql://.*` first"):
         await open_store(located(empty, {}))
     newer = await postgres_server.tables()
     async with opened(newer) as store:

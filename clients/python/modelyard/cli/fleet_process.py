@@ -76,12 +76,16 @@ def _tolerant(listener: Listener) -> Listener:
 class Child:
     """One running program."""
 
-    def __init__(self, program: Program, listener: Listener, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, program: Program, listener: Listener, environment: Mapping[str, str], *, hold_log: bool = False
+    ) -> None:
+        """`hold_log`: show the log when it is ready, because its obituary quotes the end of it."""
         self.program = program
         self.last_lines: deque[str] = deque(maxlen=_LAST_LINES)
         self.facts: Mapping[str, Any] | None = None
         self._listener = listener
         self._environment = environment
+        self._held: list[str] | None = [] if hold_log else None
         self._process: asyncio.subprocess.Process | None = None
         self._readers: list[asyncio.Task[None]] = []
         self._ready: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
@@ -101,14 +105,17 @@ class Child:
     async def until_ready(self) -> Mapping[str, Any]:
         """The facts of the ready line. Raises CliError when the program ends without one."""
         ended = asyncio.create_task(self.wait())
+        quoted = 0
         try:
             either: set[asyncio.Future[Any]] = {self._ready, ended}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if self._ready.done():
                 return self._ready.result()
             status = ended.result()
+            quoted = len(self.last_lines)
         finally:
             ended.cancel()
+            self._show_held(but=quoted)
         raise CliError(self.obituary(status), status=_USAGE if status == _USAGE else 1, reason="START_FAILED")
 
     @property
@@ -159,12 +166,22 @@ class Child:
                 self._listener(Event("log", self.program.name, text=line))
             elif facts.get("event") == "ready" and not self._ready.done():
                 self.facts = facts
+                self._show_held()
                 self._ready.set_result(facts)
                 self._listener(Event("ready", self.program.name, facts=facts))
 
     async def _read_log(self, stream: asyncio.StreamReader) -> None:
         async for line in _lines(stream):
             self.last_lines.append(line)
+            if self._held is None:
+                self._listener(Event("log", self.program.name, text=line))
+            else:
+                self._held.append(line)
+
+    def _show_held(self, but: int = 0) -> None:
+        """What was held back of the log, without so many lines at the end; the rest is shown as it comes."""
+        held, self._held = self._held or [], None
+        for line in held[: len(held) - but]:
             self._listener(Event("log", self.program.name, text=line))
 
 
@@ -236,6 +253,7 @@ class FleetProcess:
             Program(CONTROL_PLANE, "control_plane", ("--watch-parent", "true", *arguments)),
             self._listener,
             self._environment,
+            hold_log=True,
         )
         await self._control_plane.start()
         return await self._control_plane.until_ready()
