@@ -116,12 +116,13 @@ def test_an_interrupted_batch_goes_on(fleet: Up, tmp_path: Path) -> None:
     assert again.returncode == 0 and results_of(out) == results
     listed = facts(fleet("tasks", "list", "--group", "prompts.jsonl", "--all", "--json"))["tasks"]
     assert sorted(task["id"] for task in listed) == sorted(result["task"] for result in results)
-    # An edited line is a new task; its old result goes, the others stay.
+    # An edited line is a new task; its old result stays behind those of the file.
     lines = file.read_text().splitlines(keepends=True)
     lines[3] = lines[3].replace("slot", "lease")
     file.write_text("".join(lines))
     assert facts(fleet(*command, "--json")) == {"prompts": PROMPTS, "succeeded": PROMPTS, "failed": 0}
-    edited = results_of(out)
+    *edited, old = results_of(out)
+    assert old == results[3]
     assert [a == b for a, b in zip(results, edited, strict=True)] == [n != 3 for n in range(PROMPTS)]
 
 

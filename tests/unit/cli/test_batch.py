@@ -121,8 +121,9 @@ def test_results_are_kept_and_stand_in_order_at_the_end(tmp_path: Path) -> None:
         results.add(result(found[1]))
         results.add(result(found[3]))
         results.add({"key": "of a line that was edited", "state": "succeeded"})
+        results.add({"key": "of a line that was mended", "state": "refused"})
         assert results.settle(found) == 1
-    assert [json.loads(line)["line"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+    assert [json.loads(line).get("line") for line in path.read_text().splitlines()] == [1, 2, 3, 4, None]
     assert [file.name for file in tmp_path.iterdir()] == ["results.jsonl"]
 
 

@@ -103,3 +103,16 @@ async def test_nobody_there_at_the_beginning_is_told_at_once(
         with pytest.raises(ConnectionFailed):
             await batch.run(client, entries(), tmp_path / "r", "g", retry_failed=False, quiet=True)
     assert capsys.readouterr().err == ""
+
+
+async def test_two_files_with_one_file_of_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r"
+    async with FakeTaskQueue() as fake:
+        await run(fake, path, 3)
+        first = path.read_text().splitlines()
+        async with AsyncClient(fake.address) as client:
+            other = read_entries("b.jsonl", '{"prompt": "b"}', "b.jsonl", {})
+            await batch.run(client, other, path, "b.jsonl", retry_failed=False, quiet=True)
+    mine, *others = path.read_text().splitlines()
+    assert json.loads(mine)["key"] == other[0].key and others == first
+    assert "3 results of other or edited lines" in capsys.readouterr().err

@@ -63,13 +63,13 @@ async def run(
                 f"{how}: {view.words()}{where}. What was submitted goes on: run the same command again for the rest"
             )
             raise
-        dropped = results.settle(entries)
+        others = results.settle(entries)
         failed = view.failed
         if path is not None:
             failed = sum(results.kept[entry.key]["state"] != "succeeded" for entry in entries)
     told = {"prompts": len(entries), "succeeded": len(entries) - failed, "failed": failed}
-    if dropped:
-        output.note(f"{dropped} older results belong to no line of the file any more and were left out")
+    if others:
+        output.note(f"{others} results of other or edited lines were there before and stay, at the end of {path}")
     return told
 
 

@@ -4,7 +4,7 @@ Prompts: one JSON object a line, {"prompt": ...} or {"messages": [...]}, with th
 has an idempotency key made of what it says: the same line of the same file is the same task, however often it is run.
 
 Results: one JSON object a line. While a batch runs they are added as they come; when all are there, the file is
-replaced at once by one that has them in the order of the prompts.
+replaced at once by one that has them in the order of the prompts. Results of other lines stay, behind them.
 """
 
 from __future__ import annotations
@@ -207,22 +207,24 @@ class Results:
         self.kept[result["key"]] = dict(result)
 
     def settle(self, entries: list[Entry]) -> int:
-        """Replace the file by one that has a result for each prompt, in their order. The number of results that belong
-        to no prompt any more and are left out."""
+        """Replace the file by one that has a result for each prompt, in their order, and then those of other lines:
+        perhaps they are of another file, and not ours to throw away. The number of those; refusals are no results."""
         if self._file is None or self._path is None:
             return 0
         ordered = [self.kept[entry.key] for entry in entries if entry.key in self.kept]
+        keys = {entry.key for entry in entries}
+        others = [kept for key, kept in self.kept.items() if key not in keys and kept.get("state") != "refused"]
         beside = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
         try:
             with beside.open("wb") as file:
-                for text in _lines(ordered):
+                for text in _lines(ordered + others):
                     file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
             beside.replace(self._path)
         finally:
             beside.unlink(missing_ok=True)
-        return len(self.kept) - len(ordered)
+        return len(others)
 
 
 def _lines(results: list[dict[str, Any]]) -> Iterator[bytes]:

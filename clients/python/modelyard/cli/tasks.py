@@ -159,11 +159,11 @@ def batch(
 
     Each line of FILE is a JSON object: {"prompt": "..."} or {"messages": [...]}, with options of the task such as id,
     model, max_tokens, temperature, task_type, priority, labels beside it. Options here hold for lines that do not say
-    otherwise. All lines are checked before anything is submitted.
+    otherwise. The form of all lines is checked before anything is submitted.
 
     The key of a task is made of its line, the options and the group: the same file run twice submits nothing twice, an
-    edited line is a new task. Results come as they are ready and stand in the order of FILE at the end; those that are
-    in RESULTS already are kept.
+    edited line is a new task. Results come as they are ready and stand in the order of FILE when all are there. What is
+    in RESULTS already is kept: results of other files and of edited lines stay behind those of FILE.
 
     Exit status 1 if some failed.
     """
