@@ -40,7 +40,10 @@ def beliefs() -> None:
 @as_json
 @click.pass_obj
 def put(session: Session, /, key: str, value: str | None, confidence: float, source: str, text: bool) -> None:
-    """Write a fact over whatever was there. The value is JSON, - or nothing reads it from standard input."""
+    """Write a fact over whatever was there. The value is JSON, - or nothing reads it from standard input.
+
+    Numbers are doubles: integers beyond 2**53 are refused, give them as texts.
+    """
     given = read_prompt(value)
     parsed = given if text else _parsed(given)
     belief = call(session, lambda client: client.beliefs.put(key, parsed, confidence=confidence, source=source))
