@@ -80,6 +80,13 @@ def test_orders_and_lists(fleet: Up) -> None:
     assert fleet("tasks", "list", "--state", "failed").stdout.startswith("task")
 
 
+def test_why_a_task_waits_is_told(fleet: Up) -> None:
+    done = fleet("tasks", "submit", "--not-before", "600", "--wait", "--timeout", "4", "Hello")
+    assert done.returncode == 5 and done.stderr.count("queued: it waits for its time") == 2, done.stderr
+    assert "was not finished within 4 s; it is queued: it waits for its time" in done.stderr
+    assert fleet("tasks", "cancel", done.stderr.split()[1]).returncode == 0
+
+
 def prompts(path: Path, count: int, **more: Any) -> None:
     lines = [{"id": f"p{n}", "prompt": f"What is slot number {n}?", "max_tokens": 8, **more} for n in range(count)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -102,7 +109,7 @@ def test_an_interrupted_batch_goes_on(fleet: Up, tmp_path: Path) -> None:
         asyncio.run(until(enough, timeout=120, every=0.01))
         running.send_signal(signal.SIGINT)
         _, said = running.communicate(timeout=30)
-        assert running.returncode == 130 and "run the same again" in said and "Traceback" not in said
+        assert running.returncode == 130 and "run the same command again" in said and "Traceback" not in said
         assert len(results_of(out)) < PROMPTS
     done = fleet(*command)
     assert done.returncode == 0, done.stderr
