@@ -78,6 +78,8 @@ def test_orders_and_lists(fleet: Up) -> None:
     missing = fleet("tasks", "get", id)
     assert missing.returncode == 4 and "modelyard tasks list" in missing.stderr
     assert fleet("tasks", "list", "--state", "failed").stdout.startswith("task")
+    missing = fleet("tasks", "callbacks", "resend", "nosuch")
+    assert missing.returncode == 4 and "modelyard tasks callbacks list" in missing.stderr
 
 
 def test_why_a_task_waits_is_told(fleet: Up) -> None:

@@ -163,5 +163,14 @@ def test_counts_in_words() -> None:
     for _ in range(3):
         view.accepted()
     view.finished(failed=False)
+    assert view.rate is not None
     view.finished(failed=True)
     assert view.words().startswith("5 of 10 submitted, 4 done, 1 failed, ") and view.words().endswith(" left")
+
+
+def test_results_of_earlier_runs_are_no_rate() -> None:
+    view = BatchView(10)
+    for _ in range(5):
+        view.accepted()
+        view.finished(failed=False, earlier=True)
+    assert view.rate is None and view.left is None and view.words() == "5 of 10 submitted, 5 done"

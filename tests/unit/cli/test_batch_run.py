@@ -11,6 +11,7 @@ import pytest
 
 from modelyard.cli import batch
 from modelyard.cli.batch_file import Entry, read_entries
+from modelyard.cli.batch_view import BatchView
 from modelyard.client import AsyncClient, ConnectionFailed, StoreFull
 from modelyard.rpc.errors import Refusal
 from modelyard.rpc.reasons import Reason
@@ -116,3 +117,18 @@ async def test_two_files_with_one_file_of_results(tmp_path: Path, capsys: pytest
     mine, *others = path.read_text().splitlines()
     assert json.loads(mine)["key"] == other[0].key and others == first
     assert "3 results of other or edited lines" in capsys.readouterr().err
+
+
+async def test_what_had_ended_before_is_no_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    views: list[BatchView] = []
+
+    def view(total: int, quiet: bool) -> BatchView:
+        views.append(BatchView(total))
+        return views[-1]
+
+    monkeypatch.setattr(batch, "_view", view)
+    async with FakeTaskQueue() as fake:
+        await run(fake, tmp_path / "first")
+        await run(fake, tmp_path / "second")
+    assert [view.done for view in views] == [5, 5]
+    assert [view.rate is None for view in views] == [False, True]

@@ -102,6 +102,8 @@ class _Batch:
         self._by_task: dict[str, list[Entry]] = {}
         self._ended_early: set[str] = set()
         """Ids of tasks whose end was told before the answer to their submission."""
+        self._earlier: set[str] = set()
+        """Ids of tasks that had ended before this run."""
         self._fetches = asyncio.Semaphore(_FETCHES)
         self._all_done = asyncio.Event()
         self._waiting = _Waiting()
@@ -186,6 +188,8 @@ class _Batch:
         if self._retry_failed and not answer.created and task.done and task.state != "succeeded":
             failed = task.id
             task = await self._persist(lambda: self._again(failed))
+        elif not answer.created and task.done:
+            self._earlier.add(task.id)
         self._by_task.setdefault(task.id, []).append(entry)
         if task.done or task.id in self._ended_early:
             group.create_task(self._fetch(task.id))
@@ -230,14 +234,14 @@ class _Batch:
         if not task.done:  # somebody has queued it again
             return
         for entry in self._by_task[id]:
-            self._end(entry, _facts(task))
+            self._end(entry, _facts(task), earlier=id in self._earlier)
 
-    def _end(self, entry: Entry, facts: dict[str, Any]) -> None:
+    def _end(self, entry: Entry, facts: dict[str, Any], *, earlier: bool = False) -> None:
         if self._open.pop(entry.key, None) is None:
             return
         named = {} if entry.id is None else {"id": entry.id}
         self._results.add({"line": entry.line, **named, "key": entry.key, **facts})
-        self._view.finished(failed=facts["state"] != "succeeded")
+        self._view.finished(failed=facts["state"] != "succeeded", earlier=earlier)
         if not self._open:
             self._all_done.set()
 
