@@ -352,6 +352,16 @@ async def test_what_is_no_json_is_not_sent(value: object) -> None:
                 await client.beliefs.put("k", wrong)  # type: ignore[arg-type]
 
 
+async def test_whole_numbers_come_back_as_they_were(small: AsyncClient) -> None:
+    value = {"n": [5, -7, 2**53, -(2**53), 0, True], "f": 2.5, "large": 1e300}
+    for belief in (await small.beliefs.put("k", value), await small.beliefs.get("k")):
+        assert belief.value == value
+        assert [type(n) for n in belief.value["n"]] == [int] * 5 + [bool] and type(belief.value["large"]) is float
+    for large in (2**53 + 1, [-(2**53) - 1], {"a": 10**400}):
+        with pytest.raises(ValueError, match="lose digits"):
+            await small.beliefs.put("k", large)
+
+
 async def test_too_large_versions_are_no_failure_of_ours(small: AsyncClient) -> None:
     async with channel(small.address) as link:
         call = belief_pb2_grpc.BeliefsStub(link).WatchBeliefs(belief_pb2.WatchBeliefsRequest(after_version=2**64 - 1))

@@ -78,6 +78,15 @@ def test_orders_and_lists(fleet: Up) -> None:
     missing = fleet("tasks", "get", id)
     assert missing.returncode == 4 and "modelyard tasks list" in missing.stderr
     assert fleet("tasks", "list", "--state", "failed").stdout.startswith("task")
+    missing = fleet("tasks", "callbacks", "resend", "nosuch")
+    assert missing.returncode == 4 and "modelyard tasks callbacks list" in missing.stderr
+
+
+def test_why_a_task_waits_is_told(fleet: Up) -> None:
+    done = fleet("tasks", "submit", "--not-before", "600", "--wait", "--timeout", "4", "Hello")
+    assert done.returncode == 5 and done.stderr.count("queued: it waits for its time") == 2, done.stderr
+    assert "was not finished within 4 s; it is queued: it waits for its time" in done.stderr
+    assert fleet("tasks", "cancel", done.stderr.split()[1]).returncode == 0
 
 
 def prompts(path: Path, count: int, **more: Any) -> None:
@@ -102,7 +111,7 @@ def test_an_interrupted_batch_goes_on(fleet: Up, tmp_path: Path) -> None:
         asyncio.run(until(enough, timeout=120, every=0.01))
         running.send_signal(signal.SIGINT)
         _, said = running.communicate(timeout=30)
-        assert running.returncode == 130 and "run the same again" in said and "Traceback" not in said
+        assert running.returncode == 130 and "run the same command again" in said and "Traceback" not in said
         assert len(results_of(out)) < PROMPTS
     done = fleet(*command)
     assert done.returncode == 0, done.stderr
@@ -116,12 +125,13 @@ def test_an_interrupted_batch_goes_on(fleet: Up, tmp_path: Path) -> None:
     assert again.returncode == 0 and results_of(out) == results
     listed = facts(fleet("tasks", "list", "--group", "prompts.jsonl", "--all", "--json"))["tasks"]
     assert sorted(task["id"] for task in listed) == sorted(result["task"] for result in results)
-    # An edited line is a new task; its old result goes, the others stay.
+    # An edited line is a new task; its old result stays behind those of the file.
     lines = file.read_text().splitlines(keepends=True)
     lines[3] = lines[3].replace("slot", "lease")
     file.write_text("".join(lines))
     assert facts(fleet(*command, "--json")) == {"prompts": PROMPTS, "succeeded": PROMPTS, "failed": 0}
-    edited = results_of(out)
+    *edited, old = results_of(out)
+    assert old == results[3]
     assert [a == b for a, b in zip(results, edited, strict=True)] == [n != 3 for n in range(PROMPTS)]
 
 

@@ -70,11 +70,22 @@ def test_keys_are_made_of_what_lines_say() -> None:
         ({"prompt": "a", "temprature": 1}, "unknown field 'temprature'; known: id, prompt"),
         ({"prompt": "a", "request_id": "x"}, "unknown field"),
         ({"prompt": "a", "temperature": 9}, "temperature: must be 0 to 2"),
-        ({"prompt": "a", "temperature": "hot"}, ""),
+        ({"prompt": "a", "temperature": "hot"}, '"temperature": '),
+        ({"prompt": "a", "max_tokens": 5, "model": 7}, '"model": '),
+        ({"prompt": "a", "max_tokens": 10**30}, '"max_tokens": '),
+        ({"prompt": "a", "attempt_timeout": "5"}, '"attempt_timeout": '),
+        ({"prompt": "a", "labels": 5}, '"labels": is an object'),
+        ({"prompt": "a", "labels": {"a": 5}}, '"labels": is an object'),
+        ({"prompt": "a", "tools": [5]}, '"tools": '),
+        ({"prompt": "a", "stop": 5}, '"stop": '),
+        ({"prompt": "h\ud800"}, '"prompt": is no Unicode text'),
+        ({"prompt": "a", "key": "h\ud800"}, '"key": is no Unicode text'),
+        ('{"prompt": "a", "max_tokens": 1, "max_tokens": 2}', "has the key 'max_tokens' twice"),
+        ('{"prompt": "a", "labels": {"b": "1", "b": "2"}}', "has the key 'b' twice"),
         ({"prompt": "a", "max_attempts": 0}, "max_attempts"),
         ({"prompt": "a", "task_type": "nonsense"}, "allowed: chat"),
         ({"prompt": "a", "deadline": 60}, "is a time such as"),
-        ({"prompt": "a", "deadline": "tomorrow"}, "isoformat"),
+        ({"prompt": "a", "deadline": "tomorrow"}, '"deadline": Invalid isoformat'),
         ({"prompt": "a", "deadline": "2030-01-01T00:00"}, "zone"),
         ({"prompt": "a", "key": ""}, '"key" is a text'),
         ({"prompt": "a", "key": "ä"}, "idempotency_key"),
@@ -121,8 +132,9 @@ def test_results_are_kept_and_stand_in_order_at_the_end(tmp_path: Path) -> None:
         results.add(result(found[1]))
         results.add(result(found[3]))
         results.add({"key": "of a line that was edited", "state": "succeeded"})
+        results.add({"key": "of a line that was mended", "state": "refused"})
         assert results.settle(found) == 1
-    assert [json.loads(line)["line"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+    assert [json.loads(line).get("line") for line in path.read_text().splitlines()] == [1, 2, 3, 4, None]
     assert [file.name for file in tmp_path.iterdir()] == ["results.jsonl"]
 
 
@@ -151,5 +163,14 @@ def test_counts_in_words() -> None:
     for _ in range(3):
         view.accepted()
     view.finished(failed=False)
+    assert view.rate is not None
     view.finished(failed=True)
     assert view.words().startswith("5 of 10 submitted, 4 done, 1 failed, ") and view.words().endswith(" left")
+
+
+def test_results_of_earlier_runs_are_no_rate() -> None:
+    view = BatchView(10)
+    for _ in range(5):
+        view.accepted()
+        view.finished(failed=False, earlier=True)
+    assert view.rate is None and view.left is None and view.words() == "5 of 10 submitted, 5 done"

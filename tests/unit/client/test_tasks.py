@@ -81,6 +81,9 @@ def test_what_cannot_be_said() -> None:
     ):
         with pytest.raises((TypeError, ValueError)):
             submit_request("hi", **wrong)
+    for option in ("not_before", "deadline", "attempt_timeout"):
+        with pytest.raises(TypeError, match="seconds"):
+            submit_request("hi", **{option: "x"})  # type: ignore[arg-type]
     soon = submit_request("hi", not_before=60).spec.not_before.ToDatetime(UTC)
     assert timedelta(seconds=50) < soon - datetime.now(UTC) <= timedelta(seconds=60)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from modelyard.cli import output
 from modelyard.cli.batch_file import Entry, Results
@@ -19,11 +20,16 @@ if TYPE_CHECKING:
 _FETCHES = 16
 """Results that are fetched at the same time."""
 
-_AGAIN = 1.0
-"""Seconds after which tasks are submitted again that could not be accepted for now."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+"""Seconds until what failed for now is tried again, doubled each time."""
 
 _GIVE_UP = 60.0
-"""Seconds without anything being accepted after which a batch gives up."""
+"""Seconds without an answer or a result after which a batch gives up what keeps failing."""
+
+_SOUND = 5.0
+"""A watch that has held for so many seconds was sound, even if nothing came."""
+
+T = TypeVar("T")
 
 _ENDED = ("succeeded", "failed", "cancelled", "expired")
 
@@ -31,7 +37,10 @@ _ENDED = ("succeeded", "failed", "cancelled", "expired")
 async def run(
     client: AsyncClient, entries: list[Entry], path: Path | None, group: str, *, retry_failed: bool, quiet: bool
 ) -> dict[str, Any]:
-    """Submit what has no result yet, wait for everything, write results. The counts."""
+    """Submit what has no result yet, wait for everything, write results. The counts. Raises ModelyardError when
+    something cannot be mended by waiting, or was not for too long."""
+    from modelyard.client import ModelyardError
+
     with Results(path, sys.stdout) as results, _view(len(entries), quiet) as view:
         # What failed is kept unless it is to be done again; what was refused is no task yet.
         left = [
@@ -45,17 +54,22 @@ async def run(
         work = _Batch(client, left, results, view, group, retry_failed)
         try:
             await work.run()
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, ModelyardError) as ended:
+            if work.nobody_there:
+                raise
             where = f"; results so far are in {path}" if path else ""
-            output.note(f"stopped: {view.words()}{where}. What was submitted goes on: run the same again for the rest")
+            how = "stopped" if isinstance(ended, asyncio.CancelledError) else "given up"
+            output.note(
+                f"{how}: {view.words()}{where}. What was submitted goes on: run the same command again for the rest"
+            )
             raise
-        dropped = results.settle(entries)
+        others = results.settle(entries)
         failed = view.failed
         if path is not None:
             failed = sum(results.kept[entry.key]["state"] != "succeeded" for entry in entries)
     told = {"prompts": len(entries), "succeeded": len(entries) - failed, "failed": failed}
-    if dropped:
-        output.note(f"{dropped} older results belong to no line of the file any more and were left out")
+    if others:
+        output.note(f"{others} results of other or edited lines were there before and stay, at the end of {path}")
     return told
 
 
@@ -88,14 +102,26 @@ class _Batch:
         self._by_task: dict[str, list[Entry]] = {}
         self._ended_early: set[str] = set()
         """Ids of tasks whose end was told before the answer to their submission."""
+        self._earlier: set[str] = set()
+        """Ids of tasks that had ended before this run."""
         self._fetches = asyncio.Semaphore(_FETCHES)
         self._all_done = asyncio.Event()
+        self._waiting = _Waiting()
+        self.nobody_there = False
+        """From the beginning."""
 
     async def run(self) -> None:
         if not self._left:
             return
-        # From here on: what ends later is told by an event, what has ended says so when it is submitted.
-        position = (await self._client.tasks.stats()).last_event_id
+        from modelyard.client import ConnectionFailed
+
+        # From here on: what ends later is told by an event, what has ended says so when it is submitted. That nobody
+        # is there at the beginning is told at once: perhaps the address is wrong.
+        try:
+            position = (await self._persist(self._client.tasks.stats, but=ConnectionFailed)).last_event_id
+        except ConnectionFailed:
+            self.nobody_there = True
+            raise
         try:
             async with asyncio.TaskGroup() as group:
                 watcher = group.create_task(self._watch(position, group))
@@ -105,31 +131,52 @@ class _Batch:
         except BaseExceptionGroup as errors:
             raise _first(errors) from None
 
+    async def _persist(self, call: Callable[[], Awaitable[T]], but: type[Exception] | tuple[()] = ()) -> T:
+        """The answer of a call that is repeated while it fails for now; `but` what is raised at once."""
+        from modelyard.client import ModelyardError
+
+        attempts = _Attempts(self._waiting)
+        while True:
+            try:
+                answer = await call()
+            except but:
+                raise
+            except ModelyardError as failure:
+                await attempts.wait_or_raise(failure)
+            else:
+                attempts.came()
+                return answer
+
     # ---------------------------------------------------------------- submit ---
 
     async def _submit(self, group: asyncio.TaskGroup) -> None:
-        from modelyard.client import TryAgain
+        from modelyard.client import ModelyardError, TryAgain
 
         waiting = self._left
-        clock = asyncio.get_running_loop().time
-        accepted_at = clock()
+        attempts = _Attempts(self._waiting)
         while waiting:
             again: list[Entry] = []
             failure: ModelyardError | None = None
-            async with contextlib.aclosing(self._client.tasks.submit_many(_tasks(waiting))) as answers:
-                async for answer in answers:
-                    entry = waiting[answer.index]
-                    if isinstance(answer.error, TryAgain):
-                        failure = answer.error
-                        again.append(entry)
-                        continue
-                    accepted_at = clock()
-                    await self._answered(entry, answer, group)
-            if failure is not None:
-                if clock() - accepted_at > _GIVE_UP:
-                    raise failure
-                await asyncio.sleep(failure.retry_after or _AGAIN)
+            answered = 0
+            try:
+                # Who waits here says so: the SDK would in silence.
+                answers = self._client.tasks.submit_many(_tasks(waiting), patience=0)
+                async with contextlib.aclosing(answers):
+                    async for answer in answers:
+                        entry = waiting[answer.index]
+                        answered = answer.index + 1
+                        if isinstance(answer.error, TryAgain):
+                            failure = answer.error
+                            again.append(entry)
+                            continue
+                        attempts.came()
+                        await self._answered(entry, answer, group)
+            except ModelyardError as broken:
+                failure = broken
+                again += waiting[answered:]
             waiting = again
+            if failure is not None:
+                await attempts.wait_or_raise(failure)
 
     async def _answered(self, entry: Entry, answer: Submission, group: asyncio.TaskGroup) -> None:
         task = answer.task
@@ -139,40 +186,111 @@ class _Batch:
             return
         self._view.accepted()
         if self._retry_failed and not answer.created and task.done and task.state != "succeeded":
-            task = await self._client.tasks.retry(task.id)
+            failed = task.id
+            task = await self._persist(lambda: self._again(failed))
+        elif not answer.created and task.done:
+            self._earlier.add(task.id)
         self._by_task.setdefault(task.id, []).append(entry)
         if task.done or task.id in self._ended_early:
             group.create_task(self._fetch(task.id))
 
+    async def _again(self, id: str) -> Task:
+        from modelyard.client import WrongState
+
+        try:
+            return await self._client.tasks.retry(id)
+        except WrongState:  # the answer to an earlier call was lost, or somebody else was faster
+            return await self._client.tasks.get(id)
+
     # ---------------------------------------------------------------- results ---
 
     async def _watch(self, position: int, group: asyncio.TaskGroup) -> None:
-        events = self._client.tasks.watch_all(group=self._group, states=_ENDED, after=position)
-        async with contextlib.aclosing(events):
-            async for event in events:
-                if event.task_id in self._by_task:
-                    group.create_task(self._fetch(event.task_id))
-                else:
-                    self._ended_early.add(event.task_id)
+        from modelyard.client import ModelyardError
+
+        attempts = _Attempts(self._waiting)
+        while True:
+            opened = time.monotonic()
+            events = self._client.tasks.watch_all(group=self._group, states=_ENDED, after=position, patience=0)
+            try:
+                async with contextlib.aclosing(events):
+                    async for event in events:
+                        attempts.came()
+                        position = event.id
+                        if event.task_id in self._by_task:
+                            group.create_task(self._fetch(event.task_id))
+                        else:
+                            self._ended_early.add(event.task_id)
+                await asyncio.sleep(_FIRST_PAUSE)  # it is not meant to end
+            except ModelyardError as failure:
+                if time.monotonic() - opened > _SOUND:
+                    attempts.came()
+                await attempts.wait_or_raise(failure)
 
     async def _fetch(self, id: str) -> None:
         async with self._fetches:
             if not any(entry.key in self._open for entry in self._by_task[id]):
                 return
-            task = await self._client.tasks.get(id)
+            task = await self._persist(lambda: self._client.tasks.get(id))
         if not task.done:  # somebody has queued it again
             return
         for entry in self._by_task[id]:
-            self._end(entry, _facts(task))
+            self._end(entry, _facts(task), earlier=id in self._earlier)
 
-    def _end(self, entry: Entry, facts: dict[str, Any]) -> None:
+    def _end(self, entry: Entry, facts: dict[str, Any], *, earlier: bool = False) -> None:
         if self._open.pop(entry.key, None) is None:
             return
         named = {} if entry.id is None else {"id": entry.id}
         self._results.add({"line": entry.line, **named, "key": entry.key, **facts})
-        self._view.finished(failed=facts["state"] != "succeeded")
+        self._view.finished(failed=facts["state"] != "succeeded", earlier=earlier)
         if not self._open:
             self._all_done.set()
+
+
+class _Waiting:
+    """What a batch waits for: each reason is told once, and again when it comes back much later."""
+
+    def __init__(self) -> None:
+        self.last_progress = time.monotonic()
+        self._met: dict[str, float] = {}
+
+    def progress(self) -> None:
+        """Something came."""
+        self.last_progress = time.monotonic()
+
+    def tell(self, failure: ModelyardError) -> None:
+        now = time.monotonic()
+        last, self._met[failure.reason] = self._met.get(failure.reason), now
+        if last is None or now - last > _GIVE_UP:
+            output.note(f"waiting: {' '.join(failure.message.split())}; tried again for up to {_GIVE_UP:g} s")
+
+
+class _Attempts:
+    """Whether and when one thing that failed is tried again."""
+
+    def __init__(self, waiting: _Waiting) -> None:
+        self._waiting = waiting
+        self._failing_since: float | None = None
+        self._pause = _FIRST_PAUSE
+
+    def came(self) -> None:
+        """It did not fail."""
+        self._waiting.progress()
+        self._failing_since, self._pause = None, _FIRST_PAUSE
+
+    async def wait_or_raise(self, failure: ModelyardError) -> None:
+        """Wait until it may be tried again, or raise the failure: waiting does not mend it, or has not for too long."""
+        from modelyard.client import DeadlineExceeded, SlowReader, StreamBroken, TryAgain
+
+        if not isinstance(failure, (TryAgain, StreamBroken, SlowReader, DeadlineExceeded)):
+            raise failure
+        now = time.monotonic()
+        if self._failing_since is None:
+            self._failing_since = now
+        if now - max(self._failing_since, self._waiting.last_progress) > _GIVE_UP:
+            raise failure
+        self._waiting.tell(failure)
+        await asyncio.sleep(min(max(self._pause, failure.retry_after or 0), _LONGEST_PAUSE))
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
 
 async def _tasks(entries: list[Entry]) -> AsyncIterator[NewTask]:

@@ -4,7 +4,7 @@ Prompts: one JSON object a line, {"prompt": ...} or {"messages": [...]}, with th
 has an idempotency key made of what it says: the same line of the same file is the same task, however often it is run.
 
 Results: one JSON object a line. While a batch runs they are added as they come; when all are there, the file is
-replaced at once by one that has them in the order of the prompts.
+replaced at once by one that has them in the order of the prompts. Results of other lines stay, behind them.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
@@ -63,9 +64,8 @@ def read_entries(name: str, text: str, group: str, common: Mapping[str, Any]) ->
                 raise ValueError(f"line {lines[entry.key]} has the same key")
             lines[entry.key] = number
             entries.append(entry)
-        except (ValueError, TypeError, KeyError) as error:
-            said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            problems.append(f"{name}:{number}: {said}")
+        except (ValueError, TypeError) as error:
+            problems.append(f"{name}:{number}: {_told(error)}")
     if problems:
         more = f"\n... and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""
         told = "\n".join(problems[:_MOST_PROBLEMS]) + more
@@ -76,13 +76,15 @@ def read_entries(name: str, text: str, group: str, common: Mapping[str, Any]) ->
 
 
 def _entry(number: int, line: str, group: str, common: Mapping[str, Any], seen: Counter[str]) -> Entry:
-    from modelyard.client import NewTask, TaskOptions
+    from modelyard.client import TaskOptions
     from modelyard.rpc.task_validation import check_submit
 
     try:
-        given = json.loads(line)
+        given = json.loads(line, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError("is nested too deeply") from None
+    except _Twice:
+        raise
     except ValueError as error:
         raise ValueError(f"is not JSON: {error}") from None
     if not isinstance(given, dict):
@@ -103,15 +105,67 @@ def _entry(number: int, line: str, group: str, common: Mapping[str, Any], seen: 
         raise TypeError('"key" is a text')
     for name in _TIMES:
         if isinstance(options.get(name), str):
-            options[name] = datetime.fromisoformat(options[name])
+            try:
+                options[name] = datetime.fromisoformat(options[name])
+            except ValueError as error:
+                raise ValueError(f'"{name}": {error}') from None
         elif options.get(name) is not None:  # seconds from now would be another time when it runs again
             raise TypeError(f'"{name}" is a time such as "2030-01-31T12:00:00+00:00"')
     if "labels" in options:
         options["task_labels"] = options.pop("labels")
-    task = NewTask(asked, idempotency_key=key, group=group, **options)
+    task = _task(asked, group, {"idempotency_key": key, **options}, "prompt" if "prompt" in given else "messages")
     if violations := check_submit(task.request):
         raise ValueError("; ".join(f"{found.field.removeprefix('spec.')}: {found.description}" for found in violations))
     return Entry(number, given.get("id"), key, task)
+
+
+class _Twice(ValueError):
+    """An object has a key twice: only one of the values would hold."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise _Twice(f"has the key {name!r} twice")
+    return found
+
+
+_WRONG = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
+"""What values of a wrong type can end with."""
+
+
+def _task(asked: Any, group: str, options: Mapping[str, Any], name: str) -> NewTask:
+    """The task. Raises ValueError that names the field."""
+    from modelyard.client import NewTask
+
+    labels = options.get("task_labels")
+    if labels is not None and not (
+        isinstance(labels, dict) and all(isinstance(value, str) for value in labels.values())
+    ):
+        raise ValueError('"labels": is an object whose values are texts')
+    try:
+        return NewTask(asked, group=group, **options)
+    except _WRONG as error:
+        told = _told(error)
+    # Which one it was shows when each is alone.
+    own = {renamed: name for name, renamed in _RENAMED.items()}
+    alone: list[tuple[str, Callable[[], NewTask]]] = [(name, lambda: NewTask(asked))]
+    for option, value in options.items():
+        alone.append((own.get(option, option), partial(NewTask, "Hello", **{option: value})))
+    for field, make in alone:
+        try:
+            make()
+        except _WRONG as error:
+            if _told(error) == told:
+                raise ValueError(f'"{field}": {told}') from None
+    raise ValueError(told)
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, UnicodeError):
+        return "is no Unicode text: it has half of a surrogate pair"
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def _key(group: str, asked: Any, options: Mapping[str, Any], id: Any, seen: Counter[str]) -> str:
@@ -207,22 +261,24 @@ class Results:
         self.kept[result["key"]] = dict(result)
 
     def settle(self, entries: list[Entry]) -> int:
-        """Replace the file by one that has a result for each prompt, in their order. The number of results that belong
-        to no prompt any more and are left out."""
+        """Replace the file by one that has a result for each prompt, in their order, and then those of other lines:
+        perhaps they are of another file, and not ours to throw away. The number of those; refusals are no results."""
         if self._file is None or self._path is None:
             return 0
         ordered = [self.kept[entry.key] for entry in entries if entry.key in self.kept]
+        keys = {entry.key for entry in entries}
+        others = [kept for key, kept in self.kept.items() if key not in keys and kept.get("state") != "refused"]
         beside = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
         try:
             with beside.open("wb") as file:
-                for text in _lines(ordered):
+                for text in _lines(ordered + others):
                     file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
             beside.replace(self._path)
         finally:
             beside.unlink(missing_ok=True)
-        return len(self.kept) - len(ordered)
+        return len(others)
 
 
 def _lines(results: list[dict[str, Any]]) -> Iterator[bytes]:

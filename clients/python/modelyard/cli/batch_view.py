@@ -39,8 +39,9 @@ class BatchView:
         self.submitted += 1
         self.show()
 
-    def finished(self, *, failed: bool) -> None:
-        """A task is terminal."""
+    def finished(self, *, failed: bool, earlier: bool = False) -> None:
+        """A task is terminal; `earlier`: it was before this run, and says nothing about the rate."""
+        self._kept += earlier
         self.done += 1
         self.failed += failed
         self.show()

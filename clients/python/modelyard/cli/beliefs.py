@@ -40,7 +40,10 @@ def beliefs() -> None:
 @as_json
 @click.pass_obj
 def put(session: Session, /, key: str, value: str | None, confidence: float, source: str, text: bool) -> None:
-    """Write a fact over whatever was there. The value is JSON, - or nothing reads it from standard input."""
+    """Write a fact over whatever was there. The value is JSON, - or nothing reads it from standard input.
+
+    Numbers are doubles: integers beyond 2**53 are refused, give them as texts.
+    """
     given = read_prompt(value)
     parsed = given if text else _parsed(given)
     belief = call(session, lambda client: client.beliefs.put(key, parsed, confidence=confidence, source=source))
@@ -86,16 +89,17 @@ def list_beliefs(session: Session, /, prefix: str, limit: int | None) -> None:
     if session.json:
         output.print_json({"beliefs": [belief.to_dict() for belief in found]})
         return
+    most = _CELL if output.is_terminal(sys.stdout) else _LINE
     output.print_table(
         (
             Column("key", style="bold"),
             Column("value", flexible=True),
-            Column("confidence", right=True),
-            Column("source", optional=2),
-            Column("updated", optional=1),
+            Column("confidence", right=True, optional=1),
+            Column("source", optional=3),
+            Column("updated", optional=2),
         ),
         [
-            (belief.key, _short(belief.value), f"{belief.confidence:g}", belief.source, _time(belief))
+            (belief.key, _short(belief.value, most), f"{belief.confidence:g}", belief.source, _time(belief))
             for belief in found
         ],
         empty="no beliefs",
@@ -136,9 +140,13 @@ def watch(session: Session, /, prefix: str, after: int | None) -> None:
     call(session, work)
 
 
-def _short(value: Any) -> str:
+_CELL, _LINE = 60, 200
+"""Most characters of a value in a table on a terminal, and in a line."""
+
+
+def _short(value: Any, most: int = _LINE) -> str:
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 200 else f"{text[:197]}..."
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _time(belief: Belief) -> str:

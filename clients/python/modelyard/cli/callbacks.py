@@ -9,7 +9,7 @@ import click
 
 from modelyard.cli import output
 from modelyard.cli.connection import call
-from modelyard.cli.errors import USAGE, CliError
+from modelyard.cli.errors import NOT_FOUND, USAGE, CliError
 from modelyard.cli.options import as_json, tenant_option
 from modelyard.cli.output import Column
 from modelyard.cli.session import Session
@@ -81,11 +81,17 @@ def resend(session: Session, /, ids: tuple[str, ...], dead: bool) -> None:
         raise CliError("name callbacks, or give --dead", USAGE, "USAGE")
 
     async def work(client: AsyncClient) -> list[CallbackDelivery]:
+        from modelyard.client import UnknownTask
+
         wanted = ids
         if dead:
             # All are known before the first is sent: one that dies again meanwhile is not sent for ever.
             wanted = tuple([one.id async for one in client.callbacks.list(states="dead", page_size=500)])
-        return [await client.callbacks.resend(id) for id in wanted]
+        try:
+            return [await client.callbacks.resend(id) for id in wanted]
+        except UnknownTask as error:
+            cure = "see `modelyard tasks callbacks list`"
+            raise CliError(error.message, NOT_FOUND, error.reason, cure) from error
 
     sent = call(session, work)
     if session.json:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+import re
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
@@ -31,6 +34,9 @@ from modelyard.cli.session import Session
 
 if TYPE_CHECKING:
     from modelyard.client import AsyncClient, Task, TaskEvent
+
+_LOOK = 1.5
+"""Seconds between two looks at what a task waits for."""
 
 _states = click.option(
     "--state", "states", multiple=True, type=click.Choice(TASK_STATES), help="In this state. May be repeated."
@@ -105,7 +111,7 @@ def submit(
         if not wait:
             return task
         output.note(f"task {task.id}")
-        return await client.tasks.wait(task.id, timeout=timeout)
+        return await _wait(client, task.id, timeout)
 
     task = call(session, work)
     if session.json:
@@ -115,6 +121,31 @@ def submit(
     elif not wait:
         print(task.id)
     return _status(task) if wait else 0
+
+
+async def _wait(client: AsyncClient, id: str, timeout: float | None) -> Task:
+    """The task when it is terminal; says meanwhile why it is still queued."""
+    teller = asyncio.create_task(_tell_why(client, id))
+    try:
+        return await client.tasks.wait(id, timeout=timeout)
+    finally:
+        teller.cancel()
+        await asyncio.gather(teller, return_exceptions=True)
+
+
+async def _tell_why(client: AsyncClient, id: str) -> None:
+    from modelyard.client import ModelyardError
+
+    told = ""
+    while True:
+        await asyncio.sleep(_LOOK)
+        with contextlib.suppress(ModelyardError):  # whoever waits hears of it
+            why = (await client.tasks.get(id)).waiting_for
+            # A time that runs down or a queue that moves is no news.
+            gist = re.sub(r"\d[\d.,]*( (ms|s|min|h|d))?", "#", why)
+            if why and gist != told:
+                output.note(f"queued: {why}")
+            told = gist
 
 
 def _label(text: str) -> tuple[str, str]:
@@ -159,11 +190,11 @@ def batch(
 
     Each line of FILE is a JSON object: {"prompt": "..."} or {"messages": [...]}, with options of the task such as id,
     model, max_tokens, temperature, task_type, priority, labels beside it. Options here hold for lines that do not say
-    otherwise. All lines are checked before anything is submitted.
+    otherwise. The form of all lines is checked before anything is submitted.
 
     The key of a task is made of its line, the options and the group: the same file run twice submits nothing twice, an
-    edited line is a new task. Results come as they are ready and stand in the order of FILE at the end; those that are
-    in RESULTS already are kept.
+    edited line is a new task. Results come as they are ready and stand in the order of FILE when all are there. What is
+    in RESULTS already is kept: results of other files and of edited lines stay behind those of FILE.
 
     Exit status 1 if some failed.
     """
@@ -267,7 +298,7 @@ def get(session: Session, /, id: str, wait: bool, timeout: float | None) -> int:
 
     async def work(client: AsyncClient) -> Task:
         if wait:
-            await client.tasks.wait(id, timeout=timeout)
+            await _wait(client, id, timeout)
         return await client.tasks.get(id)
 
     task = call(session, work)

@@ -9,7 +9,8 @@ from typing import Any
 from modelyard.client._types import Value
 
 Json = None | bool | int | float | str | list[Any] | tuple[Any, ...] | dict[str, Any]
-"""What a belief may hold: any JSON. Numbers are doubles there."""
+"""What a belief may hold: any JSON. Numbers are doubles there: whole ones come back as int, and integers beyond
+2**53 are refused."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,8 @@ class AsyncBeliefs(Service):
         retries: int | None = None,
     ) -> Belief:
         """Write a fact over whatever was there; it is on disk when this returns. `value` is any JSON, at most 64 KiB.
-        Raises ValueError or TypeError for what is no JSON."""
+        Its numbers are doubles; whole ones come back as int. Raises ValueError or TypeError for what is no JSON, and
+        for integers beyond 2**53, which would lose digits."""
         belief = belief_pb2.Belief(key=key, confidence=confidence, source=source)
         _write(value, belief.value)
         request = belief_pb2.PutBeliefRequest(belief=belief)
@@ -139,6 +140,10 @@ class AsyncCallbacks(Service):
         )
 
 
+_EXACT = 2**53
+"""Up to here every integer is a double."""
+
+
 def _write(value: Json, into: Any) -> None:
     try:
         json_format.ParseDict(_plain(value), into)
@@ -150,6 +155,8 @@ def _plain(value: Any) -> Any:
     """The same in the types that protobuf's JSON knows. Raises ValueError, TypeError."""
     if isinstance(value, float) and not -1.8e308 < value < 1.8e308:
         raise ValueError("a belief holds JSON, which has no NaN and no infinity")
+    if isinstance(value, int) and not -_EXACT <= value <= _EXACT:
+        raise ValueError("numbers of a belief are doubles: integers beyond 2**53 would lose digits; write texts")
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, list | tuple):
@@ -162,10 +169,21 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a belief holds JSON, not {type(value).__name__}")
 
 
+def _read(value: Any) -> Any:
+    """The same with whole numbers as int, as far as every integer is exact."""
+    if isinstance(value, float) and value.is_integer() and -_EXACT <= value <= _EXACT:
+        return int(value)
+    if isinstance(value, list):
+        return [_read(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _read(item) for key, item in value.items()}
+    return value
+
+
 def _belief(message: belief_pb2.Belief, deleted: bool = False) -> Belief:
     return Belief(
         key=message.key,
-        value=json_format.MessageToDict(message.value) if message.HasField("value") else None,
+        value=_read(json_format.MessageToDict(message.value)) if message.HasField("value") else None,
         confidence=message.confidence,
         source=message.source,
         updated_at=answers.time(message, "updated_at"),

@@ -114,6 +114,8 @@ def _timestamp(given: datetime | float | None) -> Timestamp | None:
     if given is None:
         return None
     if not isinstance(given, datetime):
+        if isinstance(given, bool) or not isinstance(given, int | float):
+            raise TypeError(f"a time is a datetime with its zone or seconds from now, not {type(given).__name__}")
         try:
             given = datetime.now(UTC) + timedelta(seconds=given)
         except OverflowError:
@@ -128,6 +130,8 @@ def _timestamp(given: datetime | float | None) -> Timestamp | None:
 def _duration(seconds: float | None) -> Duration | None:
     if seconds is None:
         return None
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise TypeError(f"attempt_timeout is a number of seconds, not {type(seconds).__name__}")
     message = Duration()
     try:
         message.FromTimedelta(timedelta(seconds=seconds))

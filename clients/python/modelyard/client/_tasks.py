@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 _AT_ONCE = 256
 _BYTES_AT_ONCE = 16 << 20
 
+_LAST_LOOK = 2.0
+"""Seconds in which a task that was waited for in vain must say what it waits for."""
+
 
 class AsyncTasks(Service):
     """Durable tasks: they outlive this client, the control plane and the model server that runs them.
@@ -188,7 +191,11 @@ class AsyncTasks(Service):
                             return event.task
                 return await self.get(id)
         except TimeoutError:
-            raise DeadlineExceeded(f"task {id} was not finished within {timeout:g} s") from None
+            why = ""
+            with contextlib.suppress(ModelyardError):
+                if waiting_for := (await self.get(id, timeout=_LAST_LOOK)).waiting_for:
+                    why = f"; it is queued: {waiting_for}"
+            raise DeadlineExceeded(f"task {id} was not finished within {timeout:g} s{why}") from None
 
     async def result(self, id: str, *, timeout: float | None = None, patience: float = PATIENCE) -> GenerationResult:
         """What the task has produced; waits for it as `wait`. Raises TaskFailed if it did not succeed."""
