@@ -193,7 +193,7 @@ async def test_a_server_cannot_claim_what_did_not_happen(told: float) -> None:
 async def test_a_lease_that_runs_out_ends_the_wait() -> None:
     fake, other = FakeModelServer(FIRST), FakeModelServer(SECOND)
     gate = fake.gate("Complete")
-    async with fleet(fake, other, fleet={"report_interval": 0.1, "lease_duration": 0.5}) as door:
+    async with fleet(fake, other, fleet={"report_interval": 0.1, "lease_duration": 1.5}) as door:
         waiting = asyncio.create_task(whole(door))
         await gate.arrived.wait()
         await fake.detach()
