@@ -35,9 +35,9 @@ def runs(full: bool, folder: Path) -> dict[str, Run]:
         "postgres-killed": lambda: scenarios.postgres_killed(postgres, tasks=tasks, kills=kills),
         "model-servers-killed": lambda: scenarios.model_servers_killed(kills=1_000 if full else 10),
         "half-open": scenarios.half_open,
-        "zombie": lambda: scenarios.zombie(postgres, tasks=4_000 if full else 200, rounds=10 if full else 1),
+        "zombie": lambda: scenarios.zombie(postgres, tasks=8_000 if full else 200, rounds=10 if full else 1),
         "zombie-unheeding": lambda: scenarios.zombie(
-            postgres, tasks=4_000 if full else 200, rounds=10 if full else 1, program=scenarios.UNHEEDING
+            postgres, tasks=8_000 if full else 200, rounds=10 if full else 1, program=scenarios.UNHEEDING
         ),
         "replicas": lambda: scenarios.replicas(postgres, tasks=tasks if full else 500),
         "same-key": lambda: scenarios.same_key(postgres),
