@@ -11,6 +11,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from control_plane.api import convert, task_convert
+from control_plane.api.answer import Answer, mean_tpot
 from control_plane.api.attempts import NEUTRAL, AttemptFailed, Progress, is_foreign, judged, outcome_of
 from control_plane.api.generate import Generation
 from control_plane.api.metrics import Metrics
@@ -42,11 +43,7 @@ class _Answer:
     """Monotonic seconds of the first token; 0: none came."""
     last: float = 0.0
     size: int = 0
-    texts: list[str] = field(default_factory=list)
-    reasoning: list[str] = field(default_factory=list)
-    task: TaskResult = field(default_factory=TaskResult)
-    calls: dict[int, list[str]] = field(default_factory=dict)
-    """Id, name and pieces of the arguments of every tool call, by its index."""
+    whole: Answer = field(default_factory=Answer)
 
     def take(self, delta: GenerationDelta, size: int, now: float) -> None:
         self.first, self.last = self.first or now, now
@@ -54,22 +51,10 @@ class _Answer:
         if self.size > MAX_RESULT_BYTES:
             problem = f"the answer has more than {MAX_RESULT_BYTES} bytes, which is the most that a task may produce"
             raise AttemptFailed(Refusal(Reason.UNSUPPORTED, problem))
-        if delta.text:
-            self.texts.append(delta.text)
-        if delta.reasoning_text:
-            self.reasoning.append(delta.reasoning_text)
-        if delta.logprobs:
-            self.task.logprobs.extend(delta.logprobs)
-        for fragment in delta.tool_calls:
-            call = self.calls.setdefault(fragment.index, ["", ""])
-            call[0] = call[0] or fragment.id
-            call[1] = call[1] or fragment.name
-            call.append(fragment.arguments_json)
+        self.whole.take(delta)
 
     def tpot(self) -> float | None:
-        """Mean seconds per token after the first."""
-        tokens = self.result.usage.completion_tokens if self.result else 0
-        return (self.last - self.first) / (tokens - 1) if self.first and tokens > 1 else None
+        return mean_tpot(self.result, self.first, self.last) if self.result else None
 
 
 class TaskExecutor:
@@ -185,11 +170,10 @@ class TaskExecutor:
         """The serialised TaskResult and its cost."""
         told = answer.result
         assert told is not None
-        result, usage = answer.task, told.usage
-        result.text = "".join(answer.texts)
-        result.reasoning_text = "".join(answer.reasoning)
-        for _, (id, name, *pieces) in sorted(answer.calls.items()):
-            result.tool_calls.add(id=id, name=name, arguments_json="".join(pieces))
+        whole, usage = answer.whole, told.usage
+        result = TaskResult(text=whole.text, reasoning_text=whole.reasoning, logprobs=whole.logprobs)
+        for _, call in sorted(whole.calls.items()):
+            result.tool_calls.add(id=call.id, name=call.name, arguments_json=call.arguments)
         summary = result.summary
         summary.request_id = _request_id(claim)
         summary.finish_reason = told.finish_reason

@@ -10,6 +10,7 @@ from typing import Generic, Protocol, TypeVar
 import grpc
 
 from control_plane.api import convert
+from control_plane.api.answer import mean_tpot
 from control_plane.api.attempts import AttemptFailed, Attempts, Progress
 from control_plane.api.metrics import Metrics
 from control_plane.api.upstream import Upstream, Upstreams
@@ -83,7 +84,7 @@ class Sink(Protocol):
         ...
 
 
-Whole = Callable[[Sequence[GenerationDelta], GenerationSummary], None]
+TakeWhole = Callable[[Sequence[GenerationDelta], GenerationSummary], None]
 
 
 class Generation:
@@ -298,7 +299,7 @@ class _Relay:
         self._request_id = request_id
         self._history = history
         self._chosen: Callable[[Flight, int], None] | None = getattr(context, "chosen", None)
-        self._whole: Whole | None = getattr(context, "whole", None)
+        self._whole: TakeWhole | None = getattr(context, "whole", None)
         self._unary = unary and self._whole is not None
         self._queued = 0.0
         self._slow = False
@@ -421,7 +422,7 @@ class _Relay:
         return Outcome(
             OutcomeKind.SUCCESS,
             ttft=first - started if first else None,
-            tpot=_tpot(result, first, last),
+            tpot=mean_tpot(result, first, last),
         )
 
     def _summary(
@@ -444,18 +445,12 @@ class _Relay:
             ttft = first - self._arrived
             convert.set_duration(timings.ttft, ttft)
             owner._metrics.first_token(flight.model, ttft)
-            tpot = _tpot(result, first, last)
+            tpot = mean_tpot(result, first, last)
             if tpot is not None:
                 convert.set_duration(timings.tpot, tpot)
                 owner._metrics.pace(flight.model, tpot)
         owner._metrics.used(flight.model, usage)
         return summary
-
-
-def _tpot(result: GenerationResult, first: float, last: float) -> float | None:
-    """Mean seconds per token after the first. Not known of an answer that came in one piece."""
-    tokens = result.usage.completion_tokens
-    return (last - first) / (tokens - 1) if tokens > 1 and last > first else None
 
 
 def _read(source: Unread[M] | M) -> M:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import msgspec
 
+from control_plane.api import answer as api
 from modelyard.openai import wire
 from modelyard.openai.answers import UsageChunk
 from modelyard.v1 import generation_pb2
@@ -35,38 +36,10 @@ class Head(NamedTuple):
 
 
 @dataclass(slots=True)
-class Call:
-    """A tool call, put together from its fragments."""
+class Answer(api.Answer):
+    """A whole answer and its summary."""
 
-    id: str = ""
-    name: str = ""
-    arguments: str = ""
-
-    def take(self, fragment: generation_pb2.ToolCallDelta) -> None:
-        self.id = self.id or fragment.id
-        self.name = self.name or fragment.name
-        self.arguments += fragment.arguments_json
-
-
-@dataclass(slots=True)
-class Answer:
-    """Everything that was generated so far."""
-
-    text: str = ""
-    reasoning: str = ""
-    logprobs: list[generation_pb2.TokenLogprob] = field(default_factory=list)
-    calls: dict[int, Call] = field(default_factory=dict)
-    """By their index."""
     summary: GenerationSummary | None = None
-
-    def take(self, delta: GenerationDelta) -> None:
-        self.text += delta.text
-        if delta.reasoning_text:
-            self.reasoning += delta.reasoning_text
-        if delta.logprobs:
-            self.logprobs.extend(delta.logprobs)
-        for fragment in delta.tool_calls:
-            self.calls.setdefault(fragment.index, Call()).take(fragment)
 
     @property
     def end(self) -> GenerationSummary:

@@ -72,7 +72,7 @@ async def test_a_task_becomes_a_result(tmp_path: Path) -> None:
         assert (summary.server_id, summary.model, summary.provider) == (FIRST, "fake", "fake")
         assert summary.usage.completion_tokens == 3 and summary.cost_nano_usd == 6000
         assert task.attempts[0].cost_nano_usd == 6000
-        assert summary.timings.HasField("ttft") and summary.timings.HasField("tpot")
+        assert summary.timings.HasField("ttft")
         assert summary.timings.total.ToNanoseconds() >= summary.timings.ttft.ToNanoseconds()
         request = fake.calls_of("Complete")[0].request
         assert request.input.sampling.max_tokens == 9 and request.request_id == summary.request_id
@@ -140,6 +140,17 @@ async def test_two_control_planes_share_a_database(postgres_server: Postgres, tm
             for fake in fakes:
                 await fake.detach()
                 await fake.stop()
+
+
+async def test_an_answer_in_one_piece_says_nothing_of_the_pace(tmp_path: Path) -> None:
+    async with desk(tmp_path) as tasks, attached(tasks.door, FakeModelServer(FIRST)) as (fake,):
+        fake.answer(generation_pb2.GenerationDelta(text="all at once", tokens=5))
+        task = await tasks.until(await tasks.submit("What?"))
+        assert task.result.summary.usage.completion_tokens == 5
+        assert not task.result.summary.timings.HasField("tpot")
+        await tasks.door.until_idle()
+        learned = (await tasks.door.server(FIRST)).models[0]
+        assert learned.HasField("ttft") and not learned.HasField("tpot")
 
 
 async def test_workers_bound_what_is_in_hand(tmp_path: Path) -> None:
