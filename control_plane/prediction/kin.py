@@ -1,0 +1,134 @@
+"""Partial pooling: what a row may be expected to be like, from those that are like it.
+
+Row <- (engine, device, model, fingerprint) <- (engine, device, model) <- (engine, device) <- engine <- all. Each group
+is the sum of what its rows have learned; the mean of a group is drawn from that of the group above, the more so the
+less its own rows know (normal-normal shrinkage). Everything is a logarithm: hosts differ by factors.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from control_plane.prediction.features import Kin
+
+Vector: TypeAlias = NDArray[np.float64]
+
+GroupKey: TypeAlias = tuple[str, ...]
+
+
+def chain(kin: Kin) -> tuple[GroupKey, ...]:
+    """The groups of a row, the widest first."""
+    path = (kin.engine, kin.device, kin.model, kin.fingerprint)
+    return tuple(path[:depth] for depth in range(len(path) + 1))
+
+
+DIFFER: tuple[float, ...] = (0.0, 0.7, 1.5, 1.0, 0.4)
+"""Standard deviation of ln(speed) of a group's mean around that of the group above, by depth: engines differ by a
+factor of 2, classes of hardware by 5, models by 3, configurations of a model by 1.5."""
+WITHIN: tuple[float, ...] = (2.0, 1.8, 1.2, 0.5, 0.3)
+"""Standard deviation of rows around the mean of their group, by depth."""
+ROW = 0.3
+"""Standard deviation of a row around the mean of its narrowest group."""
+
+
+@dataclass(slots=True)
+class Group:
+    """Sums over rows; shape (coefficients,) each."""
+
+    weight: Vector
+    """How much the rows know of each coefficient: a row that knows it well counts 1."""
+    total: Vector
+    """Sum of weight * ln(coefficient)."""
+    gone_weight: Vector
+    """The same of rows that are no more, each halving those before: a host that comes and goes is not many hosts."""
+    gone_total: Vector
+    rows: int = 0
+    """Alive ones. Such a group is not forgotten."""
+    version: int = 0
+    """Grows whenever the sums change."""
+
+
+@dataclass(slots=True)
+class Share:
+    """What a row has put into the sums of its groups."""
+
+    weight: Vector
+    total: Vector
+
+
+@dataclass(slots=True)
+class KinTree:
+    """Groups by path."""
+
+    size: int
+    """Coefficients of a row."""
+    kept: int
+    """Most groups without a row that are remembered."""
+    groups: OrderedDict[GroupKey, Group] = field(default_factory=OrderedDict)
+
+    def join(self, path: tuple[GroupKey, ...]) -> tuple[Group, ...]:
+        """The groups of a new row."""
+        joined = []
+        for key in path:
+            group = self.groups.get(key)
+            if group is None:
+                group = self.groups[key] = Group(
+                    np.zeros(self.size), np.zeros(self.size), np.zeros(self.size), np.zeros(self.size)
+                )
+            self.groups.move_to_end(key)
+            group.rows += 1
+            joined.append(group)
+        self._trim()
+        return tuple(joined)
+
+    def leave(self, groups: tuple[Group, ...], share: Share) -> None:
+        """A row is no more; its kin remember it."""
+        for group in groups:
+            group.rows -= 1
+            group.weight -= share.weight
+            group.total -= share.total
+            group.gone_weight = group.gone_weight / 2 + share.weight
+            group.gone_total = group.gone_total / 2 + share.total
+
+    def _trim(self) -> None:
+        excess = len(self.groups) - self.kept
+        if excess > 0:
+            idle = [key for key, group in self.groups.items() if not group.rows and key]
+            for key in idle[:excess]:
+                del self.groups[key]
+
+
+def contribute(groups: tuple[Group, ...], share: Share, weight: Vector, value: Vector) -> None:
+    """Replace what a row has put into its groups: `weight` in [0, 1] and ln(coefficient) `value`, shape (size,)."""
+    total = weight * value
+    more_weight, more_total = weight - share.weight, total - share.total
+    share.weight, share.total = weight, total
+    for group in groups:
+        group.weight += more_weight
+        group.total += more_total
+        group.version += 1
+
+
+def expect(groups: tuple[Group, ...], share: Share, mean: Vector, variance: float) -> tuple[Vector, Vector]:
+    """Mean and variance of ln(coefficient) of a row, from all rows of its groups but itself, shape (size,) each.
+
+    mean, variance: of the widest group before anything was observed.
+    Source: Gelman et al., "Bayesian Data Analysis", 3rd edition, section 5.4, with known variances.
+    """
+    means, variances = mean, np.full(len(mean), variance)
+    for depth, group in enumerate(groups):
+        variances = variances + DIFFER[depth] ** 2
+        weight = np.maximum(group.weight - share.weight + group.gone_weight, 0.0)
+        total = group.total - share.total + group.gone_total
+        known = weight > 1e-6
+        observed = np.where(known, total / np.where(known, weight, 1.0), means)
+        # Variance of the observed mean around the true one of the group: within / rows.
+        gain = variances * weight / (variances * weight + WITHIN[depth] ** 2)
+        means = means + gain * (observed - means)
+        variances = variances * (1 - gain)
+    return means, variances + ROW**2
