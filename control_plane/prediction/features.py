@@ -17,6 +17,8 @@ RowKey: TypeAlias = tuple[ServerId, ModelName, Provider]
 Number = TypeVar("Number", float, NDArray[np.float64])
 """A number, or a column of them."""
 
+Vector: TypeAlias = NDArray[np.float64]
+
 MOST = 1e9
 """Of any count: more is absurd."""
 

@@ -12,11 +12,8 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
-from control_plane.prediction.features import Kin
-
-Vector: TypeAlias = NDArray[np.float64]
+from control_plane.prediction.features import Kin, Vector
 
 GroupKey: TypeAlias = tuple[str, ...]
 
@@ -31,34 +28,30 @@ DIFFER: tuple[float, ...] = (0.0, 0.7, 1.5, 1.0, 0.4)
 """Standard deviation of ln(speed) of a group's mean around that of the group above, by depth: engines differ by a
 factor of 2, classes of hardware by 5, models by 3, configurations of a model by 1.5."""
 WITHIN: tuple[float, ...] = (2.0, 1.8, 1.2, 0.5, 0.3)
-"""Standard deviation of rows around the mean of their group, by depth."""
-ROW = 0.3
-"""Standard deviation of a row around the mean of its narrowest group."""
-
-
-@dataclass(slots=True)
-class Group:
-    """Sums over rows; shape (coefficients,) each."""
-
-    weight: Vector
-    """How much the rows know of each coefficient: a row that knows it well counts 1."""
-    total: Vector
-    """Sum of weight * ln(coefficient)."""
-    gone_weight: Vector
-    """The same of rows that are no more, each halving those before: a host that comes and goes is not many hosts."""
-    gone_total: Vector
-    rows: int = 0
-    """Alive ones. Such a group is not forgotten."""
-    version: int = 0
-    """Grows whenever the sums change."""
+"""Standard deviation of rows around the mean of their group, by depth, before it is known."""
+WITHIN_WEIGHT = 3.0
+"""Rows for which that counts."""
 
 
 @dataclass(slots=True)
 class Share:
-    """What a row has put into the sums of its groups."""
+    """What a row has put into the sums of its groups; shape (3, coefficients): how much it knows of each coefficient
+    (1: well), and that times ln(coefficient) and its square."""
 
-    weight: Vector
-    total: Vector
+    sums: Vector
+
+
+@dataclass(slots=True)
+class Group:
+    """Sums over rows; shape (3, coefficients)."""
+
+    sums: Vector
+    gone: Vector
+    """Of rows that are no more, each halving those before: a host that comes and goes is not many hosts."""
+    rows: int = 0
+    """Alive ones. Such a group is not forgotten."""
+    version: int = 0
+    """Grows whenever the sums change."""
 
 
 @dataclass(slots=True)
@@ -77,9 +70,7 @@ class KinTree:
         for key in path:
             group = self.groups.get(key)
             if group is None:
-                group = self.groups[key] = Group(
-                    np.zeros(self.size), np.zeros(self.size), np.zeros(self.size), np.zeros(self.size)
-                )
+                group = self.groups[key] = Group(np.zeros((3, self.size)), np.zeros((3, self.size)))
             self.groups.move_to_end(key)
             group.rows += 1
             joined.append(group)
@@ -90,10 +81,9 @@ class KinTree:
         """A row is no more; its kin remember it."""
         for group in groups:
             group.rows -= 1
-            group.weight -= share.weight
-            group.total -= share.total
-            group.gone_weight = group.gone_weight / 2 + share.weight
-            group.gone_total = group.gone_total / 2 + share.total
+            group.sums -= share.sums
+            group.gone = group.gone / 2 + share.sums
+            group.version += 1
 
     def _trim(self) -> None:
         excess = len(self.groups) - self.kept
@@ -105,12 +95,11 @@ class KinTree:
 
 def contribute(groups: tuple[Group, ...], share: Share, weight: Vector, value: Vector) -> None:
     """Replace what a row has put into its groups: `weight` in [0, 1] and ln(coefficient) `value`, shape (size,)."""
-    total = weight * value
-    more_weight, more_total = weight - share.weight, total - share.total
-    share.weight, share.total = weight, total
+    sums = np.array((weight, weight * value, weight * value * value))
+    more = sums - share.sums
+    share.sums = sums
     for group in groups:
-        group.weight += more_weight
-        group.total += more_total
+        group.sums += more
         group.version += 1
 
 
@@ -118,17 +107,20 @@ def expect(groups: tuple[Group, ...], share: Share, mean: Vector, variance: floa
     """Mean and variance of ln(coefficient) of a row, from all rows of its groups but itself, shape (size,) each.
 
     mean, variance: of the widest group before anything was observed.
-    Source: Gelman et al., "Bayesian Data Analysis", 3rd edition, section 5.4, with known variances.
+    Source: Gelman et al., "Bayesian Data Analysis", 3rd edition, section 5.4.
     """
     means, variances = mean, np.full(len(mean), variance)
+    within = variances
     for depth, group in enumerate(groups):
         variances = variances + DIFFER[depth] ** 2
-        weight = np.maximum(group.weight - share.weight + group.gone_weight, 0.0)
-        total = group.total - share.total + group.gone_total
+        weight, total, square = group.sums - share.sums + group.gone
         known = weight > 1e-6
+        weight = np.where(known, weight, 0.0)
         observed = np.where(known, total / np.where(known, weight, 1.0), means)
-        # Variance of the observed mean around the true one of the group: within / rows.
-        gain = variances * weight / (variances * weight + WITHIN[depth] ** 2)
+        # How much rows of the group differ: as assumed, corrected by how much they do.
+        scatter = np.maximum(square - weight * observed * observed, 0.0) * known
+        within = (WITHIN_WEIGHT * WITHIN[depth] ** 2 + scatter) / (WITHIN_WEIGHT + weight)
+        gain = variances * weight / (variances * weight + within)
         means = means + gain * (observed - means)
         variances = variances * (1 - gain)
-    return means, variances + ROW**2
+    return means, variances + within

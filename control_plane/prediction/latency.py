@@ -8,12 +8,13 @@ from statistics import NormalDist
 
 import numpy as np
 
-from control_plane.prediction import filter as kalman
-from control_plane.prediction.features import Coefficients, Features, Kin, RowKey, count, duration
-from control_plane.prediction.filter import ALIKE, CENTRE, SIZE, TERMS, TPOT, TTFT, Belief, Vector
+from control_plane.prediction.features import Coefficients, Features, Kin, RowKey, Vector, duration
+from control_plane.prediction.filter import ALIKE, CENTRE, LEAST, LONGEST_IDLE, MOST, SIZE, TPOT, TTFT, Belief
 from control_plane.prediction.kin import Group, KinTree, Share, chain, contribute, expect
 from control_plane.prediction.policy import LatencyPolicy
 
+MOST_SPREAD = 10.0
+"""Of ln(quantile / median)."""
 WIDEST = 4.0
 """Variance of ln(coefficient) where nothing at all is known: 95% are within a factor of 50."""
 NOISE = 0.09
@@ -69,12 +70,13 @@ class Row:
     belief: Belief
     prior: Vector
     """What kin let expect, shape (6,): the mean that `belief` was last told of."""
-    prior_covariance: kalman.Matrix
+    prior_covariance: Vector
+    """Shape (6, 6)."""
     seen: int
     """Sum of the versions of `groups` at that time."""
-    typical: Vector
-    """Moving average of the shares of the terms, shape (6,): the first four and the last two sum to 1."""
     ratios: Ratios
+    uncertain: list[float]
+    """Variance of ln(expected) for requests as they come, TTFT and TPOT: a moving average."""
     observed: int = 0
     evidence: float = 0.0
     """At `belief.at`."""
@@ -111,12 +113,9 @@ class LatencyModel:
                     self._begin(row)
             return
         self.forget(key)
-        share = Share(np.zeros(SIZE), np.zeros(SIZE))
-        blank = Belief(CENTRE, np.eye(SIZE), now, [0.0, 0.0], [0.0, 0.0])
-        typical = np.array([0.25] * 4 + [0.5] * 2)
-        row = Row(
-            kin, self._tree.join(chain(kin)), share, blank, CENTRE, np.eye(SIZE), -1, typical, self._ratios.copy()
-        )
+        unborn = Belief([], [], now)
+        share = Share(np.zeros((3, SIZE)))
+        row = Row(kin, self._tree.join(chain(kin)), share, unborn, CENTRE, ALIKE, -1, self._ratios.copy(), [])
         self._begin(row)
         self._rows[key] = row
 
@@ -131,34 +130,34 @@ class LatencyModel:
         mean, variance = expect(row.groups, row.share, CENTRE, WIDEST)
         deviation = np.sqrt(variance)
         row.prior, row.prior_covariance = mean, ALIKE * np.outer(deviation, deviation)
-        row.seen = sum(group.version for group in row.groups)
-        row.belief = belief = Belief(mean, row.prior_covariance.copy(), row.belief.at, [0.0, 0.0], [0.0, 0.0])
-        for seconds, index in ((_inverse(row.kin.prefill), 1), (_inverse(row.kin.decode), 4)):
-            if seconds is not None:
-                shares = np.zeros(SIZE)
-                shares[index] = 1.0
-                _tell(belief, shares, math.log(seconds) - float(belief.mean[index]), TOLD_VARIANCE)
+        row.seen = _version(row.groups)
+        row.belief = belief = Belief(mean.tolist(), row.prior_covariance.tolist(), row.belief.at)
+        for told, kind, index in ((row.kin.prefill, TTFT, 1), (row.kin.decode, TPOT, 0)):
+            if told is not None and 0 < told < math.inf:
+                shares = [float(index == term) for term in range(4 if kind == TTFT else 2)]
+                expected = math.exp(belief.mean[index if kind == TTFT else 4 + index])
+                _tell(belief, kind, shares, math.log(1 / told / expected), TOLD_VARIANCE)
         for kind, told, variance_told in (
             (TTFT, row.kin.ttft, TOLD_MEAN_VARIANCE),
             (TPOT, row.kin.tpot, TOLD_VARIANCE),
         ):
-            seconds = duration(told, 1e-5, 1e4)
-            if seconds is not None:
-                expected, shares = _expected(belief.mean, kind, TYPICAL)
-                _tell(belief, shares, math.log(seconds / expected), variance_told)
+            if told is not None and 0 < told < math.inf:
+                expected, shares = belief.expected(kind, TYPICAL)
+                _tell(belief, kind, shares, math.log(told / expected), variance_told)
+        row.uncertain = [belief.gain(kind, belief.expected(kind, TYPICAL)[1])[1] for kind in (TTFT, TPOT)]
 
     def _renew(self, row: Row) -> None:
         """Take in what kin have taught since."""
-        seen = sum(group.version for group in row.groups)
-        if seen == row.seen or row.evidence > SURE:
+        if row.evidence > SURE or _version(row.groups) == row.seen:
             return
         if not row.observed:
             self._begin(row)
             return
         mean, _ = expect(row.groups, row.share, CENTRE, WIDEST)
-        moved = row.belief.covariance @ np.linalg.solve(row.prior_covariance, mean - row.prior)
-        row.belief.mean = np.minimum(np.maximum(row.belief.mean + moved, kalman.LEAST), kalman.MOST)
-        row.prior, row.seen = mean, seen
+        covariance = np.array(row.belief.covariance)
+        moved = row.belief.mean + covariance @ np.linalg.solve(row.prior_covariance, mean - row.prior)
+        row.belief.mean = np.minimum(np.maximum(moved, LEAST), MOST).tolist()
+        row.prior, row.seen = mean, _version(row.groups)
 
     # ------------------------------------------------------------- reading ---
 
@@ -166,20 +165,25 @@ class LatencyModel:
         """What is expected of a row. Raises KeyError: it was never declared."""
         row = self._rows[key]
         self._renew(row)
-        base, prompt, backlog, waiting, tpot_base, per_stream = np.exp(row.belief.mean).tolist()
+        base, prompt, backlog, waiting, tpot_base, per_stream = map(math.exp, row.belief.mean)
         late = math.exp(self._late(row, now))
-        idle = max(0.0, now - row.belief.at)
+        idle = min(max(0.0, now - row.belief.at), LONGEST_IDLE)
         spreads = []
-        for kind, terms in enumerate(TERMS):
-            shares = row.typical[terms]
-            uncertain = float(shares @ row.belief.covariance[terms, terms] @ shares) + self._rate * min(idle, 3600.0)
-            deviation = math.sqrt(uncertain + row.ratios.noise[kind])
+        for kind in (TTFT, TPOT):
+            deviation = math.sqrt(row.uncertain[kind] + self._rate * idle + row.ratios.noise[kind])
             quantiles = sorted(row.ratios.quantiles[kind])
-            spreads.append(tuple(math.exp(min(deviation * z, 20.0)) for z in quantiles))
+            spreads.append(tuple([math.exp(min(deviation * z, MOST_SPREAD)) for z in quantiles]))
         return Coefficients(
-            base * late, prompt * late, backlog * late, waiting * late, tpot_base, per_stream,
-            spreads[TTFT], spreads[TPOT], row.evidence * math.exp2(-idle / EVIDENCE_HALF_LIFE),
-        )  # fmt: skip
+            base * late,
+            prompt * late,
+            backlog * late,
+            waiting * late,
+            tpot_base,
+            per_stream,
+            spreads[TTFT],
+            spreads[TPOT],
+            row.evidence * math.exp2(-idle / EVIDENCE_HALF_LIFE),
+        )
 
     def _late(self, row: Row, now: float) -> float:
         if not row.late:
@@ -211,18 +215,18 @@ class LatencyModel:
             self._learn(row, TPOT, features, tpot)
         # What the row knows by now: often while it learns fast, and now and then later.
         if row.observed <= 4 or row.observed % 8 == 0:
-            weight = 1 - np.diagonal(row.belief.covariance) / np.diagonal(row.prior_covariance)
-            contribute(row.groups, row.share, np.minimum(np.maximum(weight, 0.0), 1.0), row.belief.mean)
+            known = 1 - np.diagonal(row.belief.covariance) / np.diagonal(row.prior_covariance)
+            contribute(row.groups, row.share, np.minimum(np.maximum(known, 0.0), 1.0), np.array(row.belief.mean))
             row.seen += len(row.groups)
 
     def _learn(self, row: Row, kind: int, features: Features, observed: float) -> None:
-        expected, shares = _expected(row.belief.mean, kind, features)
-        surprise = math.log(observed / expected)
-        uncertain = row.belief.update(kind, shares, surprise, row.ratios.noise[kind])
+        expected, shares = row.belief.expected(kind, features)
+        surprise, noise = math.log(observed / expected), row.ratios.noise[kind]
+        uncertain = row.belief.update(kind, shares, surprise, noise)
         row.ratios.learn(kind, self.policy.levels, surprise, uncertain, 0.03)
         self._ratios.learn(kind, self.policy.levels, surprise, uncertain, 0.005)
-        terms = TERMS[kind]
-        row.typical[terms] += 0.1 * (shares[terms] - row.typical[terms])
+        left = uncertain * noise / (uncertain + noise)
+        row.uncertain[kind] += max(0.1, 1 / row.ratios.count[kind]) * (left - row.uncertain[kind])
 
     def overdue(self, key: RowKey, features: Features, elapsed: float, now: float) -> None:
         """No first token after `elapsed` seconds: until answers come, the row counts as slow as that.
@@ -232,44 +236,20 @@ class LatencyModel:
         row = self._rows.get(key)
         if row is None or features.cold or not 0 < elapsed < math.inf:
             return
-        expected, shares = _expected(row.belief.mean, TTFT, features)
-        uncertain = float(shares @ row.belief.covariance @ shares)
+        expected, shares = row.belief.expected(TTFT, features)
+        _, uncertain = row.belief.gain(TTFT, shares)
         late = math.log(elapsed / expected)
         # Three standard deviations: 1 of 700 answers that are on time is suspected.
         if late > 3 * math.sqrt(uncertain + row.ratios.noise[TTFT]) and late > self._late(row, now):
             row.late, row.late_at = late, now
 
 
-def _expected(mean: Vector, kind: int, features: Features) -> tuple[float, Vector]:
-    """Seconds, and the share of each coefficient in them, shape (6,)."""
-    shares = np.zeros(SIZE)
-    if kind == TTFT:
-        base, prompt, backlog, waiting = mean[:4].tolist()
-        parts = (
-            math.exp(base),
-            math.exp(prompt) * features.uncached_tokens,
-            math.exp(backlog) * count(features.backlog_tokens),
-            math.exp(waiting) * count(features.waiting),
-        )
-        total = parts[0] + parts[1] + parts[2] + parts[3]
-        shares[:4] = parts
-    else:
-        base, streams = mean[4:].tolist()
-        alone, beside = math.exp(base), math.exp(streams) * count(features.streams)
-        total = alone + beside
-        shares[4:] = alone, beside
-    shares /= total
-    return total, shares
+def _version(groups: tuple[Group, ...]) -> int:
+    """Grows whenever one of the groups learns."""
+    return sum([group.version for group in groups])
 
 
-def _inverse(speed: float | None) -> float | None:
-    """Seconds per token; None: no speed."""
-    return duration(1 / speed, 1e-8, 1e2) if speed is not None and 0 < speed < math.inf else None
-
-
-def _tell(belief: Belief, shares: Vector, surprise: float, variance: float) -> None:
+def _tell(belief: Belief, kind: int, shares: list[float], surprise: float, variance: float) -> None:
     """What a server says of itself: as an observation, but no sign of a change however surprising."""
-    gain = belief.covariance @ shares
-    total = float(gain @ shares) + variance
-    belief.mean = np.minimum(np.maximum(belief.mean + gain * (surprise / total), kalman.LEAST), kalman.MOST)
-    belief.covariance -= np.outer(gain, gain / total)
+    gain, uncertain = belief.gain(kind, shares)
+    belief.correct(gain, surprise, uncertain + variance)

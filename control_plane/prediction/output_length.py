@@ -1,0 +1,140 @@
+"""How many tokens an answer will have: a histogram per kind of work and model, pooled."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from control_plane.domain.task import TaskType
+from control_plane.prediction.features import Vector, count
+from control_plane.prediction.policy import LengthPolicy
+
+EDGES: Vector = np.unique(np.round(2 ** (np.arange(0, 41) / 2)))
+"""Bin i holds lengths in [EDGES[i], EDGES[i + 1]): a factor of 1.4 each, from 1 to a million tokens."""
+_LOWER, _UPPER = EDGES[:-1], EDGES[1:]
+_WIDTH = np.log(_UPPER / _LOWER)
+_MEAN: Vector = (_UPPER - _LOWER) / _WIDTH
+"""Of a length that is uniform in the logarithm within its bin."""
+BINS = len(_LOWER)
+MOST_TOKENS = float(EDGES[-1]) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """Of an answer, tokens, >= 1 and at most as many as it may have."""
+
+    mean: float
+    quantiles: tuple[float, ...]
+    """One for each of the policy's levels."""
+
+
+@dataclass(slots=True)
+class Histogram:
+    bins: list[float] = field(default_factory=lambda: [0.0] * BINS)
+    weight: float = 0.0
+    """Their sum."""
+    observed: int = 0
+
+
+@dataclass(slots=True)
+class _Cached:
+    share: Vector
+    """Of each bin, shape (BINS,), sum 1."""
+    until: tuple[int, ...]
+    """`observed` of the histograms from which it no longer holds."""
+
+
+class OutputLength:
+    """(kind of work, model) <- kind of work <- all. One thread."""
+
+    def __init__(self, policy: LengthPolicy | None = None) -> None:
+        self.policy = policy or LengthPolicy()
+        # Wide, log-normal around what is expected of any.
+        centre = math.log(self.policy.expected_tokens)
+        density = np.exp(-0.5 * ((np.log(_LOWER) + _WIDTH / 2 - centre) / 1.5) ** 2) * _WIDTH
+        self._prior: Vector = density / density.sum()
+        self._all = Histogram()
+        self._tasks: dict[TaskType, Histogram] = {task: Histogram() for task in TaskType}
+        self._models: OrderedDict[tuple[TaskType, str], Histogram] = OrderedDict()
+        self._cache: dict[tuple[TaskType, str], _Cached] = {}
+
+    def observe(self, task: TaskType, model: str, tokens: float, *, cut: bool = False) -> None:
+        """An answer had so many tokens; `cut`: it was ended by its limit, and would have had at least as many."""
+        if not 1 <= tokens < math.inf:
+            return
+        number = min(int(np.searchsorted(EDGES, tokens, side="right")) - 1, BINS - 1)
+        later: list[float] | None = None
+        if cut and number + 1 < BINS:
+            # To the right, as those went that were not cut. Source: Efron, "The two sample problem with censored
+            # data", 5th Berkeley Symposium, 1967.
+            tail = self._share(task, model)[number:]
+            total = float(tail.sum())
+            later = (tail / total).tolist() if total > 0 else None
+        decay = 1 - 1 / self.policy.window
+        for histogram in self._chain(task, model):
+            histogram.bins = bins = [weight * decay for weight in histogram.bins]
+            if later is None:
+                bins[number] += 1
+            else:
+                for offset, share in enumerate(later):
+                    bins[number + offset] += share
+            histogram.weight = histogram.weight * decay + 1
+            histogram.observed += 1
+
+    def expect(self, task: TaskType, model: str, max_tokens: float | None = None, produced: float = 0) -> Length:
+        """Of an answer of at most `max_tokens` that has `produced` tokens already."""
+        most = MOST_TOKENS if max_tokens is None else min(max(1.0, count(max_tokens)), MOST_TOKENS)
+        done = min(count(produced), most)
+        share = self._share(task, model)
+        upper = _UPPER
+        if done > 1:
+            # What is left of each bin beyond what is produced already.
+            left = np.clip(np.log(np.maximum(_UPPER, done) / np.maximum(_LOWER, done)) / _WIDTH, 0, 1)
+            share = share * left
+            total = float(share.sum())
+            if total <= 0:
+                return Length(done, (done,) * len(self.policy.levels))
+            share = share / total
+        lower = np.minimum(np.maximum(_LOWER, done), upper)
+        width = np.log(upper / lower)
+        mean = np.where(width > 1e-9, (upper - lower) / np.maximum(width, 1e-9), lower)
+        # A bin that the limit cuts: as many tokens as the limit where it is passed.
+        capped = float(share @ np.minimum(mean, most))
+        cumulative = np.cumsum(share)
+        quantiles = []
+        for level in self.policy.levels:
+            number = min(int(np.searchsorted(cumulative, level)), BINS - 1)
+            before = float(cumulative[number]) - float(share[number])
+            part = (level - before) / float(share[number]) if share[number] > 0 else 0.0
+            value = float(lower[number]) * math.exp(float(width[number]) * min(max(part, 0.0), 1.0))
+            quantiles.append(min(max(value, done, 1.0), most))
+        return Length(min(max(capped, done, 1.0), most), tuple(quantiles))
+
+    def _chain(self, task: TaskType, model: str) -> tuple[Histogram, Histogram, Histogram]:
+        key = task, model
+        own = self._models.get(key)
+        if own is None:
+            own = self._models[key] = Histogram()
+            if len(self._models) > self.policy.kept:
+                gone, _ = self._models.popitem(last=False)
+                self._cache.pop(gone, None)
+        self._models.move_to_end(key)
+        return self._all, self._tasks[task], own
+
+    def _share(self, task: TaskType, model: str) -> Vector:
+        """The expected share of each bin: each histogram, and the one above as `kin_weight` observations of it."""
+        key = task, model
+        cached = self._cache.get(key)
+        chain = self._all, self._tasks[task], self._models.get(key) or Histogram()
+        if cached is not None and all(one.observed < end for one, end in zip(chain, cached.until, strict=True)):
+            return cached.share
+        share = self._prior
+        for histogram in chain:
+            kin = self.policy.kin_weight
+            share = (np.array(histogram.bins) + kin * share) / (histogram.weight + kin)
+        if key in self._models:
+            self._cache[key] = _Cached(share, tuple(one.observed + 1 + int(0.02 * one.weight) for one in chain))
+        return share
