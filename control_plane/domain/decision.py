@@ -34,6 +34,8 @@ class RejectionReason(IntEnum):
     LOADING_TAKES_LONGER = 13
     MODEL_NOT_HERE = 14
     TOO_EXPENSIVE = 15
+    PREFILL_BUSY = 17
+    BETTER_LATER = 18
 
     @property
     def permanent(self) -> bool:

@@ -7,7 +7,7 @@ why it does not. `None` instead of a mask: the request does not ask, every row p
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,11 +15,12 @@ from control_plane.domain.decision import RejectionReason
 from control_plane.domain.model import ModelState, ServerId
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.task import Feature
+from control_plane.selection.forecast import Forecast, Planned, forecast
 from control_plane.selection.policy import Policy
 from control_plane.selection.table import CandidateTable, Floats, Mask
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Query:
     """One question to the selector."""
 
@@ -30,6 +31,22 @@ class Query:
     """Servers that failed in earlier attempts of this request."""
     queued: int = 0
     """Requests with the same needs that the control plane lets wait behind this one."""
+    now: float = 0.0
+    """Monotonic seconds."""
+    waited: float = 0.0
+    """Seconds since the request arrived."""
+    planned: Planned | None = None
+    """What servers will do first. None: nothing."""
+    _forecast: Forecast | None = field(default=None, repr=False)
+
+    @property
+    def forecast(self) -> Forecast:
+        """What is expected of every row."""
+        if self._forecast is None:
+            self._forecast = forecast(
+                self.table, self.request, self.policy, self.now, self.waited, self.output_tokens, self.planned
+            )
+        return self._forecast
 
     @property
     def output_tokens(self) -> int:
@@ -250,6 +267,14 @@ def _slot_detail(query: Query, row: int) -> str:
     return f"{slots - int(query.table.free[row])} of {slots} slots taken"
 
 
+def _lane(query: Query) -> Mask | None:
+    return query.table.lane_until - query.now <= query.policy.late_binding_s
+
+
+def _lane_detail(query: Query, row: int) -> str:
+    return f"prompts of others take {query.table.lane_until[row] - query.now:.2f} s more"
+
+
 PERMANENT: tuple[Filter, ...] = (
     Filter(RejectionReason.MODEL_MISMATCH, _model, _model_detail),
     Filter(RejectionReason.PROVIDER_MISMATCH, _provider, _provider_detail),
@@ -276,7 +301,11 @@ PRESENT: tuple[Filter, ...] = (
 )
 """A row that passes these takes requests as fast as its slots allow."""
 
-TRANSIENT: tuple[Filter, ...] = (*PRESENT, Filter(RejectionReason.NO_FREE_SLOT, _slot, _slot_detail))
+TRANSIENT: tuple[Filter, ...] = (
+    *PRESENT,
+    Filter(RejectionReason.NO_FREE_SLOT, _slot, _slot_detail),
+    Filter(RejectionReason.PREFILL_BUSY, _lane, _lane_detail),
+)
 """A row that fails only these may serve the request later. The most serious first."""
 
 

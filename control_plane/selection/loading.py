@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from control_plane.selection.filters import PRESENT, Query, passing
-from control_plane.selection.scorers import expected_seconds, load_seconds
+from control_plane.selection.forecast import load_seconds, service_seconds
 from control_plane.selection.table import Mask
 
 
@@ -31,7 +31,8 @@ class Outrun:
         """Why one of `rows` is rejected."""
         rival = query.table.rows[self.rival]
         start = f"is expected to start it in {self.start:.1f} s" if self.start else "can start it now"
-        return f"loading takes about {load_seconds(query)[row]:.1f} s; {rival.server_id}/{rival.card.name} {start}"
+        loading = load_seconds(query.table, query.policy)[row]
+        return f"loading takes about {loading:.1f} s; {rival.server_id}/{rival.card.name} {start}"
 
 
 def outrun(query: Query, capable: Mask) -> Outrun | None:
@@ -44,11 +45,12 @@ def outrun(query: Query, capable: Mask) -> Outrun | None:
     if idle.any():
         rival, start = int(idle.argmax()), 0.0
     elif rivals.any():
-        service = np.where(np.isnan(table.service), expected_seconds(query), table.service)
+        expected = query.forecast
+        service = service_seconds(table, expected.seconds - expected.start)
         turns = (table.waiting + (query.queued + 1)) / np.maximum(table.slots, 1)
         starts = np.where(rivals, turns * service, np.inf)
         rival = int(starts.argmin())
         start = float(starts[rival])
     else:
         return None
-    return Outrun(capable & table.cold & (start < load_seconds(query)), rival, start)
+    return Outrun(capable & table.cold & (start < load_seconds(table, query.policy)), rival, start)

@@ -60,6 +60,15 @@ class Policy:
     """Time per output token where none was measured, seconds, >= 0."""
     load_time_prior_s: float = 10.0
     """Time to load a cold model where its server knows none, seconds, >= 0."""
+    ttft_objective_s: float = 2.0
+    """Seconds to the first token within which a request is served well, > 0; beside those for its prompt."""
+    ttft_objective_per_prompt_token_s: float = 0.001
+    """Seconds more per token of the prompt, >= 0."""
+    tpot_objective_s: float = 0.15
+    """Seconds per output token within which a request is served well, > 0."""
+    late_binding_s: float = 0.05
+    """A server whose prefill is busy for longer, seconds, gets no more: requests wait where they can still go
+    elsewhere. > 0."""
     cost_reference_usd: float = 0.01
     """Expected price of a request that scores 0.5, US dollars, > 0."""
     expected_output_tokens: int = 256
@@ -75,10 +84,12 @@ class Policy:
     def __post_init__(self) -> None:
         if not 0 <= self.availability_threshold <= 1:
             raise ValueError(f"availability_threshold must be in [0, 1], is {self.availability_threshold}")
-        for name in ("latency_reference_s", "cost_reference_usd"):
+        for name in (
+            "latency_reference_s", "cost_reference_usd", "ttft_objective_s", "tpot_objective_s", "late_binding_s",
+        ):  # fmt: skip
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and > 0, is {getattr(self, name)}")
-        for name in ("ttft_prior_s", "tpot_prior_s", "load_time_prior_s"):
+        for name in ("ttft_prior_s", "tpot_prior_s", "load_time_prior_s", "ttft_objective_per_prompt_token_s"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and >= 0, is {getattr(self, name)}")
         if self.expected_output_tokens < 1:
@@ -86,9 +97,13 @@ class Policy:
         for provider, liking in self.provider_preference.items():
             if not 0 <= liking < math.inf:
                 raise ValueError(f"provider_preference.{provider} must be finite and >= 0, is {liking}")
+        object.__setattr__(self, "preference_scale", max(1.0, *self.provider_preference.values(), 0.0))
         weights = np.array(astuple(self.weights), dtype=np.float64)[:, np.newaxis]
         # Dividing by the largest first keeps huge weights from overflowing in the sum.
         weights /= weights.max()
         # A frozen value with derived parts: they are set once, here.
         object.__setattr__(self, "shares", weights / weights.sum())
-        object.__setattr__(self, "preference_scale", max(1.0, *self.provider_preference.values(), 0.0))
+
+    def ttft_objective(self, prompt_tokens: int) -> float:
+        """Seconds from arrival to the first token within which a request is served well."""
+        return self.ttft_objective_s + self.ttft_objective_per_prompt_token_s * prompt_tokens

@@ -24,12 +24,12 @@ def success(query: Query) -> Floats:
 
 
 def latency(query: Query) -> Floats:
-    """ref / (ref + expected), expected = load time of a cold model + ttft + tpot * tokens: 1 at once, 0.5 at the
-    reference."""
-    expected = expected_seconds(query) + query.policy.latency_reference_s
-    if query.table.cold is not None:
-        expected += load_seconds(query)
-    return query.policy.latency_reference_s / expected
+    """OBJECTIVE * P(objective is met) + (1 - OBJECTIVE) * ref / (ref + seconds to the end of the answer): what meets
+    the objective goes first, and of several the fastest. The seconds are 0.5 at the reference."""
+    expected = query.forecast
+    reference = query.policy.latency_reference_s
+    promptness: Floats = reference / (reference + expected.seconds)
+    return OBJECTIVE * expected.meets + (1 - OBJECTIVE) * promptness
 
 
 def cost(query: Query) -> Floats:
@@ -55,6 +55,9 @@ def provider(query: Query) -> Floats:
     likings = [policy.provider_preference.get(name, 1.0) for name in table.provider_codes]
     return np.array(likings, dtype=np.float64)[table.provider_code] / policy.preference_scale
 
+
+OBJECTIVE = 0.7
+"""Share of the objective in the latency score."""
 
 SCORERS: tuple[tuple[str, Callable[[Query], Floats]], ...] = (
     ("capability", capability),
@@ -82,18 +85,3 @@ def weigh(values: Floats, query: Query) -> Floats:
     """
     mean: Floats = np.add.reduce(values * query.policy.shares, axis=0)
     return np.minimum(mean, 1.0, out=mean)
-
-
-def expected_seconds(query: Query) -> Floats:
-    """ttft + tpot * tokens of a warm model, shape (rows,); priors where nothing was measured."""
-    table, policy = query.table, query.policy
-    ttft = np.where(np.isnan(table.ttft), policy.ttft_prior_s, table.ttft)
-    tpot = np.where(np.isnan(table.tpot), policy.tpot_prior_s, table.tpot)
-    expected: Floats = ttft + tpot * query.output_tokens
-    return expected
-
-
-def load_seconds(query: Query) -> Floats:
-    """Until a cold model is loaded, shape (rows,): the prior where its server does not know, 0 for warm ones."""
-    load_time = query.table.load_time
-    return np.where(np.isnan(load_time), query.policy.load_time_prior_s, load_time)

@@ -17,7 +17,9 @@ from control_plane.domain.decision import (
 from control_plane.domain.model import ServerId
 from control_plane.domain.request import RouteRequest
 from control_plane.selection.filters import AVOIDED, PERMANENT, TRANSIENT, Query, passing
+from control_plane.selection.forecast import Planned
 from control_plane.selection.loading import outrun
+from control_plane.selection.patience import Better, better_later, worth_waiting_for
 from control_plane.selection.policy import Policy
 from control_plane.selection.scorers import SCORERS, parts, weigh
 from control_plane.selection.summary import summarise
@@ -33,6 +35,9 @@ class Choice:
     verdict: Verdict
     row: int = -1
     """Of the table; -1 unless CHOSEN."""
+    later: int = -1
+    """With WAIT: the row that the request is expected to start on, -1 where that is not known. It is known of one that
+    prefers it to a row that is free, and of every one where it was asked to plan."""
     all_away: bool = False
     """With WAIT: every server that could serve the request is not ready, draining or has lost its model."""
     all_failed: bool = False
@@ -45,14 +50,19 @@ def select(
     policy: Policy,
     avoid: frozenset[ServerId] = NO_SERVERS,
     queued: int = 0,
+    *,
+    now: float = 0.0,
+    waited: float = 0.0,
+    planned: Planned | None = None,
 ) -> Choice:
-    """The best row for a request as the table stands.
+    """The best row for a request as the table stands at `now` (monotonic seconds).
 
-    WAIT if a row could serve it but not now, IMPOSSIBLE if none can. `avoid` names servers that failed in earlier
-    attempts of the request, `queued` counts those with the same needs that wait behind it. Of equal scores the least
-    (server, model, provider) wins.
+    WAIT if a row could serve it but not now, or will serve it better later than any can now; IMPOSSIBLE if none can.
+    `avoid` names servers that failed in earlier attempts of the request, `queued` counts those with the same needs that
+    wait behind it; it has `waited` so many seconds, and servers have `planned` to serve others first. Of equal scores
+    the least (server, model, provider) wins.
     """
-    query = Query(table, request, policy, avoid, queued)
+    query = Query(table, request, policy, avoid, queued, now, waited, planned)
     capable = _capable(query)
     eligible = capable & passing(TRANSIENT, query)
     if table.cold is not None and (eligible & table.cold).any():
@@ -62,12 +72,16 @@ def select(
     rows = eligible.nonzero()[0]
     if len(rows) == 0:
         return _refusal(query, capable)
-    if len(rows) == 1:
+    if len(rows) == 1 and np.count_nonzero(capable) == 1:
         # Nothing to compare: a pinned model on one server is the commonest request there is.
         return Choice(Verdict.CHOSEN, int(rows[0]))
-    scores = weigh(parts(query), query)
+    values = parts(query)
     # Scores are >= 0, and argmax returns the first of equals.
-    return Choice(Verdict.CHOSEN, int(np.where(eligible, scores, -1.0).argmax()))
+    best = int(np.where(eligible, weigh(values, query), -1.0).argmax())
+    if table.cold is not None and table.cold[best]:
+        return Choice(Verdict.CHOSEN, best)  # that loading it is worth while has been decided
+    better = better_later(query, capable, eligible, best, values)
+    return Choice(Verdict.CHOSEN, best) if better is None else Choice(Verdict.WAIT, later=better.row)
 
 
 def explain(
@@ -76,13 +90,17 @@ def explain(
     policy: Policy,
     avoid: frozenset[ServerId] = NO_SERVERS,
     queued: int = 0,
+    *,
+    now: float = 0.0,
+    waited: float = 0.0,
+    planned: Planned | None = None,
 ) -> DecisionRecord:
     """What `select` answers to the same arguments, with its reasons.
 
     The choice is `select`'s own, and scores and rejections come from the same functions: the two cannot differ.
     """
-    choice = select(table, request, policy, avoid, queued)
-    candidates = _candidates(Query(table, request, policy, avoid, queued))
+    choice = select(table, request, policy, avoid, queued, now=now, waited=waited, planned=planned)
+    candidates = _candidates(Query(table, request, policy, avoid, queued, now, waited, planned), choice)
     # Sorting is stable and rows are sorted by id: equals stay in the order in which `select` prefers them.
     eligible = sorted((c for c in candidates if not c.rejections), key=lambda candidate: -candidate.score)
     rejected = [candidate for candidate in candidates if candidate.rejections]
@@ -107,10 +125,11 @@ def _refusal(query: Query, capable: Mask) -> Choice:
     present = capable & query.table.ready & ~query.table.draining
     if query.table.obtainable is not None:
         present &= query.table.obtainable
-    return Choice(Verdict.WAIT, all_away=not present.any())
+    later = worth_waiting_for(query, capable, parts(query)) if query.planned is not None else -1
+    return Choice(Verdict.WAIT, later=later, all_away=not present.any())
 
 
-def _candidates(query: Query) -> list[ScoredCandidate]:
+def _candidates(query: Query, choice: Choice) -> list[ScoredCandidate]:
     """Every row of the table, in its order."""
     values = parts(query)
     scores = weigh(values, query).tolist()
@@ -124,6 +143,11 @@ def _candidates(query: Query) -> list[ScoredCandidate]:
     if slower is not None:
         for row in slower.rows.nonzero()[0].tolist():
             rejections[row].append(Rejection(RejectionReason.LOADING_TAKES_LONGER, slower.detail(query, row)))
+    if choice.verdict is Verdict.WAIT and choice.later >= 0:
+        better = Better(choice.later, float(query.forecast.start[choice.later]))
+        for row, reasons in enumerate(rejections):
+            if not reasons:
+                reasons.append(Rejection(RejectionReason.BETTER_LATER, better.detail(query, row)))
     weights = [(name, float(getattr(query.policy.weights, name))) for name, _ in SCORERS]
     return [
         ScoredCandidate(

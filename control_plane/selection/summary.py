@@ -17,6 +17,8 @@ _STATE = {
     RejectionReason.AVAILABILITY: "fails too often",
     RejectionReason.NO_FREE_SLOT: "has no free slot",
     RejectionReason.LOADING_TAKES_LONGER: "would have to load the model",
+    RejectionReason.PREFILL_BUSY: "is busy with the prompts of others",
+    RejectionReason.BETTER_LATER: "would take longer than waiting for another",
 }
 
 

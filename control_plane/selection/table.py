@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import TypeAlias
 
 import numpy as np
@@ -12,10 +13,16 @@ from numpy.typing import NDArray
 
 from control_plane.domain.model import ModelCard, ModelName, ModelState, Provider, ServerId
 from control_plane.domain.task import TaskType
+from control_plane.prediction.features import Coefficients
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
 Mask: TypeAlias = NDArray[np.bool_]
+
+UNKNOWN_SIGMA = 0.5
+"""Standard deviation of ln(measured / predicted) where nothing was learned: 95% are within a factor of 2.7."""
+_LEAST_SIGMA = 0.05
+_NINE_OF_TEN = NormalDist().inv_cdf(0.9)
 
 _TO_BE_LOADED = frozenset({ModelState.COLD, ModelState.LOADING})
 _GONE = frozenset({ModelState.ABSENT, ModelState.FAILED})
@@ -56,22 +63,29 @@ class CandidateTable:
         "features",
         "free",
         "here",
+        "lane_until",
         "load_time",
         "model_code",
         "model_codes",
         "obtainable",
         "offers",
+        "per_prompt_token",
         "prompt_price",
         "provider_code",
         "provider_codes",
         "ready",
         "rows",
         "service",
+        "slot_at",
         "slots",
         "spans",
+        "streams",
         "success",
         "tpot",
+        "tpot_per_stream",
+        "tpot_sigma",
         "ttft",
+        "ttft_sigma",
         "waiting",
     )
 
@@ -134,9 +148,17 @@ class CandidateTable:
         self.success: Floats = np.ones(size, dtype=np.float64)
         """[0, 1]."""
         self.ttft: Floats = np.array([_seconds(card.ttft) for card in cards], dtype=np.float64)
-        """Seconds; NaN: never measured."""
+        """Seconds to the first token of an idle server, without those of `per_prompt_token`; NaN: not known."""
+        self.per_prompt_token: Floats = np.zeros(size, dtype=np.float64)
+        """Seconds per token of the prompt that is not in the server's prefix cache."""
         self.tpot: Floats = np.array([_seconds(card.tpot) for card in cards], dtype=np.float64)
-        """Seconds; NaN: never measured."""
+        """Seconds per token of a single stream; NaN: not known."""
+        self.tpot_per_stream: Floats = np.zeros(size, dtype=np.float64)
+        """Seconds per token more for each other stream."""
+        self.ttft_sigma: Floats = np.full(size, UNKNOWN_SIGMA, dtype=np.float64)
+        """Standard deviation of ln(ttft / predicted)."""
+        self.tpot_sigma: Floats = np.full(size, UNKNOWN_SIGMA, dtype=np.float64)
+        """Standard deviation of ln(tpot / predicted)."""
         self.service: Floats = np.full(size, math.nan, dtype=np.float64)
         """Seconds that a request holds its slot; NaN: never measured."""
         self.slots: Ints = np.zeros(size, dtype=np.int64)
@@ -144,6 +166,12 @@ class CandidateTable:
         """Free slots of the row's server. Below 0 while more is running than there are slots."""
         self.waiting: Ints = np.zeros(size, dtype=np.int64)
         """Requests that the server has accepted and not started."""
+        self.streams: Floats = np.zeros(size, dtype=np.float64)
+        """Requests of the row's server that are decoding."""
+        self.lane_until: Floats = np.zeros(size, dtype=np.float64)
+        """Monotonic seconds when the server is expected to be through with the prompts of those before."""
+        self.slot_at: Floats = np.full(size, math.nan, dtype=np.float64)
+        """Monotonic seconds when the next slot is expected to be free, where none is; NaN: not known."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -209,6 +237,27 @@ class CandidateTable:
         self.tpot[row] = _seconds(tpot, card.tpot)
         self.service[row] = _seconds(service)
 
+    def set_prediction(self, row: int, coefficients: Coefficients[float]) -> None:
+        """What is expected of a row, in place of what was measured."""
+        self.ttft[row] = coefficients.base
+        self.per_prompt_token[row] = coefficients.per_prompt_token
+        self.tpot[row] = coefficients.tpot_base
+        self.tpot_per_stream[row] = coefficients.tpot_per_stream
+        self.ttft_sigma[row] = sigma(coefficients.ttft_spread)
+        self.tpot_sigma[row] = sigma(coefficients.tpot_spread)
+
+    def set_work(self, server_id: ServerId, *, streams: float, lane_until: float, slot_at: float) -> None:
+        """What a server is at, onto all its rows: see the columns."""
+        span = self.spans.get(server_id)
+        if span is not None:
+            self.streams[span] = streams
+            self.lane_until[span] = lane_until
+            self.slot_at[span] = slot_at
+
+    def span(self, row: int) -> slice:
+        """The rows of the row's server."""
+        return self._span_of_row[row]
+
     def set_breaker(self, server_id: ServerId, model: ModelName, provider: Provider, *, open: bool) -> None:
         """Whether the breaker of a pair holds requests back now. Raises KeyError: no such row."""
         self.breaker_open[self._index[server_id, model, provider]] = open
@@ -220,6 +269,11 @@ class CandidateTable:
     def give(self, row: int) -> None:
         """One slot more on the server of this row."""
         self.free[self._span_of_row[row]] += 1
+
+
+def sigma(spread: tuple[float, ...]) -> float:
+    """Standard deviation of ln(measured / predicted) from quantile / median at the levels 0.5 and 0.9."""
+    return max(_LEAST_SIGMA, math.log(max(1.0, spread[-1] / spread[0])) / _NINE_OF_TEN)
 
 
 def _spans(rows: tuple[CandidateRow, ...]) -> dict[ServerId, slice]:

@@ -1,0 +1,63 @@
+"""Now here, or later elsewhere: when waiting for a busy server is better than starting at once on a free one.
+
+A prompt that a fast server begins in a second and a slow one needs a minute for is not to be taken by the slow one only
+because that is idle. Rows that cannot start the request now compete with the one that would be chosen by their score
+without the load, which says nothing of the time when they start: their start is part of the forecast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from control_plane.selection.filters import PRESENT, Query, passing
+from control_plane.selection.scorers import SCORERS
+from control_plane.selection.table import Floats, Mask
+
+_LOAD = [name for name, _ in SCORERS].index("load")
+
+
+@dataclass(frozen=True, slots=True)
+class Better:
+    """The row worth waiting for."""
+
+    row: int
+    start: float
+    """Seconds until it is expected to begin."""
+
+    def detail(self, query: Query, row: int) -> str:
+        """Why a free row is rejected."""
+        rival, expected = query.table.rows[self.row], query.forecast
+        return (
+            f"first token expected in {expected.ttft[row]:.2f} s; {rival.server_id}/{rival.card.name} is expected to "
+            f"start it in {self.start:.2f} s and to have it in {expected.ttft[self.row]:.2f} s"
+        )
+
+
+def better_later(query: Query, capable: Mask, eligible: Mask, chosen: int, values: Floats) -> Better | None:
+    """The row that is worth waiting for rather than starting on `chosen`; None if none is. values: what the scorers
+    say, shape (scorers, rows)."""
+    rivals = capable & ~eligible & passing(PRESENT, query)
+    if query.table.cold is not None:
+        rivals &= ~query.table.cold
+    if not rivals.any():
+        return None
+    shares = query.policy.shares.copy()
+    shares[_LOAD] = 0.0
+    scores = np.add.reduce(values * shares, axis=0)
+    best = int(np.where(rivals, scores, -1.0).argmax())
+    if scores[best] <= scores[chosen]:
+        return None
+    return Better(best, float(query.forecast.start[best]))
+
+
+def worth_waiting_for(query: Query, capable: Mask, values: Floats) -> int:
+    """The row for which a request waits where none can start it, -1 if none is there."""
+    rivals = capable & passing(PRESENT, query)
+    if not rivals.any():
+        return -1
+    return int(np.where(rivals, values[_LATENCY], -1.0).argmax())
+
+
+_LATENCY = [name for name, _ in SCORERS].index("latency")
