@@ -32,6 +32,8 @@ class RouteRequest:
     features: Feature = Feature.NONE
     labels: tuple[tuple[str, str], ...] = ()
     """That the server must have."""
+    tenant: str = "default"
+    """Who shares the fleet with others."""
     preset: str = ""
     """Whose weights hold; empty: the selector's own."""
 

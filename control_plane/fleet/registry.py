@@ -7,17 +7,23 @@ One object, one event loop, no awaits: every method is a single step. Time comes
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import partial
 
 from control_plane.domain.definition import Definitions
 from control_plane.domain.errors import DomainError, unknown_server
 from control_plane.domain.learned import Learned
 from control_plane.domain.lease import Lease
 from control_plane.domain.model import ModelCard, ModelName, Price, Provider, ServerId
+from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import BreakerState, Failed, Health, LeaseState, Report
+from control_plane.prediction.features import Features, Kin, RowKey, ttft
+from control_plane.prediction.latency import LatencyModel
+from control_plane.prediction.output_length import OutputLength
 from control_plane.scheduling.breaker import Breaker, BreakerPolicy
 from control_plane.scheduling.stats import RuntimeStats, StatsPolicy
 from control_plane.selection.table import CandidateRow, CandidateTable
@@ -52,6 +58,11 @@ class Outcome:
     ttft: float | None = None
     """Seconds from dispatch to the first token."""
     tpot: float | None = None
+    prompt_tokens: int = 0
+    """As the server counted; 0: it did not."""
+    cached_tokens: int = 0
+    """Of those, from its prefix cache."""
+    completion_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -83,6 +94,19 @@ class Flight:
     """Its client calls the server itself."""
     on_lost: Callable[[], None] | None = None
     """Called when the server's lease runs out: nothing will come any more."""
+    request: RouteRequest | None = None
+    features: Features = field(default_factory=partial(Features, 0.0))
+    """At its dispatch."""
+    expected_first: float = 0.0
+    """Monotonic seconds of the first token, as expected at the dispatch."""
+    expected_end: float = 0.0
+    """Monotonic seconds."""
+    work: float = 0.0
+    """Seconds of service that it is expected to take of the server."""
+    lane: float = 0.0
+    """Of those, seconds for which nobody else's prompt is prefilled."""
+    observed: bool = False
+    """Its first token will be seen when it comes."""
 
     @property
     def server_id(self) -> ServerId:
@@ -109,6 +133,10 @@ class Server:
     attachment: Attachment | None = None
     pairs: dict[PairKey, Pair] = field(default_factory=dict)
     flights: set[Flight] = field(default_factory=set)
+    prefilling: dict[Flight, None] = field(default_factory=dict)
+    """Flights without a first token yet, in order."""
+    lane_until: float = 0.0
+    """Monotonic seconds when the last of them is expected to have it."""
     lost_at: float = 0.0
     echoed: int = 0
     """The lease epoch that the server has been told of, by its own word; with it came the key of tickets."""
@@ -190,6 +218,8 @@ class Fleet:
         self._listeners: list[Callable[[ServerId, bool], None]] = []
         self._without_tickets: frozenset[Failed] | None = None
         self.on_capacity: Callable[[], None] = lambda: None
+        self._latency = LatencyModel()
+        self._lengths = OutputLength()
         self.table = CandidateTable([])
 
     # ------------------------------------------------------------- reading ---
@@ -362,14 +392,19 @@ class Fleet:
                 self._changed(server, urgent=True)
             elif lease.state is LeaseState.LOST and now - server.lost_at > self._policy.forget_after:
                 del self._servers[server.id]
+                for card in server.cards:
+                    self._latency.forget((server.id, card.name, card.provider))
                 self._rebuild(now)
                 self._changed(server, urgent=True)
         for key in list(self._troubled):
             self._refresh_pair(*key, now)
+        for server in self._servers.values():
+            if server.prefilling and now >= server.lane_until:
+                self._overdue(server, now)
 
     # --------------------------------------------------------- dispatching ---
 
-    def begin(self, row: int, now: float) -> Flight:
+    def begin(self, row: int, now: float, request: RouteRequest | None = None) -> Flight:
         """Take a slot for a request on the chosen row of the table."""
         chosen = self.table.rows[row]
         server_id, model, provider = chosen.server_id, chosen.card.name, chosen.card.provider
@@ -380,8 +415,11 @@ class Fleet:
             self._refresh_pair(server_id, (model, provider), now)
         cold = self.table.cold is not None and bool(self.table.cold[row])
         flight = Flight(server, model, provider, chosen.card.price, pair, pair.breaker.epoch, now, cold)
+        flight.request = request
+        self._expect(flight, row, now)
         server.flights.add(flight)
         self.table.take(row)
+        self._refresh_work(server, now)
         self._changed(server, urgent=False)
         return flight
 
@@ -391,8 +429,10 @@ class Fleet:
         if flight not in server.flights:
             return
         server.flights.discard(flight)
+        self._out_of_prefill(flight, now)
         key, pair = (flight.model, flight.provider), flight.pair
         if outcome.kind is OutcomeKind.SUCCESS:
+            self._learn(flight, outcome, now)
             ttft, service = (None, None) if flight.cold else (outcome.ttft, now - flight.began)
             pair.stats = pair.stats.observe_success(ttft, outcome.tpot, now, service)
             pair.breaker = pair.breaker.on_success(now, flight.breaker_epoch)
@@ -403,9 +443,102 @@ class Fleet:
             pair.breaker = pair.breaker.on_cancel(now, flight.breaker_epoch)
         if self._servers.get(server.id) is server:
             self._refresh(server)
+            self._refresh_work(server, now)
             self._refresh_pair(server.id, key, now)
             self._changed(server, urgent=False)
         self.on_capacity()
+
+    def first_token(self, flight: Flight, now: float) -> None:
+        """The first token of a flight has come: the server may begin with the next prompt."""
+        if flight in flight.server.prefilling:
+            self._out_of_prefill(flight, now)
+            self._refresh_work(flight.server, now)
+            self.on_capacity()
+
+    # ---------------------------------------------------------- prediction ---
+
+    def _expect(self, flight: Flight, row: int, now: float) -> None:
+        """What is expected of a flight that begins."""
+        request, server, table = flight.request, flight.server, self.table
+        if request is None:
+            return
+        load = server.report.load
+        backlog = sum(other.features.uncached_tokens for other in server.prefilling)
+        streams = len(server.flights) - len(server.prefilling) + load.foreign
+        flight.features = Features(
+            request.prompt_tokens, 0.0, backlog, streams, load.waiting, load.kv_cache_utilization, flight.cold
+        )
+        coefficients = self._latency.coefficients(self._row_key(flight), now)
+        wait = max(0.0, server.lane_until - now)
+        uncached = flight.features.uncached_tokens
+        flight.lane = coefficients.per_backlog_token * uncached
+        flight.expected_first = now + wait + ttft(coefficients, uncached, 0.0, 0.0)
+        if flight.cold:
+            flight.expected_first += float(table.load_time[row]) if table.load_time[row] > 0 else 0.0
+        tokens = self._lengths.expect(request.task_type, flight.model, request.max_tokens).mean
+        decoding = tokens * (coefficients.tpot_base + coefficients.tpot_per_stream * streams)
+        flight.expected_end = flight.expected_first + decoding
+        flight.work = flight.lane + decoding / max(load.slots, 1)
+        server.prefilling[flight] = None
+        server.lane_until = max(server.lane_until, now) + flight.lane
+
+    def _out_of_prefill(self, flight: Flight, now: float) -> None:
+        server = flight.server
+        if flight in server.prefilling:
+            del server.prefilling[flight]
+            flight.expected_end += now - flight.expected_first
+            left = sum(other.lane for other in server.prefilling)
+            server.lane_until = now + left if server.prefilling else 0.0
+
+    def _overdue(self, server: Server, now: float) -> None:
+        """Prompts that should be through are not, as far as is known."""
+        if not any(flight.observed for flight in server.prefilling):
+            server.prefilling.clear()  # nobody will tell of their first tokens
+        for flight in server.prefilling:
+            if flight.observed:
+                self._latency.overdue(self._row_key(flight), flight.features, now - flight.began, now)
+                # It may take as long again as it has been late.
+                server.lane_until = now + (now - flight.expected_first) / 2 + flight.lane
+                row = self.table.find(*self._row_key(flight))
+                if row is not None:
+                    self.table.set_prediction(row, self._latency.coefficients(self._row_key(flight), now))
+                break
+        self._refresh_work(server, now)
+
+    def _learn(self, flight: Flight, outcome: Outcome, now: float) -> None:
+        if flight.request is None:
+            return
+        features = flight.features
+        if outcome.prompt_tokens:
+            features = replace(features, prompt_tokens=outcome.prompt_tokens, cached_tokens=outcome.cached_tokens)
+        self._latency.observe(self._row_key(flight), features, outcome.ttft, outcome.tpot, now)
+        if outcome.completion_tokens:
+            self._lengths.observe(flight.request.task_type, flight.model, outcome.completion_tokens)
+
+    def _refresh_work(self, server: Server, now: float) -> None:
+        slot_at = math.nan
+        if server.flights and len(server.flights) + server.report.load.foreign >= server.report.load.slots:
+            # Whatever has outlived its expectation may go on for a quarter of the time that it has taken.
+            slot_at = min(max(flight.expected_end, now + (now - flight.began) / 4) for flight in server.flights)
+        self.table.set_work(
+            server.id,
+            streams=max(0, len(server.flights) - len(server.prefilling)) + server.report.load.foreign,
+            lane_until=server.lane_until,
+            slot_at=slot_at,
+        )
+
+    def _row_key(self, flight: Flight) -> RowKey:
+        return flight.server.id, flight.model, flight.provider
+
+    def _declare(self, server: Server, card: ModelCard, now: float) -> None:
+        """What is known beforehand of a model's speed on a server."""
+        stats = self._pair(server, (card.name, card.provider)).stats
+        told_ttft, told_tpot = stats.ttft or card.ttft, stats.tpot or card.tpot
+        kin = Kin(
+            server.report.engine, server.report.hardware.device, card.name, card.fingerprint,
+            ttft=told_ttft, tpot=told_tpot,
+        )  # fmt: skip
+        self._latency.declare((server.id, card.name, card.provider), kin, now)
 
     # ------------------------------------------------------------- learned ---
 
@@ -440,10 +573,15 @@ class Fleet:
         server.report = report
         self._echo(server, report.lease_epoch)
         if rebuild:
+            before = server.cards
             server.cards = tuple(self._definitions.apply(card) for card in report.models)
             server.held = frozenset((card.name, card.provider) for card in server.cards)
             for card in server.cards:
                 self._identify(server, card)
+                self._declare(server, card, now)
+            for card in before:
+                if (card.name, card.provider) not in server.held:
+                    self._latency.forget((server.id, card.name, card.provider))
             gone = [key for key in server.pairs if key not in server.held]
             for key in gone[: max(0, len(gone) - max(_GONE_KEPT, len(server.held)))]:
                 del server.pairs[key]
@@ -511,6 +649,7 @@ class Fleet:
         )
         for server in self._servers.values():
             self._refresh(server)
+            self._refresh_work(server, now)
             for card in server.cards:
                 self._refresh_pair(server.id, (card.name, card.provider), now)
 
@@ -535,6 +674,8 @@ class Fleet:
         stats, breaker = pair.stats, pair.breaker
         success = stats.success_at(now)
         self.table.set_stats(server_id, *key, success=success, ttft=stats.ttft, tpot=stats.tpot, service=stats.service)
+        row = self.table.index(server_id, *key)
+        self.table.set_prediction(row, self._latency.coefficients((server_id, *key), now))
         self.table.set_breaker(server_id, *key, open=not breaker.allows(now))
         if breaker.state is BreakerState.CLOSED and abs(success - stats.prior) < _NEARLY:
             self._troubled.discard((server_id, key))

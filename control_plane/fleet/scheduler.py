@@ -10,9 +10,10 @@ longer than a moment; what is left to do is done in its next round.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any, Protocol
 
 from control_plane.domain.decision import DecisionRecord, Verdict
 from control_plane.domain.errors import (
@@ -28,8 +29,9 @@ from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Failed, Health, LeaseState
 from control_plane.domain.task import Priority
 from control_plane.fleet.registry import Fleet, Flight, Outcome, OutcomeKind
-from control_plane.scheduling.queue import FairQueue, KindKey, Waiting
+from control_plane.scheduling.queue import FairQueue, KindKey, Reached, Waiting
 from control_plane.selection.filters import PERMANENT, TRANSIENT, Query, passing
+from control_plane.selection.forecast import Planned
 from control_plane.selection.policy import Policy
 from control_plane.selection.select import NO_SERVERS, Choice, explain, select
 from control_plane.selection.table import Mask
@@ -40,7 +42,40 @@ _SLOWEST_RATE = 0.1
 # Seconds of work after which the event loop gets its turn.
 _STRETCH = 0.002
 
+# Requests that may decline what is free, hoping for better, before an event is over.
+_DECLINES = 32
+
 _ANY = RouteRequest("any")
+
+
+class Promise(Protocol):
+    """Of a grant: a future of asyncio, or of a clock of its own."""
+
+    def done(self) -> bool: ...
+
+    def cancelled(self) -> bool: ...
+
+    def cancel(self) -> Any: ...
+
+    def add_done_callback(self, callback: Callable[[Any], object], /) -> None: ...
+
+    def __await__(self) -> Generator[Any, None, Grant]: ...
+
+    def result(self) -> Grant: ...
+
+    def exception(self) -> BaseException | None: ...
+
+    def set_result(self, result: Grant, /) -> None: ...
+
+    def set_exception(self, exception: BaseException, /) -> None: ...
+
+
+class Loop(Protocol):
+    """Whose clock the scheduler runs by: asyncio's event loop, or a simulated one."""
+
+    def create_future(self) -> Promise: ...
+
+    def call_soon(self, callback: Callable[[], None], /) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +93,7 @@ class Grant:
 class _Waiter:
     """What the queue carries for a request."""
 
-    future: asyncio.Future[Grant]
+    future: Promise
     explain: bool
 
 
@@ -66,8 +101,8 @@ class _Waiter:
 class Standing:
     """Work in the background that waits for a server."""
 
-    future: asyncio.Future[Grant]
-    """Its grant; never an exception."""
+    future: Promise
+    """Its grant; of work in the background never an exception."""
     entry: Waiting[_Waiter] | None
     """None: it did not have to wait."""
 
@@ -81,7 +116,7 @@ class _Offer:
     """Rows that can serve a kind, however much it needs."""
     choices: dict[KindKey, list[tuple[ServerId, int]]] = field(default_factory=dict)
     """Servers of rows that are still open, with their longest context, for kinds that can use one."""
-    reached: Waiting[_Waiter] | None = None
+    reached: Reached[_Waiter] | None = None
     missed: bool = False
     """Somebody has come in the meantime."""
 
@@ -117,7 +152,9 @@ class Scheduler:
         clock: Clock,
         on_selected: Callable[[float], None],
         on_granted: Callable[[Priority, float], None],
+        loop: Loop | None = None,
     ) -> None:
+        """`loop`: None takes asyncio's."""
         self._fleet = fleet
         self._policy = policy
         self.policies: Mapping[str, Policy] = {}
@@ -126,6 +163,7 @@ class Scheduler:
         self._clock = clock
         self._on_selected = on_selected
         self._on_granted = on_granted
+        self._own_loop = loop
         self._granted = 0
         self._rate = 0.0
         self._ticked = clock.monotonic()
@@ -139,7 +177,12 @@ class Scheduler:
         """For whom waiting may have become of no use."""
         self._hoping = False
         """Somebody waits for a server whose models are not known yet."""
-        self._later: asyncio.Handle | None = None
+        self._later: object | None = None
+        self._planned = Planned.nothing(0)
+        """What those who wait are expected to take of each row first."""
+        self._hopeful = False
+        """Somebody waits for a busy server although another is free; time may change that."""
+        self._declines = 0
         fleet.on_capacity = self._pump
         fleet.listen(self._note)
 
@@ -149,7 +192,7 @@ class Scheduler:
 
     def explain(self, request: RouteRequest, avoid: frozenset[Failed] = frozenset()) -> DecisionRecord:
         """What would be decided now."""
-        return explain(self._fleet.table, request, self._policy_for(request), self._avoided(avoid))
+        return self._explain(request, avoid, self._clock.monotonic())
 
     def take_place(self, *, background: bool = False) -> int:
         """The place in the queue of a request that arrives now; it keeps it through all its attempts. One in the
@@ -165,44 +208,68 @@ class Scheduler:
         size: int = 0,
         place: int | None = None,
         again: bool = False,
+        arrived: float | None = None,
     ) -> Grant:
         """Wait for a server that is not in `avoid`; end the grant with `release`.
 
-        `size` is that of the request in bytes, `place` from `take_place`. A request that comes `again` after a failed
+        `size` is that of the request in bytes, `place` from `take_place`, `arrived` (monotonic seconds) when it came
+        first. A request that comes `again` after a failed
         attempt was let in before: a full queue does not turn it away, and it waits for servers whose models are not
         known yet.
 
         Raises DomainError: NO_CAPABLE_SERVER, FLEET_WARMING_UP, SERVERS_AWAY, QUEUE_FULL,
         QUEUE_TIMEOUT. Cancelling gives up the place in the queue.
         """
+        standing = self.enter(
+            request, avoid, explain=explain, size=size, place=place, again=again, arrived=arrived
+        )  # fmt: skip
+        if standing.entry is None:
+            return standing.future.result()
+        try:
+            return await standing.future
+        except asyncio.CancelledError:
+            self.leave(standing)
+            raise
+
+    def enter(
+        self,
+        request: RouteRequest,
+        avoid: frozenset[Failed] = frozenset(),
+        *,
+        explain: bool = False,
+        size: int = 0,
+        place: int | None = None,
+        again: bool = False,
+        arrived: float | None = None,
+    ) -> Standing:
+        """As `acquire`, for whoever does not await: the future has a grant, or will have one or an exception."""
         now = self._clock.monotonic()
+        since = now if arrived is None else arrived
         if place is None:
             place = self.take_place()
         if len(self._queue):
             self._pump()  # those who wait go first
+        start_by = since + self._policy_for(request).ttft_objective(request.prompt_tokens)
         # They cannot use what is open now, unless there was no time yet to offer it.
-        overtake = self._later is None and not self._queue.goes_before(request, avoid, place)
-        grant = self._place(request, avoid, now, now, explain, overtake=overtake, patient=again)
+        overtake = self._later is None and not self._queue.goes_before(request, avoid, place, start_by)
+        grant = self._place(request, avoid, since, now, now, explain, overtake=overtake, patient=again)
+        future = self._loop.create_future()
         if grant:
-            return grant
-        waiter = _Waiter(asyncio.get_running_loop().create_future(), explain)
+            future.set_result(grant)
+            return Standing(future, None)
         rate = max(self._rate, _SLOWEST_RATE)
-        entry = self._queue.push(request, waiter, now=now, avoid=avoid, rate=rate, size=size, place=place, again=again)
+        entry = self._queue.push(
+            request, _Waiter(future, explain), now=now, avoid=avoid, rate=rate, size=size, place=place, again=again,
+            start_by=start_by, arrived=since,
+        )  # fmt: skip
         self._welcome()
-        try:
-            return await waiter.future
-        except asyncio.CancelledError:
-            if waiter.future.done() and not waiter.future.cancelled() and not waiter.future.exception():
-                self.release(waiter.future.result().flight, Outcome(OutcomeKind.NEUTRAL))
-            if self._queue.remove(entry):
-                self._known = None  # the next of its lane may need less
-            raise
+        return Standing(future, entry)
 
     def stand(self, request: RouteRequest, avoid: frozenset[Failed], place: int, *, explain: bool = False) -> Standing:
         """Let work wait in the background, at a `place` that was taken for that, until a server can start it: for as
         long as it takes, whatever becomes of the fleet. End it with its grant or with `leave`."""
         now = self._clock.monotonic()
-        waiter = _Waiter(asyncio.get_running_loop().create_future(), explain)
+        waiter = _Waiter(self._loop.create_future(), explain)
         grant = self._without_waiting(request, avoid, place, now, explain)
         if grant is not None:
             waiter.future.set_result(grant)
@@ -217,7 +284,7 @@ class Scheduler:
             self._known = None  # the next of its lane may need less
         if not standing.future.done():
             standing.future.cancel()
-        elif not standing.future.cancelled():
+        elif not standing.future.cancelled() and standing.future.exception() is None:
             self.release(standing.future.result().flight, Outcome(OutcomeKind.NEUTRAL))
 
     def try_acquire(
@@ -228,7 +295,8 @@ class Scheduler:
 
     def outlook(self, request: RouteRequest, avoid: frozenset[Failed] = frozenset()) -> Outlook:
         """Whether waiting for a server is of use."""
-        choice = select(self._fleet.table, request, self._policy_for(request), self._avoided(avoid))
+        now = self._clock.monotonic()
+        choice = select(self._fleet.table, request, self._policy_for(request), self._avoided(avoid), now=now)
         if choice.verdict is Verdict.IMPOSSIBLE:
             return Outlook.NONE
         return Outlook.AWAY if choice.all_away else Outlook.HERE
@@ -262,14 +330,14 @@ class Scheduler:
             self._granted, self._ticked = 0, now
         expired = self._queue.expire(now)
         for entry in expired:
-            record = explain(
-                self._fleet.table, entry.request, self._policy_for(entry.request), self._avoided(entry.avoid)
-            )
+            record = self._explain(entry.request, entry.avoid, now, now - entry.arrived)
             _fail(entry, queue_timeout(now - entry.enqueued_at, record.summary))
         if expired:
             self._known = None  # the next of their lanes may need less
         if self._hoping:
             self._hoping, self._picture_changed = False, True
+        if self._hopeful:
+            self._hopeful, self._known = False, None
         self._pump()
 
     # -------------------------------------------------------------- events ---
@@ -283,6 +351,7 @@ class Scheduler:
             return  # what is going on goes on at once, and sees all that has changed
         if not len(self._queue):
             self._known, self._offer, self._doubtful, self._picture_changed = None, None, [], False
+            self._planned, self._hopeful = Planned.nothing(0), False
             return
         now = self._clock.monotonic()
 
@@ -290,7 +359,7 @@ class Scheduler:
             return self._clock.monotonic() - now < _STRETCH
 
         if not (self._start(now, going) and self._refuse(now, going)):
-            self._later = asyncio.get_running_loop().call_soon(self._go_on)
+            self._later = self._loop.call_soon(self._go_on)
 
     def _go_on(self) -> None:
         self._later = None
@@ -304,7 +373,7 @@ class Scheduler:
             if self._offer is not None:
                 self._offer.missed = True
             return
-        open_now = self._open()
+        open_now = self._open(self._clock.monotonic())
         if len(self._queue) == 1:
             self._table, self._reach, self._known = self._fleet.table, {}, open_now
         elif self._known is not None:
@@ -316,7 +385,8 @@ class Scheduler:
 
     def _start(self, now: float, going: Callable[[], bool]) -> bool:
         """Offer what has opened to those who wait, in fair order. False: there is more to do."""
-        open_now = self._open()
+        self._queue.demote(now)
+        open_now = self._open(now)
         if self._fleet.table is not self._table:
             self._table, self._reach, self._known, self._offer = self._fleet.table, {}, None, None
         fresh = open_now if self._known is None else open_now & ~self._known
@@ -326,6 +396,8 @@ class Scheduler:
         if offer is None or (fresh & ~offer.rows).any():
             # From the top: the first in order may be waiting for what has opened just now.
             offer = self._offer = _Offer(fresh, self._reaches() if fresh.any() else {})
+            if offer.reach:
+                self._planned, self._declines = Planned.nothing(len(self._table)), 0
         offer.narrow(fresh, self._servers)
 
         def try_place(entry: Waiting[_Waiter]) -> bool:
@@ -336,7 +408,7 @@ class Scheduler:
                 return False
             try:
                 grant = self._place(
-                    entry.request, entry.avoid, entry.enqueued_at, now, waiter.explain,
+                    entry.request, entry.avoid, entry.arrived, entry.enqueued_at, now, waiter.explain,
                     patient=True, queued=self._queue.behind(entry), background=entry.background,
                 )  # fmt: skip
             except DomainError as error:
@@ -347,19 +419,28 @@ class Scheduler:
             if grant is None:
                 return False
             waiter.future.set_result(grant)
-            left = offer.rows & self._open()
+            left = offer.rows & self._open(now)
             if left.sum() < offer.rows.sum():
                 offer.narrow(left, self._servers)
             return True
 
+        declined = self._declines
+
+        def deeper(entry: Waiting[_Waiter]) -> bool:
+            """It rather waits: the next may not."""
+            nonlocal declined
+            rather, declined = self._declines > declined, self._declines
+            return rather and declined < _DECLINES
+
         told = self._queue.dispatch(
-            try_place, kinds=offer.choices, after=offer.reached, going=lambda: bool(offer.choices) and going()
-        )
+            try_place, kinds=offer.choices, after=offer.reached, going=lambda: bool(offer.choices) and going(),
+            deeper=deeper,
+        )  # fmt: skip
         if told.reached is not None and offer.choices:
             offer.reached = told.reached
             return False
         self._offer = None
-        self._known = None if offer.missed else self._open()
+        self._known = None if offer.missed else self._open(now)
         return not offer.missed
 
     def _refuse(self, now: float, going: Callable[[], bool]) -> bool:
@@ -386,7 +467,7 @@ class Scheduler:
 
     def _given_up(self, entry: Waiting[_Waiter], now: float) -> bool:
         try:
-            self._place(entry.request, entry.avoid, now, now, False, overtake=False, patient=True)
+            self._place(entry.request, entry.avoid, now, now, now, False, overtake=False, patient=True)
         except DomainError as error:
             self._queue.remove(entry)
             _fail(entry, error)
@@ -395,9 +476,20 @@ class Scheduler:
 
     # ---------------------------------------------------- who can use what ---
 
-    def _open(self) -> Mask:
+    @property
+    def _loop(self) -> Loop:
+        return asyncio.get_running_loop() if self._own_loop is None else self._own_loop
+
+    def _explain(
+        self, request: RouteRequest, avoid: frozenset[Failed], now: float, waited: float = 0.0
+    ) -> DecisionRecord:
+        return explain(
+            self._fleet.table, request, self._policy_for(request), self._avoided(avoid), now=now, waited=waited
+        )
+
+    def _open(self, now: float) -> Mask:
         """Rows that take a request at this moment."""
-        return passing(TRANSIENT, Query(self._fleet.table, _ANY, self._policy, NO_SERVERS))
+        return passing(TRANSIENT, Query(self._fleet.table, _ANY, self._policy, NO_SERVERS, now=now))
 
     def _reaches(self) -> dict[KindKey, Mask]:
         """The rows that can serve each kind that waits, however much it needs and whatever it does not want."""
@@ -450,7 +542,7 @@ class Scheduler:
         if self._later is not None or self._queue.goes_before(request, avoid, place):
             return None
         try:
-            return self._place(request, avoid, now, now, with_record, patient=True, background=True)
+            return self._place(request, avoid, now, now, now, with_record, patient=True, background=True)
         except DomainError:
             return None  # the fleet may change
 
@@ -458,6 +550,7 @@ class Scheduler:
         self,
         request: RouteRequest,
         avoid: frozenset[Failed],
+        arrived: float,
         since: float,
         now: float,
         with_record: bool,
@@ -467,18 +560,33 @@ class Scheduler:
         queued: int = 0,
         background: bool = False,
     ) -> Grant | None:
-        """A grant if a server can start the request now, None if it must wait; raises if
-        waiting is no use. Without `overtake` others wait already and go first; one that is
-        `patient` also waits for servers whose models are not known yet; `queued` wait behind it."""
+        """A grant if a server is to start the request now, None if it must wait; raises if waiting is no use. It has
+        been there since `arrived`, and in the queue `since`. Without `overtake` others wait already and go first; one
+        that is `patient` also waits for servers whose models are not known yet; `queued` wait behind it. Nobody waits
+        for work in the `background`, so it takes what is free."""
         table, policy, avoided = self._fleet.table, self._policy_for(request), self._avoided(avoid)
-        started = self._clock.monotonic()
-        choice = select(table, request, policy, avoided, queued)
+        if len(self._planned.lane) != len(table):
+            self._planned = Planned.nothing(len(table))
+        planned = self._planned if overtake else None
+        started, waited = self._clock.monotonic(), now - arrived
+        choice = select(
+            table, request, policy, avoided, queued,
+            now=now, waited=waited, planned=planned, content=background,
+        )  # fmt: skip
         self._on_selected(self._clock.monotonic() - started)
         if choice.verdict is Verdict.CHOSEN:
             if not overtake:
                 return None
-            record = explain(table, request, policy, avoided, queued) if with_record else None
-            flight = self._fleet.begin(choice.row, now)
+            record = (
+                explain(
+                    table, request, policy, avoided, queued,
+                    now=now, waited=waited, planned=planned, content=background,
+                )
+                if with_record
+                else None
+            )  # fmt: skip
+            flight = self._fleet.begin(choice.row, now, request)
+            self._queue.charge(request.tenant, flight.work)
             self._granted += 1
             if not background:
                 self._on_granted(request.priority, now - since)
@@ -488,6 +596,12 @@ class Scheduler:
                 self._hoping = True
                 return None
             raise self._refusal(choice, request, avoided, now)
+        if choice.later >= 0:
+            prefill = float(table.per_prompt_token[choice.later]) * request.prompt_tokens
+            self._planned.add(table.span(choice.later), prefill)
+            if choice.prefers:
+                self._declines += 1
+                self._hopeful = True
         return None
 
     def _policy_for(self, request: RouteRequest) -> Policy:
@@ -505,7 +619,7 @@ class Scheduler:
         left = self._fleet.warming_up(now)
         if left and not avoid:
             return fleet_warming_up(left)
-        summary = explain(self._fleet.table, request, self._policy_for(request), avoid).summary
+        summary = explain(self._fleet.table, request, self._policy_for(request), avoid, now=now).summary
         if choice.verdict is Verdict.IMPOSSIBLE:
             return no_capable_server(summary)
         return servers_away(summary, 1.0)

@@ -7,7 +7,7 @@ import math
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 from control_plane.domain.errors import queue_bytes_full, queue_full
 from control_plane.domain.request import RouteRequest
@@ -27,11 +27,31 @@ _RETRY_LATEST = 30.0
 BACKGROUND = 1 << 62
 """Places from here on are in the background: behind every request that somebody waits for, class by class."""
 
+FAIR_QUANTUM = 2.0
+"""Seconds of service that a tenant may be ahead of another before its requests go behind."""
+
+# Tenants without waiting requests that are remembered, about.
+_TENANTS = 1000
+
 # Dead entries that the expiry heap may hold beside as many as there are live ones.
 _SLACK = 64
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+class Turn(NamedTuple):
+    """Order within a class, the least first."""
+
+    standing: int
+    """0: can still be served well; 1: it is too late for that; 2: in the background."""
+    start_by: float
+    """Monotonic seconds by when it must start to be served well."""
+    place: int
+
+
+_ON_TIME, _LATE, _BEHIND = range(3)
+_FIRST = Turn(-1, 0.0, 0)
+
+
+@dataclass(slots=True, eq=False)
 class Waiting(Generic[T]):
     """A request in the queue."""
 
@@ -49,6 +69,10 @@ class Waiting(Generic[T]):
     lane: LaneKey
     size: int
     """Bytes."""
+    arrived: float
+    """Monotonic seconds; before it was enqueued, where it comes again."""
+    turn: Turn
+    """Set by the queue: who has become late goes behind those who are not."""
 
     @property
     def background(self) -> bool:
@@ -62,16 +86,40 @@ class Round(Generic[T]):
 
     left: int
     """Requests that left the queue."""
-    reached: Waiting[T] | None
+    reached: Reached[T] | None
     """Where it was interrupted; None: it went through."""
 
 
-# Places in order; of a few thousand, taking one from the middle costs less than any cleverer structure.
-_Places: TypeAlias = list[int]
+# In order; of a few thousand, taking one from the middle costs less than any cleverer structure.
+_Turns: TypeAlias = list[Turn]
+
+
+@dataclass(slots=True)
+class _Share:
+    """What a tenant has had of the fleet."""
+
+    granted: float
+    """Seconds of service, lifted to those of others when it comes back."""
+    waiting: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Reached(Generic[T]):
+    """How far down the queue a dispatch has come."""
+
+    entry: Waiting[T]
+    """The last that was tried."""
+    turns: dict[str, Turn]
+    """The last of each tenant in that class."""
 
 
 class FairQueue(Generic[T]):
-    """Higher priority first, first come first served within a class.
+    """Higher priority first; within a class by the time by which a request must start to be served well, and those for
+    which it is too late behind those for which it is not. Requests that name no such time: first come, first served.
+
+    Tenants share by seconds of service, not tokens: who has had less by `FAIR_QUANTUM` goes first. One that comes back
+    after a pause starts level with those who wait, so that nobody saves up.
+    Source: the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024.
 
     Requests with the same needs share a lane, and only the first of a lane is tried: if it cannot start, neither can
     those behind it. A wave of thousands for one busy model so costs one try per event, and holds nobody else up.
@@ -112,13 +160,17 @@ class FairQueue(Generic[T]):
         self._total = sum(self._bounds.values()) if total is None else total
         self._max_bytes = max_bytes
         classes = sorted(Priority, reverse=True)
-        self._lanes: dict[Priority, dict[LaneKey, _Places]] = {priority: {} for priority in classes}
-        # The first places of all lanes of a kind.
-        self._heads: dict[Priority, dict[KindKey, _Places]] = {priority: {} for priority in classes}
+        self._lanes: dict[Priority, dict[LaneKey, _Turns]] = {priority: {} for priority in classes}
+        # The first of all lanes of a kind.
+        self._heads: dict[Priority, dict[str, dict[KindKey, _Turns]]] = {priority: {} for priority in classes}
         self._depth = dict.fromkeys(classes, 0)
         self._bytes = 0
         self._live: dict[int, Waiting[T]] = {}
         self._expiry: list[tuple[float, int]] = []
+        self._lateness: list[tuple[float, int]] = []
+        self._shares: dict[str, _Share] = {}
+        self._deeper: list[Waiting[T]] = []
+        """Beside the first of each lane, what the dispatch that is going on has come to."""
         self._next_place = 0
         self._dispatching = False
         self._again = False
@@ -167,11 +219,14 @@ class FairQueue(Generic[T]):
         size: int = 0,
         place: int | None = None,
         again: bool = False,
+        start_by: float = math.inf,
+        arrived: float | None = None,
     ) -> Waiting[T]:
         """Let a request wait, until `deadline` (monotonic seconds) or the timeout of its class, whichever is sooner.
 
         `rate` is that of recent dispatches per second, from which a refused client learns when to come again. One that
-        was let in before and comes `again` after a failed attempt is not turned away.
+        was let in before and comes `again` after a failed attempt is not turned away. `start_by`: monotonic seconds by
+        which it must start to be served well.
         Raises DomainError QUEUE_FULL.
         """
         priority = request.priority
@@ -188,53 +243,66 @@ class FairQueue(Generic[T]):
         if deadline is not None:
             expires_at = min(expires_at, deadline)
         kind, lane = kind_of(request), lane_of(request, avoid)
-        entry = Waiting(request, payload, avoid, now, expires_at, place, kind, lane, size)
-        self._live[place] = entry
-        if not background:
+        if background:
+            turn = Turn(_BEHIND, math.inf, place)
+        else:
+            turn = Turn(_LATE if start_by < now else _ON_TIME, start_by, place)
+            self._share(request.tenant).waiting += 1
             self._depth[priority] += 1
+        since = now if arrived is None else arrived
+        entry = Waiting(request, payload, avoid, now, expires_at, place, kind, lane, size, since, turn)
+        self._live[place] = entry
         self._bytes += size
-        places = self._lanes[priority].setdefault(lane, [])
-        if not places or place < places[0]:
-            heads = self._heads[priority].setdefault(kind, [])
-            if places:
-                _drop(heads, places[0])
-            insort(heads, place)
-        insort(places, place)
+        self._line_up(entry)
         if expires_at < math.inf:
             heapq.heappush(self._expiry, (expires_at, place))
+        if turn.standing == _ON_TIME and start_by < math.inf:
+            heapq.heappush(self._lateness, (start_by, place))
         return entry
 
-    def goes_before(self, request: RouteRequest, avoid: frozenset[Failed], place: int) -> bool:
-        """Whether a request of the same class and needs waits that arrived before `place`."""
-        places = self._lanes[request.priority].get(lane_of(request, avoid))
-        return places is not None and places[0] < place
+    def charge(self, tenant: str, work: float) -> None:
+        """A tenant gets seconds of service."""
+        self._share(tenant).granted += work
+
+    def demote(self, now: float) -> None:
+        """Let those who cannot be served well any more go behind those who can."""
+        while self._lateness and self._lateness[0][0] < now:
+            start_by, place = heapq.heappop(self._lateness)
+            entry = self._live.get(place)
+            if entry is not None and entry.turn.start_by == start_by and entry.turn.standing == _ON_TIME:
+                self._step_out(entry)
+                entry.turn = entry.turn._replace(standing=_LATE)
+                self._line_up(entry)
+
+    def goes_before(
+        self, request: RouteRequest, avoid: frozenset[Failed], place: int, start_by: float = math.inf
+    ) -> bool:
+        """Whether a request of the same class and needs waits whose turn is before one with this place."""
+        turns = self._lanes[request.priority].get(lane_of(request, avoid))
+        return turns is not None and turns[0][1:] < (start_by, place)
 
     def remove(self, entry: Waiting[T]) -> bool:
         """Take a request out. False if it is out already."""
         if self._live.get(entry.place) is not entry:
             return False
         del self._live[entry.place]
-        priority = entry.request.priority
-        lanes, kinds = self._lanes[priority], self._heads[priority]
-        places = lanes[entry.lane]
-        if places[0] == entry.place:
-            heads = kinds[entry.kind]
-            _drop(heads, entry.place)
-            if len(places) > 1:
-                insort(heads, places[1])
-            if not heads:
-                del kinds[entry.kind]
-        _drop(places, entry.place)
-        if not places:
-            del lanes[entry.lane]
+        self._step_out(entry)
         if not entry.background:
-            self._depth[priority] -= 1
+            self._depth[entry.request.priority] -= 1
+            self._shares[entry.request.tenant].waiting -= 1
         self._bytes -= entry.size
         # The heap is cleaned when it is half dead, so that its upkeep stays O(log n) per request.
         if len(self._expiry) > 2 * len(self._live) + _SLACK:
             live = [(live.expires_at, live.place) for live in self._live.values() if live.expires_at < math.inf]
             self._expiry = live
             heapq.heapify(self._expiry)
+        if len(self._lateness) > 2 * len(self._live) + _SLACK:
+            self._lateness = [
+                (live.turn.start_by, live.place)
+                for live in self._live.values()
+                if live.turn.standing == _ON_TIME and live.turn.start_by < math.inf
+            ]
+            heapq.heapify(self._lateness)
         return True
 
     def expire(self, now: float) -> list[Waiting[T]]:
@@ -258,37 +326,48 @@ class FairQueue(Generic[T]):
 
     def kinds(self) -> Iterator[tuple[KindKey, Waiting[T]]]:
         """Every kind that waits, with one request of it; a kind of several classes comes several times."""
-        for kinds in self._heads.values():
-            for kind, heads in kinds.items():
-                yield kind, self._live[heads[0]]
+        for tenants in self._heads.values():
+            for kinds in tenants.values():
+                for kind, heads in kinds.items():
+                    yield kind, self._live[heads[0].place]
 
     def firsts(self) -> list[Waiting[T]]:
         """The first of every lane, in no order, but for those in the background."""
         return [
-            self._live[places[0]]
+            self._live[turns[0].place]
             for lanes in self._lanes.values()
-            for places in lanes.values()
-            if places[0] < BACKGROUND
+            for turns in lanes.values()
+            if turns[0].standing != _BEHIND
         ]
 
     def first_like(self, entry: Waiting[T]) -> Waiting[T] | None:
         """The first in the lane of a request, which may have left."""
-        places = self._lanes[entry.request.priority].get(entry.lane)
-        return self._live[places[0]] if places else None
+        turns = self._lanes[entry.request.priority].get(entry.lane)
+        return self._live[turns[0].place] if turns else None
+
+    def next_like(self, entry: Waiting[T]) -> Waiting[T] | None:
+        """Who comes after a request that waits, in its lane."""
+        turns = self._lanes[entry.request.priority][entry.lane]
+        position = bisect_right(turns, entry.turn)
+        return self._live[turns[position].place] if position < len(turns) else None
 
     def dispatch(
         self,
         try_place: Callable[[Waiting[T]], bool],
         *,
         kinds: Collection[KindKey] | None = None,
-        after: Waiting[T] | None = None,
+        after: Reached[T] | None = None,
         going: Callable[[], bool] = lambda: True,
+        deeper: Callable[[Waiting[T]], bool] = lambda entry: False,
     ) -> Round[T]:
         """Offer requests in fair order, those of some `kinds` only or of all.
 
         `try_place` returns whether the request is done with waiting, be it started or refused for good. If it is not,
         its lane is left alone for this time. It must not change the queue, but may bring about a nested call (a slot
         that it gives back is an event like any other): that one does nothing, and this one goes round once more.
+
+        Where one could start but rather waits, the next of its lane may have no reason to: `deeper` says whether that is
+        so of one that was not placed.
 
         Ends as soon as `going`, asked after each try, says no; a later call may go on `after` the request that was
         reached. `kinds` may change on the way.
@@ -297,18 +376,29 @@ class FairQueue(Generic[T]):
             self._again = True
             return Round(0, None)
         self._dispatching = True
+        if after is None:
+            self._deeper.clear()
         left = 0
         try:
             while True:
                 self._again = False
                 while (entry := self._following(after, kinds)) is not None:
-                    after = entry
+                    same = after is not None and after.entry.request.priority is entry.request.priority
+                    turns = after.turns if after is not None and same else {}
+                    turns[entry.request.tenant] = entry.turn
+                    after = Reached(entry, turns)
+                    following = self.next_like(entry)
                     if try_place(entry):
                         self.remove(entry)
                         left += 1
+                        if following is not None and entry in self._deeper:
+                            self._deeper.append(following)
+                    elif following is not None and deeper(entry):
+                        self._deeper.append(following)
                     if not going():
                         return Round(left, after)
                 after = None
+                self._deeper.clear()
                 if not self._again:
                     return Round(left, None)
         finally:
@@ -316,21 +406,79 @@ class FairQueue(Generic[T]):
 
     # ------------------------------------------------------------- private ---
 
-    def _following(self, after: Waiting[T] | None, kinds: Collection[KindKey] | None) -> Waiting[T] | None:
-        """The next in fair order among the first of each lane; `after` may have left."""
-        for priority, by_kind in self._heads.items():
-            if after is not None and priority > after.request.priority:
+    def _following(self, after: Reached[T] | None, kinds: Collection[KindKey] | None) -> Waiting[T] | None:
+        """The next in fair order among the first of each lane; who was reached may have left."""
+        for priority, tenants in self._heads.items():
+            if after is not None and priority > after.entry.request.priority:
                 continue
-            floor = after.place if after is not None and priority is after.request.priority else -1
-            best = None
-            for kind in by_kind if kinds is None else kinds:
-                heads = by_kind.get(kind, ())
-                position = bisect_right(heads, floor)
-                if position < len(heads) and (best is None or heads[position] < best):
-                    best = heads[position]
+            reached = after.turns if after is not None and priority is after.entry.request.priority else {}
+            best: tuple[int, int, Turn] | None = None
+            for tenant, by_kind in tenants.items():
+                floor = reached.get(tenant, _FIRST)
+                quanta = self._quanta(tenant)
+                for kind in by_kind if kinds is None else kinds:
+                    heads = by_kind.get(kind, ())
+                    position = bisect_right(heads, floor)
+                    if position < len(heads):
+                        turn = heads[position]
+                        if best is None or (turn.standing, quanta, turn) < best:
+                            best = turn.standing, quanta, turn
+            for entry in self._deeper:
+                tenant, turn = entry.request.tenant, entry.turn
+                if entry.request.priority is not priority or turn.place not in self._live:
+                    continue
+                if reached.get(tenant, _FIRST) < turn and (kinds is None or entry.kind in kinds):
+                    standing = turn.standing, self._quanta(tenant), turn
+                    if best is None or standing < best:
+                        best = standing
             if best is not None:
-                return self._live[best]
+                return self._live[best[2].place]
         return None
+
+    def _line_up(self, entry: Waiting[T]) -> None:
+        """Put a request into its lane."""
+        priority, turn = entry.request.priority, entry.turn
+        turns = self._lanes[priority].setdefault(entry.lane, [])
+        if not turns or turn < turns[0]:
+            heads = self._heads[priority].setdefault(entry.request.tenant, {}).setdefault(entry.kind, [])
+            if turns:
+                _drop(heads, turns[0])
+            insort(heads, turn)
+        insort(turns, turn)
+
+    def _step_out(self, entry: Waiting[T]) -> None:
+        """Take a request out of its lane."""
+        lanes, tenants = self._lanes[entry.request.priority], self._heads[entry.request.priority]
+        turns = lanes[entry.lane]
+        if turns[0] == entry.turn:
+            kinds = tenants[entry.request.tenant]
+            heads = kinds[entry.kind]
+            _drop(heads, entry.turn)
+            if len(turns) > 1:
+                insort(heads, turns[1])
+            if not heads:
+                del kinds[entry.kind]
+                if not kinds:
+                    del tenants[entry.request.tenant]
+        _drop(turns, entry.turn)
+        if not turns:
+            del lanes[entry.lane]
+
+    def _quanta(self, tenant: str) -> int:
+        share = self._shares.get(tenant)
+        return int(share.granted / FAIR_QUANTUM) if share is not None else 0
+
+    def _share(self, tenant: str) -> _Share:
+        """Of a tenant that asks for something."""
+        share = self._shares.get(tenant)
+        if share is None:
+            if len(self._shares) >= _TENANTS:
+                self._shares = {name: kept for name, kept in self._shares.items() if kept.waiting}
+            share = self._shares[tenant] = _Share(0.0)
+        if not share.waiting and len(self._shares) > 1:
+            least = min((other.granted for other in self._shares.values() if other.waiting), default=0.0)
+            share.granted = max(share.granted, least)
+        return share
 
     def _admit(self, waiting: int, bound: int, rate: float) -> None:
         if waiting >= bound:
@@ -364,8 +512,8 @@ def lane_of(request: RouteRequest, avoid: Iterable[Hashable] = ()) -> LaneKey:
     """
     unwanted: frozenset[Hashable] = frozenset(request.excluded).union(avoid)
     price = (request.max_cost_nano_usd, request.prompt_tokens, request.max_tokens) if request.max_cost_nano_usd else ()
-    return (kind_of(request), unwanted, (max(request.context_needed, 1) - 1).bit_length(), price)
+    return (request.tenant, kind_of(request), unwanted, (max(request.context_needed, 1) - 1).bit_length(), price)
 
 
-def _drop(places: _Places, place: int) -> None:
-    del places[bisect_left(places, place)]
+def _drop(turns: _Turns, turn: Turn) -> None:
+    del turns[bisect_left(turns, turn)]

@@ -38,6 +38,8 @@ class Choice:
     later: int = -1
     """With WAIT: the row that the request is expected to start on, -1 where that is not known. It is known of one that
     prefers it to a row that is free, and of every one where it was asked to plan."""
+    prefers: bool = False
+    """With WAIT: a row is free, and another is better later."""
     all_away: bool = False
     """With WAIT: every server that could serve the request is not ready, draining or has lost its model."""
     all_failed: bool = False
@@ -54,13 +56,14 @@ def select(
     now: float = 0.0,
     waited: float = 0.0,
     planned: Planned | None = None,
+    content: bool = False,
 ) -> Choice:
     """The best row for a request as the table stands at `now` (monotonic seconds).
 
     WAIT if a row could serve it but not now, or will serve it better later than any can now; IMPOSSIBLE if none can.
     `avoid` names servers that failed in earlier attempts of the request, `queued` counts those with the same needs that
-    wait behind it; it has `waited` so many seconds, and servers have `planned` to serve others first. Of equal scores
-    the least (server, model, provider) wins.
+    wait behind it; it has `waited` so many seconds, and servers have `planned` to serve others first. One that
+    is `content` takes what is free. Of equal scores the least (server, model, provider) wins.
     """
     query = Query(table, request, policy, avoid, queued, now, waited, planned)
     capable = _capable(query)
@@ -78,10 +81,10 @@ def select(
     values = parts(query)
     # Scores are >= 0, and argmax returns the first of equals.
     best = int(np.where(eligible, weigh(values, query), -1.0).argmax())
-    if table.cold is not None and table.cold[best]:
+    if content or (table.cold is not None and table.cold[best]):
         return Choice(Verdict.CHOSEN, best)  # that loading it is worth while has been decided
     better = better_later(query, capable, eligible, best, values)
-    return Choice(Verdict.CHOSEN, best) if better is None else Choice(Verdict.WAIT, later=better.row)
+    return Choice(Verdict.CHOSEN, best) if better is None else Choice(Verdict.WAIT, later=better.row, prefers=True)
 
 
 def explain(
@@ -94,12 +97,13 @@ def explain(
     now: float = 0.0,
     waited: float = 0.0,
     planned: Planned | None = None,
+    content: bool = False,
 ) -> DecisionRecord:
     """What `select` answers to the same arguments, with its reasons.
 
     The choice is `select`'s own, and scores and rejections come from the same functions: the two cannot differ.
     """
-    choice = select(table, request, policy, avoid, queued, now=now, waited=waited, planned=planned)
+    choice = select(table, request, policy, avoid, queued, now=now, waited=waited, planned=planned, content=content)
     candidates = _candidates(Query(table, request, policy, avoid, queued, now, waited, planned), choice)
     # Sorting is stable and rows are sorted by id: equals stay in the order in which `select` prefers them.
     eligible = sorted((c for c in candidates if not c.rejections), key=lambda candidate: -candidate.score)
@@ -143,7 +147,7 @@ def _candidates(query: Query, choice: Choice) -> list[ScoredCandidate]:
     if slower is not None:
         for row in slower.rows.nonzero()[0].tolist():
             rejections[row].append(Rejection(RejectionReason.LOADING_TAKES_LONGER, slower.detail(query, row)))
-    if choice.verdict is Verdict.WAIT and choice.later >= 0:
+    if choice.prefers:
         better = Better(choice.later, float(query.forecast.start[choice.later]))
         for row, reasons in enumerate(rejections):
             if not reasons:

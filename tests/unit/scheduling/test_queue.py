@@ -14,7 +14,7 @@ from control_plane.domain.errors import DomainError
 from control_plane.domain.model import ModelName, ServerId
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.task import Priority
-from control_plane.scheduling.queue import BACKGROUND, FairQueue, Waiting, lane_of
+from control_plane.scheduling.queue import BACKGROUND, FAIR_QUANTUM, FairQueue, Turn, Waiting, lane_of
 
 TIMEOUTS = {Priority.LOW: 40.0, Priority.NORMAL: 30.0, Priority.HIGH: 20.0, Priority.CRITICAL: 10.0}
 REQUEST = RouteRequest("r")
@@ -260,8 +260,8 @@ def test_a_dispatch_may_be_interrupted_and_goes_on_where_it_was() -> None:
         return False
 
     told = waiting.dispatch(refuse, going=lambda: len(seen) < 2)
-    assert seen == ["high", "a"] and told.reached and told.reached.payload == "a"
-    waiting.remove(told.reached)
+    assert seen == ["high", "a"] and told.reached and told.reached.entry.payload == "a"
+    waiting.remove(told.reached.entry)
     push(waiting, "e", model="e")
     told = waiting.dispatch(refuse, after=told.reached)
     assert seen == ["high", "a", "b", "c", "d", "e"] and told.reached is None
@@ -281,6 +281,52 @@ def test_the_background_is_behind_everybody_of_its_class_and_counts_for_nothing(
     push(waiting, "n")
     push(waiting, "l", priority=Priority.LOW)
     assert take(waiting, {"m": 9})[0] == ["high", "n", "b1", "b2", "l"]
+
+
+def test_who_must_start_first_goes_first_and_who_is_late_goes_last() -> None:
+    waiting = queue()
+    for name, start_by in (("late", 1.0), ("later", 2.0), ("soon", 5.0), ("whenever", 9.0)):
+        waiting.push(replace(REQUEST, model=ModelName(name)), name, now=0.0, rate=1.0, start_by=start_by)
+    room = {"late": 1, "later": 1, "soon": 1, "whenever": 1}
+    waiting.demote(3.0)
+    assert take(waiting, room)[0] == ["soon", "whenever", "late", "later"]
+
+
+def test_tenants_share_by_seconds_of_service() -> None:
+    waiting = queue()
+    for number in range(20):
+        waiting.push(replace(REQUEST, tenant="many"), f"m{number}", now=0.0, rate=1.0)
+    waiting.charge("many", 100 * FAIR_QUANTUM)  # which it had while nobody else was there
+    for number in range(5):
+        waiting.push(replace(REQUEST, tenant="few"), f"f{number}", now=0.0, rate=1.0)
+    order: list[str] = []
+
+    def serve(entry: Waiting[str]) -> bool:
+        order.append(entry.payload)
+        waiting.charge(entry.request.tenant, FAIR_QUANTUM)
+        return True
+
+    waiting.dispatch(serve)
+    assert order[:10] == ["m0", "f0", "m1", "f1", "m2", "f2", "m3", "f3", "m4", "f4"]
+    assert order[10:] == [f"m{number}" for number in range(5, 20)]
+
+
+def test_whoever_comes_back_after_a_pause_has_saved_nothing_up() -> None:
+    waiting = queue()
+    waiting.charge("back", 1.0)
+    waiting.push(replace(REQUEST, tenant="busy"), "b", now=0.0, rate=1.0)
+    waiting.charge("busy", 100 * FAIR_QUANTUM)
+    for number in range(3):
+        waiting.push(replace(REQUEST, tenant="back"), f"r{number}", now=0.0, rate=1.0)
+    order: list[str] = []
+
+    def serve(entry: Waiting[str]) -> bool:
+        order.append(entry.payload)
+        waiting.charge(entry.request.tenant, FAIR_QUANTUM)
+        return True
+
+    waiting.dispatch(serve)
+    assert order == ["b", "r0", "r1", "r2"]
 
 
 def test_a_limited_price_makes_a_lane_of_each_size() -> None:
@@ -350,13 +396,16 @@ class Life(RuleBasedStateMachine):
         assert entry.background
         self.inside[entry.payload] = entry
 
-    @rule(model=names, priority=priorities)
-    def arrive(self, model: str, priority: Priority) -> None:
+    @rule(model=names, priority=priorities, slack=st.floats(-5, 20), tenant=st.sampled_from(["one", "two"]))
+    def arrive(self, model: str, priority: Priority, slack: float, tenant: str) -> None:
         same = sum(entry.request.priority is priority for entry in self._foreground())
         fits = same < self.BOUND and len(self._foreground()) < 8
         self.count += 1
         try:
-            entry = push(self.queue, str(self.count), model, priority, self.now)
+            request = replace(REQUEST, model=ModelName(model), priority=priority, tenant=tenant)
+            entry = self.queue.push(
+                request, str(self.count), now=self.now, rate=1.0, start_by=self.now + slack
+            )
         except DomainError:
             assert not fits
         else:
@@ -370,7 +419,15 @@ class Life(RuleBasedStateMachine):
         entry = self.inside[name]
         self.queue.remove(entry)
         request = replace(entry.request, model=ModelName(model))
-        self.inside[name] = self.queue.push(request, name, now=self.now, rate=1.0, place=entry.place, again=True)
+        self.inside[name] = self.queue.push(
+            request, name, now=self.now, rate=1.0, place=entry.place, again=True, start_by=entry.turn.start_by
+        )
+
+    @rule()
+    def demote(self) -> None:
+        self.queue.demote(self.now)
+        for entry in self.inside.values():
+            assert entry.background or (entry.turn.start_by < self.now) == (entry.turn.standing == 1)
 
     @rule(room=st.dictionaries(names, st.integers(0, 3)))
     def dispatch(self, room: dict[str, int]) -> None:
@@ -398,13 +455,15 @@ class Life(RuleBasedStateMachine):
         assert len(self.queue) == len(self.inside)
         assert sum(self.queue.depth().values()) == len(self._foreground())
         assert all(times == 1 for times in self.out.values())
-        firsts: dict[object, int] = {}
+        firsts: dict[object, Turn] = {}
         for entry in self.inside.values():
             key = entry.request.priority, entry.lane
-            firsts[key] = min(entry.place, firsts.get(key, entry.place))
-        waited_for = sorted(place for place in firsts.values() if place < BACKGROUND)
+            firsts[key] = min(entry.turn, firsts.get(key, entry.turn))
+        waited_for = sorted(turn.place for turn in firsts.values() if turn.place < BACKGROUND)
         assert sorted(entry.place for entry in self.queue.firsts()) == waited_for
-        heads = [places for kinds in self.queue._heads.values() for places in kinds.values()]
+        heads = [
+            places for tenants in self.queue._heads.values() for kinds in tenants.values() for places in kinds.values()
+        ]
         assert sorted(place for places in heads for place in places) == sorted(firsts.values())
         assert all(places == sorted(places) and places for places in heads)
         dues = [entry.expires_at for entry in self._foreground()]
