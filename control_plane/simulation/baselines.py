@@ -9,10 +9,12 @@ client that its stream was cut: the connection ends, as it does behind a proxy.
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Iterable, Sequence
 
-from control_plane.simulation.dispatcher import Action, GiveUp, HostInfo, Report, Send, Streams, Usage
-from control_plane.simulation.traces import Job
+from control_plane.simulation.dispatcher import Action, Factory, GiveUp, HostInfo, Report, Send, Streams, Usage
+from control_plane.simulation.engine import PrefixCache
+from control_plane.simulation.traces import BLOCK_TOKENS, Job
 
 RETRIES = 2
 FAILURES_OUT = 3
@@ -22,19 +24,7 @@ OUT_SECONDS = 10.0
 class Known:
     """What a baseline knows of a host."""
 
-    __slots__ = (
-        "failures",
-        "healthy",
-        "inflight",
-        "info",
-        "latencies",
-        "out_until",
-        "recent",
-        "recent_tokens",
-        "report",
-        "tokens",
-        "tree",
-    )
+    __slots__ = ("failures", "healthy", "inflight", "info", "out_until", "report", "tokens")
 
     def __init__(self, info: HostInfo) -> None:
         self.info = info
@@ -196,9 +186,137 @@ class PowerOfTwo(Baseline):
         return one if one.inflight <= other.inflight else other
 
 
-BASELINES = {
+class SmgLeastLoad(Baseline):
+    """Shepherd Model Gateway's `least_load`: the least (queued + in-flight tokens) / throughput + 0.15 k / (1 - k), with
+    k the KV utilisation; seconds, so that unlike hosts compare. What is in flight from here counts at once with its
+    prompt, what else a host reports as waiting with 1,024 tokens a request. The throughput is that of the last minute's
+    complete requests while there were any, prompt and answer, and 2,000 tokens/s until there are."""
+
+    THROUGHPUT = 2000.0
+    TOKENS = 1024
+    KV_WEIGHT = 0.15
+    WINDOW = 60.0
+
+    def __init__(self, hosts: Sequence[HostInfo], streams: Streams, seed: int) -> None:
+        super().__init__(hosts, streams, seed)
+        self.speed = {info.id: _Throughput(self.WINDOW) for info in hosts}
+
+    def pick(self, job: Job, candidates: Sequence[Known], now: float) -> Known:
+        return min(candidates, key=self._load)
+
+    def _load(self, host: Known) -> float:
+        reported = host.report
+        foreign = max(reported.running + reported.waiting - host.inflight, 0)
+        tokens = host.tokens + foreign * self.TOKENS
+        kv = min(reported.kv, 0.99)
+        return tokens / (self.speed[host.info.id].value or self.THROUGHPUT) + self.KV_WEIGHT * kv / (1.0 - kv)
+
+    def sent(self, job: Job, host: Known, now: float) -> None:
+        self.speed[host.info.id].begin(now)
+
+    def done(self, job: Job, host: Known, now: float, usage: Usage) -> None:
+        self.speed[host.info.id].add(usage.prompt_tokens + usage.output_tokens, now, idle=not host.inflight)
+
+
+class _Throughput:
+    """Tokens per busy second over a window."""
+
+    __slots__ = ("_busy", "_done", "_since", "_window", "value")
+
+    def __init__(self, window: float) -> None:
+        self._window = window
+        self._done: deque[tuple[float, float, int]] = deque()
+        """When, busy seconds until then, and tokens."""
+        self._busy = 0.0
+        self._since: float | None = None
+        self.value = 0.0
+
+    def begin(self, now: float) -> None:
+        if self._since is None:
+            self._since = now
+            if not self._done:
+                self._done.append((now, self._busy, 0))
+
+    def add(self, tokens: int, now: float, idle: bool) -> None:
+        if self._since is not None:
+            self._busy += now - self._since
+        self._since = None if idle else now
+        done = self._done
+        done.append((now, self._busy, tokens))
+        while len(done) > 2 and done[0][0] < now - self._window:
+            done.popleft()
+        seconds = self._busy - done[0][1]
+        if seconds > 0.0:
+            # The first one only says where the window begins.
+            self.value = (sum(entry[2] for entry in done) - done[0][2]) / seconds
+
+
+class SmgCacheAware(Baseline):
+    """Shepherd Model Gateway's `cache_aware`, as in SGLang's router: where the load is unbalanced, that is most - least >
+    32 and most > 1.1 least requests in flight, the host with the fewest; else the host that has seen the longest prefix
+    of the prompt, if that is more than half of it; else the host with the fewest. A tree of prefixes is kept per host,
+    those used last, up to `TREE_TOKENS`."""
+
+    THRESHOLD = 0.5
+    ABSOLUTE = 32
+    RELATIVE = 1.1
+    TREE_TOKENS = 1 << 20
+
+    def __init__(self, hosts: Sequence[HostInfo], streams: Streams, seed: int) -> None:
+        super().__init__(hosts, streams, seed)
+        self.trees = {info.id: PrefixCache(self.TREE_TOKENS) for info in hosts}
+
+    def pick(self, job: Job, candidates: Sequence[Known], now: float) -> Known:
+        loads = [host.inflight for host in candidates]
+        most, least = max(loads), min(loads)
+        if job.blocks and not (most - least > self.ABSOLUTE and most > self.RELATIVE * least):
+            matched, place = max(
+                (self.trees[host.info.id].matched(job.blocks), -place) for place, host in enumerate(candidates)
+            )
+            if matched * BLOCK_TOKENS > self.THRESHOLD * job.prompt_tokens:
+                return candidates[-place]
+        return least_inflight(candidates, self.random)
+
+    def sent(self, job: Job, host: Known, now: float) -> None:
+        self.trees[host.info.id].insert(job.blocks)
+
+
+class LiteLlmLatency(Baseline):
+    """LiteLLM's latency-based routing: the least mean over the last 10 latencies of a host, of streams the time to the
+    first token; a host without any comes first; a time-out counts as 1,000 s. Among equals any."""
+
+    SAMPLES = 10
+    PENALTY = 1000.0
+
+    def __init__(self, hosts: Sequence[HostInfo], streams: Streams, seed: int) -> None:
+        super().__init__(hosts, streams, seed)
+        self.latencies = {info.id: deque[float](maxlen=self.SAMPLES) for info in hosts}
+        self.means = dict.fromkeys(self.latencies, 0.0)
+
+    def pick(self, job: Job, candidates: Sequence[Known], now: float) -> Known:
+        least = min(self.means[host.info.id] for host in candidates)
+        equals = [host for host in candidates if self.means[host.info.id] == least]
+        return equals[0] if len(equals) == 1 else equals[int(self.random.random() * len(equals))]
+
+    def answered(self, job: Job, host: Known, ttft: float) -> None:
+        self._learn(host, ttft)
+
+    def broke(self, job: Job, host: Known, kind: str) -> None:
+        if kind == "timeout":
+            self._learn(host, self.PENALTY)
+
+    def _learn(self, host: Known, latency: float) -> None:
+        samples = self.latencies[host.info.id]
+        samples.append(latency)
+        self.means[host.info.id] = sum(samples) / len(samples)
+
+
+BASELINES: dict[str, Factory] = {
     "random": Random,
     "round_robin": RoundRobin,
     "least_inflight": LeastInflight,
     "p2c": PowerOfTwo,
+    "smg_least_load": SmgLeastLoad,
+    "smg_cache_aware": SmgCacheAware,
+    "litellm_latency": LiteLlmLatency,
 }

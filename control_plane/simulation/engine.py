@@ -365,6 +365,11 @@ class Host:
         return tuple(run for run in self._lane if run.stage is Stage.PREFILL)
 
     @property
+    def slowness(self) -> float:
+        """What its rates are divided by at present."""
+        return self._factor
+
+    @property
     def lane_end(self) -> float:
         """When the lane is free of the prompt that is in it."""
         return self._end if self.lane is not None else self.clock
