@@ -187,10 +187,10 @@ class PowerOfTwo(Baseline):
 
 
 class SmgLeastLoad(Baseline):
-    """Shepherd Model Gateway's `least_load`: the least (queued + in-flight tokens) / throughput + 0.15 k / (1 - k), with
-    k the KV utilisation; seconds, so that unlike hosts compare. What is in flight from here counts at once with its
-    prompt, what else a host reports as waiting with 1,024 tokens a request. The throughput is that of the last minute's
-    complete requests while there were any, prompt and answer, and 2,000 tokens/s until there are."""
+    """Shepherd Model Gateway's `least_load`: the least (queued + in-flight tokens) / throughput + 0.15 k / (1 - k), k the
+    KV utilisation; seconds, so that unlike hosts compare. What is in flight from here counts at once with its prompt,
+    what else a host reports with 1,024 tokens a request. The throughput is measured: that of the last minute's complete
+    requests while there were any, prompt and answer, and 2,000 tokens/s until there are."""
 
     THROUGHPUT = 2000.0
     TOKENS = 1024
@@ -251,11 +251,19 @@ class _Throughput:
             self.value = (sum(entry[2] for entry in done) - done[0][2]) / seconds
 
 
+class SmgLeastLoadDefault(SmgLeastLoad):
+    """The same with the default throughput of 2,000 tokens/s for every host, whatever was measured."""
+
+    def sent(self, job: Job, host: Known, now: float) -> None: ...
+
+    def done(self, job: Job, host: Known, now: float, usage: Usage) -> None: ...
+
+
 class SmgCacheAware(Baseline):
-    """Shepherd Model Gateway's `cache_aware`, as in SGLang's router: where the load is unbalanced, that is most - least >
-    32 and most > 1.1 least requests in flight, the host with the fewest; else the host that has seen the longest prefix
-    of the prompt, if that is more than half of it; else the host with the fewest. A tree of prefixes is kept per host,
-    those used last, up to `TREE_TOKENS`."""
+    """Shepherd Model Gateway's `cache_aware`, as in SGLang's router: where the load is unbalanced, that is most - least
+    above 32 and most above 1.1 least requests in flight, the host with the fewest; else the host that has seen the
+    longest prefix of the prompt, if that is more than half of it; else the host with the fewest. A tree of prefixes is
+    kept per host, those used last, up to `TREE_TOKENS`."""
 
     THRESHOLD = 0.5
     ABSOLUTE = 32
@@ -317,6 +325,7 @@ BASELINES: dict[str, Factory] = {
     "least_inflight": LeastInflight,
     "p2c": PowerOfTwo,
     "smg_least_load": SmgLeastLoad,
+    "smg_least_load_default": SmgLeastLoadDefault,
     "smg_cache_aware": SmgCacheAware,
     "litellm_latency": LiteLlmLatency,
 }

@@ -86,6 +86,19 @@ class HostEntry(HardwareClass):
         return self
 
 
+def _moment(given: float | str, span: float) -> float:
+    """Raises ValueError."""
+    if isinstance(given, str):
+        if not given.endswith("%"):
+            raise ValueError(f"{given!r}: a time is a number of seconds, or a share as 25%")
+        seconds = float(given[:-1]) / 100.0 * span
+    else:
+        seconds = given
+    if not 0.0 <= seconds < float("inf"):
+        raise ValueError(f"{given!r}: not a time of the run")
+    return seconds
+
+
 class FaultEntry(_Strict):
     host: str | int
     fault: Literal["refuse", "hang", "http500", "reset", "slowdown", "gone"]
@@ -207,7 +220,7 @@ YARDSTICK_FAULTS = tuple(
         (4, "slowdown", 75, 90),
         (2, "refuse", 85, 92),
     )
-)  # type: ignore[arg-type]
+)
 """Every kind of fault on the first four hosts, never all well and never more than two away; the last 8% are calm."""
 
 
@@ -257,19 +270,6 @@ def _host(given: str | int, fleet: Fleet, known: set[str]) -> str:
     if given not in known:
         raise FleetError(f"fault on {given}: no such host in the fleet")
     return given
-
-
-def _moment(given: float | str, span: float) -> float:
-    """Raises ValueError."""
-    if isinstance(given, str):
-        if not given.endswith("%"):
-            raise ValueError(f"{given!r}: a time is a number of seconds, or a share as 25%")
-        seconds = float(given[:-1]) / 100.0 * span
-    else:
-        seconds = given
-    if not 0.0 <= seconds < float("inf"):
-        raise ValueError(f"{given!r}: not a time of the run")
-    return seconds
 
 
 Model = TypeVar("Model", bound=BaseModel)

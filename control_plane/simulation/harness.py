@@ -103,6 +103,7 @@ class HostUse:
     """What a host did."""
 
     id: str
+    hardware: str
     finished: int
     """Complete answers, wanted or not."""
     prefilled_tokens: int
@@ -424,6 +425,7 @@ def _use(host: Host, now: float) -> HostUse:
     time = max(now, 1e-9)
     return HostUse(
         host.id,
+        host.spec.hardware,
         host.finished,
         host.prefilled_tokens,
         host.cached_tokens,
