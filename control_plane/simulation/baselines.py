@@ -12,8 +12,8 @@ import random
 from collections import deque
 from collections.abc import Iterable, Sequence
 
+from control_plane.simulation.cache import PrefixCache
 from control_plane.simulation.dispatcher import Action, Factory, GiveUp, HostInfo, Report, Send, Streams, Usage
-from control_plane.simulation.engine import PrefixCache
 from control_plane.simulation.traces import BLOCK_TOKENS, Job
 
 RETRIES = 2
@@ -187,10 +187,10 @@ class PowerOfTwo(Baseline):
 
 
 class SmgLeastLoad(Baseline):
-    """Shepherd Model Gateway's `least_load`: the least (queued + in-flight tokens) / throughput + 0.15 k / (1 - k), k the
-    KV utilisation; seconds, so that unlike hosts compare. What is in flight from here counts at once with its prompt,
-    what else a host reports with 1,024 tokens a request. The throughput is measured: that of the last minute's complete
-    requests while there were any, prompt and answer, and 2,000 tokens/s until there are."""
+    """Shepherd Model Gateway's `least_load`: the least (queued + in-flight tokens) / throughput + 0.15 k / (1 - k), k
+    the KV utilisation; seconds, so that unlike hosts compare. What is in flight from here counts at once with its
+    prompt, what else a host reports with 1,024 tokens a request. The throughput is measured: that of the last minute's
+    complete requests while there were any, prompt and answer, and 2,000 tokens/s until there are."""
 
     THROUGHPUT = 2000.0
     TOKENS = 1024

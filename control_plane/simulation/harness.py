@@ -171,6 +171,9 @@ def simulate(
 _HOSTS, _ARRIVAL, _TIMEOUT, _WAKE = range(4)
 """What happens next."""
 
+_IDLE_WAKES = 100_000
+"""In a row, with nothing else between them: a policy that goes round in circles."""
+
 _Handler = Callable[[Any, float], bool]
 """Does what is due; whether the dispatcher has seen any of it."""
 
@@ -208,7 +211,7 @@ class _Simulation:
         next_arrival = jobs[0].arrival if count else math.inf
         leaving: deque[Outcome] = deque()
         wake = math.inf
-        events = 0
+        events = idle_wakes = 0
         now = 0.0
         decide, wake_at, arrive = dispatcher.decide, dispatcher.wake_at, dispatcher.arrive
         while self.open:
@@ -222,6 +225,11 @@ class _Simulation:
                 now, cause = leaving[0].job.arrival + patience, _TIMEOUT
             if wake < now:
                 now, cause = wake, _WAKE
+                idle_wakes += 1
+                if idle_wakes > _IDLE_WAKES:
+                    raise PolicyError(f"woken {_IDLE_WAKES} times in a row at {now:g} s")
+            else:
+                idle_wakes = 0
             seen = True
             if cause == _HOSTS:
                 _, _, handler, what = heapq.heappop(heap)

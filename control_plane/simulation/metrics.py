@@ -44,6 +44,8 @@ class Summary:
     """Of complete answers."""
     errors: float
     """Share without a complete answer, for whatever reason; those cut are among them."""
+    unanswered: float
+    """Share of errors without a first token: what another host might have spared the client."""
     truncated: float
     """Share whose stream ended between its first and its last token for another reason than that the client left."""
     silent: float
@@ -76,6 +78,7 @@ def summary(result: Result, objective: Objective = Objective()) -> Summary:
         tpot_p50=float(np.quantile(tpot, 0.5)),
         tpot_p99=float(np.quantile(tpot, 0.99)),
         errors=(count - len(complete)) / count,
+        unanswered=sum(bool(outcome.error) and not outcome.host for outcome in outcomes) / count,
         truncated=sum(outcome.cut for outcome in outcomes) / count,
         silent=sum(outcome.silent for outcome in outcomes) / count,
         prefix_hits=sum(outcome.cached for outcome in answered)

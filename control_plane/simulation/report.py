@@ -34,6 +34,7 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("TTFT p50", lambda row: f"{row.summary.ttft_p50:.2f}"),
     ("p99", lambda row: f"{row.summary.ttft_p99:.1f}"),
     ("errors", lambda row: f"{row.summary.errors:.3f}"),
+    ("unanswered", lambda row: f"{row.summary.unanswered:.3f}"),
     ("truncated", lambda row: f"{row.summary.truncated:.3f}"),
     ("silent", lambda row: f"{row.summary.silent:.3f}"),
     ("prefix hits", lambda row: f"{row.summary.prefix_hits:.3f}"),
