@@ -192,7 +192,6 @@ class _Simulation:
         self.dispatcher: Dispatcher
         self._heap: list[tuple[float, int, _Handler, Any]] = []
         self._sequence = 0
-        self._gone: set[str] = set()
 
     # ------------------------------------------------------------------- loop ---
 

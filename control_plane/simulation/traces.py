@@ -40,8 +40,8 @@ class Job:
     """Seconds from the start of the trace."""
     prompt_tokens: int
     blocks: tuple[int, ...] | None = None
-    """One id per full block of `BLOCK_TOKENS` tokens of the prompt; equal leading ids mean an equal prefix. None: the
-    prompt shares nothing with others, or the trace does not tell."""
+    """One id per full block of `BLOCK_TOKENS` tokens of the prompt, for that block and all before it: prompts with an
+    id in common have that prefix in common. None: the prompt shares nothing, or the trace is silent."""
     max_tokens: int | None = None
     task_type: str = ""
     tenant: str = ""
@@ -114,11 +114,27 @@ class Trace:
 
 
 def trace(name: str, entries: Iterable[tuple[Job, int]]) -> Trace:
-    """A trace of jobs with their output tokens, in any order: they are sorted, numbered, and start at 0 s."""
+    """A trace of jobs with their output tokens, in any order: they are sorted, numbered, and start at 0 s. Their blocks
+    may have ids that say nothing of what is before them."""
     ordered = sorted(entries, key=lambda entry: entry[0].arrival)
     start = ordered[0][0].arrival if ordered else 0.0
-    jobs = tuple(replace(job, id=n, arrival=job.arrival - start) for n, (job, _) in enumerate(ordered))
+    known: dict[tuple[int, int], int] = {}
+    jobs = tuple(
+        replace(job, id=n, arrival=job.arrival - start, blocks=_chained(job.blocks, known))
+        for n, (job, _) in enumerate(ordered)
+    )
     return Trace(name, jobs, tuple(output for _, output in ordered))
+
+
+def _chained(blocks: tuple[int, ...] | None, known: dict[tuple[int, int], int]) -> tuple[int, ...] | None:
+    """Ids that stand for all that is before them too. `known`: by the id before, chained, and that of the block."""
+    if blocks is None:
+        return None
+    chain, before = [], -1
+    for block in blocks:
+        before = known.setdefault((before, block), len(known))
+        chain.append(before)
+    return tuple(chain)
 
 
 # ------------------------------------------------------------------ reading ---
