@@ -172,7 +172,7 @@ AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 def _azure(path: Path) -> list[tuple[Job, int]]:
     entries = []
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         rows = csv.reader(file)
         columns = next(rows, [])
         missing = [name for name in AZURE if name not in columns]
