@@ -1,5 +1,4 @@
-"""`modelyard control-plane`, `modelyard model-server` and `modelyard db`: the programs themselves, all arguments passed
-on."""
+"""`modelyard control-plane`, `model-server`, `db` and `simulate`: the programs themselves, all arguments passed on."""
 
 from __future__ import annotations
 
@@ -63,3 +62,10 @@ def db(session: Session, arguments: tuple[str, ...]) -> None:
     """Show or upgrade the tables of the task store; see `modelyard db --help`."""
     config = ["--config", str(session.config)] if session.config and len(arguments) > 0 else []
     _become("modelyard db", "control_plane.db", [*arguments, *config])
+
+
+@click.command("simulate", context_settings=_PASS_ON, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def simulate(arguments: tuple[str, ...]) -> None:
+    """Replay a trace on a simulated fleet and compare policies; see `modelyard simulate --help`."""
+    _become("modelyard simulate", "control_plane.simulation", arguments)

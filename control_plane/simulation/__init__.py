@@ -1,0 +1,1 @@
+"""A discrete-event simulator of a fleet: the policies of the control plane under a simulated clock."""
