@@ -10,6 +10,7 @@ longer than a moment; what is left to do is done in its next round.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -42,8 +43,10 @@ _SLOWEST_RATE = 0.1
 # Seconds of work after which the event loop gets its turn.
 _STRETCH = 0.002
 
-# Requests that may decline what is free, hoping for better, before an event is over.
-_DECLINES = 32
+# Requests that may decline what is free, hoping for better, before an event is over, and seconds until they are asked
+# again.
+_DECLINES = 16
+_RECONSIDER = 0.5
 
 _ANY = RouteRequest("any")
 
@@ -180,7 +183,7 @@ class Scheduler:
         self._later: object | None = None
         self._planned = Planned.nothing(0)
         """What those who wait are expected to take of each row first."""
-        self._hopeful = False
+        self._reconsider_at = math.inf
         """Somebody waits for a busy server although another is free; time may change that."""
         self._declines = 0
         fleet.on_capacity = self._pump
@@ -336,8 +339,8 @@ class Scheduler:
             self._known = None  # the next of their lanes may need less
         if self._hoping:
             self._hoping, self._picture_changed = False, True
-        if self._hopeful:
-            self._hopeful, self._known = False, None
+        if now >= self._reconsider_at:
+            self._reconsider_at, self._known = math.inf, None
         self._pump()
 
     # -------------------------------------------------------------- events ---
@@ -351,7 +354,7 @@ class Scheduler:
             return  # what is going on goes on at once, and sees all that has changed
         if not len(self._queue):
             self._known, self._offer, self._doubtful, self._picture_changed = None, None, [], False
-            self._planned, self._hopeful = Planned.nothing(0), False
+            self._planned, self._reconsider_at = Planned.nothing(0), math.inf
             return
         now = self._clock.monotonic()
 
@@ -601,7 +604,7 @@ class Scheduler:
             self._planned.add(table.span(choice.later), prefill)
             if choice.prefers:
                 self._declines += 1
-                self._hopeful = True
+                self._reconsider_at = min(self._reconsider_at, now + _RECONSIDER)
         return None
 
     def _policy_for(self, request: RouteRequest) -> Policy:

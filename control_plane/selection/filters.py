@@ -301,11 +301,13 @@ PRESENT: tuple[Filter, ...] = (
 )
 """A row that passes these takes requests as fast as its slots allow."""
 
-TRANSIENT: tuple[Filter, ...] = (
-    *PRESENT,
+FREE: tuple[Filter, ...] = (
     Filter(RejectionReason.NO_FREE_SLOT, _slot, _slot_detail),
     Filter(RejectionReason.PREFILL_BUSY, _lane, _lane_detail),
 )
+"""A row that passes these can start a request now."""
+
+TRANSIENT: tuple[Filter, ...] = (*PRESENT, *FREE)
 """A row that fails only these may serve the request later. The most serious first."""
 
 

@@ -19,6 +19,8 @@ from control_plane.selection.policy import Policy
 from control_plane.selection.table import CandidateTable, Floats, Ints, Mask
 
 _PROBIT = 1.702
+_SOONEST = 1e-9
+"""Of its objective: log() stays finite."""
 _FARTHEST = 30.0
 """Of -1.702 z: exp() stays finite."""
 
@@ -109,7 +111,6 @@ def _start(table: CandidateTable, policy: Policy, now: float, planned: Planned |
 
 def _within(objective: float, expected: Floats, sigma: Floats) -> Floats:
     """P(measured <= objective)."""
-    with np.errstate(divide="ignore"):
-        exponent = np.log(expected / objective) * (_PROBIT / sigma)
+    exponent = np.log(np.maximum(expected / objective, _SOONEST)) * (_PROBIT / sigma)
     within: Floats = 1.0 / (1.0 + np.exp(np.minimum(exponent, _FARTHEST)))
     return within

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from control_plane.selection.filters import PRESENT, Query, passing
-from control_plane.selection.scorers import SCORERS
+from control_plane.selection.filters import Query
+from control_plane.selection.scorers import SCORERS, latency
 from control_plane.selection.table import Floats, Mask
 
 _LOAD = [name for name, _ in SCORERS].index("load")
@@ -35,10 +35,10 @@ class Better:
         )
 
 
-def better_later(query: Query, capable: Mask, eligible: Mask, chosen: int, values: Floats) -> Better | None:
+def better_later(query: Query, present: Mask, eligible: Mask, chosen: int, values: Floats) -> Better | None:
     """The row that is worth waiting for rather than starting on `chosen`; None if none is. values: what the scorers
     say, shape (scorers, rows)."""
-    rivals = capable & ~eligible & passing(PRESENT, query)
+    rivals = present & ~eligible
     if query.table.cold is not None:
         rivals &= ~query.table.cold
     if not rivals.any():
@@ -52,12 +52,6 @@ def better_later(query: Query, capable: Mask, eligible: Mask, chosen: int, value
     return Better(best, float(query.forecast.start[best]))
 
 
-def worth_waiting_for(query: Query, capable: Mask, values: Floats) -> int:
+def worth_waiting_for(query: Query, present: Mask) -> int:
     """The row for which a request waits where none can start it, -1 if none is there."""
-    rivals = capable & passing(PRESENT, query)
-    if not rivals.any():
-        return -1
-    return int(np.where(rivals, values[_LATENCY], -1.0).argmax())
-
-
-_LATENCY = [name for name, _ in SCORERS].index("latency")
+    return int(np.where(present, latency(query), -1.0).argmax()) if present.any() else -1

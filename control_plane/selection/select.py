@@ -16,7 +16,7 @@ from control_plane.domain.decision import (
 )
 from control_plane.domain.model import ServerId
 from control_plane.domain.request import RouteRequest
-from control_plane.selection.filters import AVOIDED, PERMANENT, TRANSIENT, Query, passing
+from control_plane.selection.filters import AVOIDED, FREE, PERMANENT, PRESENT, TRANSIENT, Query, passing
 from control_plane.selection.forecast import Planned
 from control_plane.selection.loading import outrun
 from control_plane.selection.patience import Better, better_later, worth_waiting_for
@@ -67,14 +67,15 @@ def select(
     """
     query = Query(table, request, policy, avoid, queued, now, waited, planned)
     capable = _capable(query)
-    eligible = capable & passing(TRANSIENT, query)
+    present = capable & passing(PRESENT, query)
+    eligible = present & passing(FREE, query)
     if table.cold is not None and (eligible & table.cold).any():
         slower = outrun(query, capable)
         if slower is not None:
             eligible &= ~slower.rows
     rows = eligible.nonzero()[0]
     if len(rows) == 0:
-        return _refusal(query, capable)
+        return _refusal(query, capable, present)
     if len(rows) == 1 and np.count_nonzero(capable) == 1:
         # Nothing to compare: a pinned model on one server is the commonest request there is.
         return Choice(Verdict.CHOSEN, int(rows[0]))
@@ -83,7 +84,7 @@ def select(
     best = int(np.where(eligible, weigh(values, query), -1.0).argmax())
     if content or (table.cold is not None and table.cold[best]):
         return Choice(Verdict.CHOSEN, best)  # that loading it is worth while has been decided
-    better = better_later(query, capable, eligible, best, values)
+    better = better_later(query, present, eligible, best, values)
     return Choice(Verdict.CHOSEN, best) if better is None else Choice(Verdict.WAIT, later=better.row, prefers=True)
 
 
@@ -122,14 +123,14 @@ def _capable(query: Query) -> Mask:
     return capable & passing(AVOIDED, query) if query.avoid else capable
 
 
-def _refusal(query: Query, capable: Mask) -> Choice:
+def _refusal(query: Query, capable: Mask, startable: Mask) -> Choice:
     if not capable.any():
         all_failed = bool(query.avoid) and bool(passing(PERMANENT, query).any())
         return Choice(Verdict.IMPOSSIBLE, all_failed=all_failed)
     present = capable & query.table.ready & ~query.table.draining
     if query.table.obtainable is not None:
         present &= query.table.obtainable
-    later = worth_waiting_for(query, capable, parts(query)) if query.planned is not None else -1
+    later = worth_waiting_for(query, startable) if query.planned is not None else -1
     return Choice(Verdict.WAIT, later=later, all_away=not present.any())
 
 
