@@ -366,8 +366,8 @@ class FairQueue(Generic[T]):
         its lane is left alone for this time. It must not change the queue, but may bring about a nested call (a slot
         that it gives back is an event like any other): that one does nothing, and this one goes round once more.
 
-        Where one could start but rather waits, the next of its lane may have no reason to: `deeper` says whether that is
-        so of one that was not placed.
+        Where one could start but rather waits, the next of its lane may have no reason to: `deeper` says of one that
+        was not placed whether that is so.
 
         Ends as soon as `going`, asked after each try, says no; a later call may go on `after` the request that was
         reached. `kinds` may change on the way.

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -167,8 +166,8 @@ def test_what_was_learned_survives_a_reconnect() -> None:
     subject.end(begin(subject), Outcome(OutcomeKind.SUCCESS, 0.25, 0.02), 0.5)
     subject.detach(attachment)
     subject.attach(report(), 1.0, 1.0, nothing)
-    assert float(subject.table.ttft[0]) == 0.25
-    assert float(subject.table.tpot[0]) == 0.02
+    stats = served(subject).stats
+    assert (stats.ttft, stats.tpot) == (0.25, 0.02)
 
 
 def learned(subject: Fleet) -> tuple[int, int, float | None, BreakerState]:
@@ -218,7 +217,6 @@ def test_what_was_learned_lasts_as_long_as_the_fingerprint(way: str, fingerprint
             attachment = subject.attach(report(models=models, instance=instance), 0.6, 0.6, nothing)
     assert (learned(subject) == ANEW) is not kept
     assert bool(subject.table.breaker_open[0]) is kept
-    assert (float(subject.table.ttft[0]) == 0.25) is kept
     if not kept:
         assert float(subject.table.success[0]) == 1.0
         assert subject._troubled == set()
@@ -252,7 +250,7 @@ def test_the_service_time_is_learned_and_loading_is_not() -> None:
     subject.update(attachment, report(), 14.0, 14.0)
     subject.end(begin(subject, 14.0), Outcome(OutcomeKind.SUCCESS, 0.5, 0.02), 16.5)
     assert float(subject.table.service[0]) == 2.5
-    assert float(subject.table.ttft[0]) == 0.5
+    assert served(subject).stats.ttft == 0.5
 
 
 def test_states_reach_the_table() -> None:
@@ -274,7 +272,7 @@ def test_definitions_apply_and_change() -> None:
     subject.attach(report(), 0.0, 0.0, nothing)
     assert subject.server("a").cards[0].context_length == 1000
     assert subject.server("a").cards[0].price.completion == 5.0
-    assert float(subject.table.ttft[0]) == 0.7
+    assert served(subject).stats.ttft == 0.7
     assert subject.resolve("sim/m") == ("m", "sim")
     flight = begin(subject)
     subject.define(Definitions([ModelDefinition(Provider("x"), ModelName("elsewhere"))]), 1.0)
@@ -346,7 +344,7 @@ def test_what_was_learned_comes_back_under_the_same_fingerprint() -> None:
     assert (after.ttft, after.tpot, after.requests, after.failures) == (0.5, 0.1, 2, 1)
     assert after.success_at(50.0) == pytest.approx(before.success_at(2.0))
     assert served(other).stats.requests == 0
-    assert same.table.ttft[0] == 0.5 and math.isnan(other.table.ttft[0])
+    assert other.server("a").pairs[ModelName("m"), Provider("sim")].stats.ttft is None
 
 
 def test_a_bad_record_fades_while_the_control_plane_is_away() -> None:

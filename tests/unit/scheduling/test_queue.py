@@ -403,9 +403,7 @@ class Life(RuleBasedStateMachine):
         self.count += 1
         try:
             request = replace(REQUEST, model=ModelName(model), priority=priority, tenant=tenant)
-            entry = self.queue.push(
-                request, str(self.count), now=self.now, rate=1.0, start_by=self.now + slack
-            )
+            entry = self.queue.push(request, str(self.count), now=self.now, rate=1.0, start_by=self.now + slack)
         except DomainError:
             assert not fits
         else:

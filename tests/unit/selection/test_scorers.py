@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,7 +15,7 @@ from control_plane.domain.task import TaskType
 from control_plane.selection import scorers
 from control_plane.selection.filters import Query
 from control_plane.selection.policy import Policy, Weights
-from control_plane.selection.table import CandidateRow, CandidateTable
+from control_plane.selection.table import UNKNOWN_SIGMA, CandidateRow, CandidateTable
 
 A = ServerId("a")
 
@@ -32,14 +34,23 @@ def test_capability_is_that_of_the_kind_of_work() -> None:
     assert scorers.capability(asked).tolist() == [0.8]
 
 
-def test_latency_is_half_at_the_reference() -> None:
-    asked = query(card(ttft=1.0, tpot=0.04), RouteRequest("r", max_tokens=100), Policy(latency_reference_s=5.0))
-    assert scorers.latency(asked).tolist() == [0.5]
+def within(objective: float, expected: float, sigma: float = UNKNOWN_SIGMA) -> float:
+    return 1 / (1 + math.exp(-1.702 * math.log(objective / expected) / sigma))
+
+
+def test_latency_by_hand() -> None:
+    policy = Policy(
+        latency_reference_s=5.0, ttft_objective_s=2.0, ttft_objective_per_prompt_token_s=0.001, tpot_objective_s=0.1
+    )
+    asked = query(card(ttft=1.0, tpot=0.04), RouteRequest("r", prompt_tokens=500, max_tokens=100), policy)
+    meets = within(2.5, 1.0) * within(0.1, 0.04)
+    assert scorers.latency(asked).tolist() == pytest.approx([0.7 * meets + 0.3 * 5.0 / (5.0 + 1.0 + 100 * 0.04)])
 
 
 def test_latency_falls_back_on_the_prior() -> None:
     policy = Policy(latency_reference_s=1.0, ttft_prior_s=0.5, tpot_prior_s=0.05, expected_output_tokens=10)
-    assert scorers.latency(query(card(), policy=policy)).tolist() == [0.5]
+    meets = within(2.0, 0.5) * within(0.15, 0.05)
+    assert scorers.latency(query(card(), policy=policy)).tolist() == pytest.approx([0.7 * meets + 0.3 * 0.5])
 
 
 def test_cost_is_half_at_the_reference_and_one_for_free() -> None:
