@@ -22,6 +22,7 @@ A = ServerId("a")
 
 def query(card: ModelCard, request: RouteRequest | None = None, policy: Policy | None = None) -> Query:
     table = CandidateTable([CandidateRow(A, card)])
+    table.set_server(A, ready=True, draining=False, slots=4, used=0, waiting=0)
     return Query(table, request or RouteRequest("r"), policy or Policy(), frozenset())
 
 
