@@ -36,8 +36,8 @@ def prompt_blocks(source: generation_pb2.GenerationInput, secret: bytes, tenant:
         if message.tool_call_id:
             parts += (_ANSWERS, message.tool_call_id.encode())
         for part in message.content:
-            image = part.WhichOneof("part") == "image"
-            parts += (_END, _image(part.image.data) if image else part.text.encode())
+            text = part.text
+            parts += (_END, text.encode() if text or not part.HasField("image") else _image(part.image.data))
         for call in message.tool_calls:
             parts += (_CALL, call.id.encode(), _END, call.name.encode(), _END, call.arguments_json.encode())
     if source.prompt:

@@ -15,9 +15,7 @@ RowKey = tuple[ServerId, ModelName, Provider]
 _GROWTH_LEAST = 1.05
 _GROWTH_MOST = 1.25
 _SHRINKAGE = 0.9
-
-# Beyond what the server said it has: tokens here are estimates.
-_ABOVE_TOLD = 2.0
+_SHRINKAGE_MOST = 0.5
 
 # Weight of trust before the first result, tokens: less than one usual prompt.
 _PRIOR_TOKENS = 1000.0
@@ -33,8 +31,9 @@ class PrefixPolicy:
 
     max_entries: int = 200_000
     """Blocks of all servers together, about 250 bytes each."""
-    capacity: int = 100_000
-    """Tokens that a cache is taken to hold until results tell, if the server does not say."""
+    capacity: int = 1_000_000
+    """Tokens that a cache is taken to hold until results tell, if the server does not say. Rather too much: what is
+    predicted in vain is soon corrected, what is not predicted is not tried."""
     least_capacity: int = 1_024
     """Tokens under which no cache is believed to be: it could not be seen to work again. At most `capacity`."""
     ghosts: float = 0.5
@@ -81,7 +80,7 @@ class Touch:
     """The last use of blocks: one object for all of one size in one request."""
 
     clock: int
-    """Of the cache, when it was."""
+    """Of the cache, right after it."""
     tokens: int
     """Of one block."""
     sure: bool
@@ -95,9 +94,8 @@ class Run:
     begin: int
     end: int
     """Tokens from the beginning of the prompt."""
-    age: int
-    """Tokens that came new into the cache since: they were used later, so the cache held at least as many if it still
-    has the blocks."""
+    clock: int
+    """Of the cache, when that was."""
     live: bool
     """False: ghosts."""
     sure: bool
@@ -113,6 +111,8 @@ class Credit:
     matched: int
     """Tokens that should have been there."""
     runs: tuple[Run, ...]
+    clock: int
+    """Of the cache, before the dispatch."""
     fresh: list[Touch]
     """Of the blocks that were not there."""
     shared: list[Touch]
@@ -127,6 +127,7 @@ class Cache:
     __slots__ = (
         "_expected",
         "_found",
+        "_misses",
         "_policy",
         "alone",
         "bit",
@@ -156,6 +157,8 @@ class Cache:
         self._policy = policy
         self.capacity = float(row.capacity or policy.capacity)
         """Tokens."""
+        self._misses = 0
+        """Results in a row that spoke for a smaller cache."""
         self._expected = self._found = _PRIOR_TOKENS
 
     @property
@@ -186,7 +189,7 @@ class Cache:
                     break
             # One that never comes after a ghost: then ids are no chain, and the rest counts as a ghost.
             live = live and matched == end
-            found = (self.clock - touch.clock, live, touch.sure)
+            found = (touch.clock, live, touch.sure)
             if found != current:
                 if current is not None:
                     runs.append(Run(begin, end, *current))
@@ -218,14 +221,25 @@ class Cache:
         larger = surely
         for run in credit.runs:
             if not run.live and run.begin < surely:
-                larger = max(larger, run.age, _GROWTH_LEAST * self.capacity)
+                larger = max(larger, credit.clock - run.clock, _GROWTH_LEAST * self.capacity)
         if larger > self.capacity:
             self.capacity = min(larger, max(_GROWTH_MOST * self.capacity, surely))
         else:
             missed = next((run for run in credit.runs if run.live and run.end > at_most), None)
+            if missed is None:
+                self._misses = 0
             # What was not in the cache yet when this prompt came says nothing of how much the cache holds.
-            if missed is not None and missed.sure:
-                self.capacity = min(self.capacity, max(_SHRINKAGE * self.capacity, missed.age))
-        told = self.row.capacity
-        most = math.inf if told is None else _ABOVE_TOLD * told
-        self.capacity = min(max(self.capacity, self._policy.least_capacity), most)
+            elif missed.sure:
+                self._misses += 1
+                shrinkage = max(_SHRINKAGE**self._misses, _SHRINKAGE_MOST)
+                smaller = max(shrinkage * self.capacity, self._later(missed.clock), self._policy.least_capacity)
+                self.capacity = min(self.capacity, smaller)
+
+    def _later(self, clock: int) -> int:
+        """Tokens of the live blocks that were last used after a time: what was used then is that deep in the cache."""
+        tokens = 0
+        for touch in reversed(self.live.values()):
+            if touch.clock <= clock:
+                break
+            tokens += touch.tokens
+        return tokens

@@ -180,11 +180,12 @@ class PrefixIndex:
         if cache is None or not cache.row.caches or not blocks.ids:
             return None
         matched, runs = cache.look_up(blocks)
+        clock = cache.clock
         most = cache.capacity + cache.ghost_capacity
         count = bisect_left(blocks.ends, most) + 1  # what is more would push itself out again
         fresh, shared = self._insert(cache, blocks, min(count, len(blocks.ids)), matched)
         self._fit(cache)
-        return Credit(cache, cache.generation, blocks, matched, runs, fresh, shared)
+        return Credit(cache, cache.generation, blocks, matched, runs, clock, fresh, shared)
 
     def finish(self, credit: Credit, cached_tokens: int, prompt_tokens: int) -> None:
         """The request succeeded, and this is what the server counted, in its own tokens."""
@@ -193,7 +194,8 @@ class PrefixIndex:
             return
         cache = credit.cache
         before = cache.capacity
-        cache.learn(credit, min(cached_tokens / prompt_tokens, 1.0) * credit.blocks.tokens)
+        whole = credit.blocks.tokens
+        cache.learn(credit, min(cached_tokens * whole / prompt_tokens, whole))
         self._trust[cache.slot] = cache.trust
         if cache.capacity > before:
             self._revive(cache)
@@ -237,6 +239,7 @@ class PrefixIndex:
             if old is not None:
                 live.move_to_end(block)
                 touches = again if old.sure else shared
+                cache.live_tokens += tokens - old.tokens
             else:
                 touches = fresh
                 cache.live_tokens += tokens
