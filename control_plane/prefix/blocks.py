@@ -14,7 +14,7 @@ BYTES_PER_TOKEN = 4
 """As routing estimates prompts."""
 
 # Blocks of 64 tokens at first; after every 32 of them the next are twice as long. So a chat has nearly as fine a grain
-# as engines have, and a megabyte has 224 blocks, none of them longer than a 32nd of what comes before it or 64 tokens.
+# as engines have, and a megabyte has 224 blocks, none of them longer than 64 tokens or a 16th of what comes before it.
 _FIRST_BLOCK = 256
 _BLOCKS_OF_A_SIZE = 32
 _SIZES_IN_BYTES = tuple(_FIRST_BLOCK << doubled for doubled in range(16) for _ in range(_BLOCKS_OF_A_SIZE))

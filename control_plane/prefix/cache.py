@@ -12,8 +12,7 @@ from control_plane.prefix.blocks import Blocks
 RowKey = tuple[ServerId, ModelName, Provider]
 
 # Of capacity, at one result that speaks for more or for less.
-_GROWTH_LEAST = 1.05
-_GROWTH_MOST = 1.25
+_GROWTH = 1.1
 _SHRINKAGE = 0.9
 _SHRINKAGE_MOST = 0.5
 
@@ -30,7 +29,7 @@ class PrefixPolicy:
     """
 
     max_entries: int = 200_000
-    """Blocks of all servers together, about 250 bytes each."""
+    """Blocks of all servers together, about 300 bytes each."""
     capacity: int = 1_000_000
     """Tokens that a cache is taken to hold until results tell, if the server does not say. Rather too much: what is
     predicted in vain is soon corrected, what is not predicted is not tried."""
@@ -68,7 +67,7 @@ class CacheRow:
     resident: bool = True
     """In memory, or on its way there; if it was and is no more, its cache is gone."""
     capacity: int | None = None
-    """Tokens that the server says its cache holds. None: it does not say."""
+    """Tokens that the server says its cache holds. None or 0: it does not say."""
 
     @property
     def key(self) -> RowKey:
@@ -79,8 +78,8 @@ class CacheRow:
 class Touch:
     """The last use of blocks: one object for all of one size in one request."""
 
-    clock: int
-    """Of the cache, right after it."""
+    turn: int
+    """Of the cache, when that was."""
     tokens: int
     """Of one block."""
     sure: bool
@@ -94,7 +93,7 @@ class Run:
     begin: int
     end: int
     """Tokens from the beginning of the prompt."""
-    clock: int
+    turn: int
     """Of the cache, when that was."""
     live: bool
     """False: ghosts."""
@@ -111,8 +110,8 @@ class Credit:
     matched: int
     """Tokens that should have been there."""
     runs: tuple[Run, ...]
-    clock: int
-    """Of the cache, before the dispatch."""
+    turn: int
+    """Of the cache, that of this dispatch."""
     fresh: list[Touch]
     """Of the blocks that were not there."""
     shared: list[Touch]
@@ -132,7 +131,6 @@ class Cache:
         "alone",
         "bit",
         "capacity",
-        "clock",
         "generation",
         "ghost_tokens",
         "ghosts",
@@ -140,6 +138,7 @@ class Cache:
         "live_tokens",
         "row",
         "slot",
+        "turn",
     )
 
     def __init__(self, row: CacheRow, slot: int, policy: PrefixPolicy) -> None:
@@ -150,8 +149,8 @@ class Cache:
         self.live: OrderedDict[int, Touch] = OrderedDict()
         self.ghosts: OrderedDict[int, Touch] = OrderedDict()
         self.live_tokens = self.ghost_tokens = 0
-        self.clock = 0
-        """Tokens that ever came new into the cache."""
+        self.turn = 0
+        """Dispatches so far."""
         self.generation = 0
         """Times that the cache was emptied."""
         self._policy = policy
@@ -189,7 +188,7 @@ class Cache:
                     break
             # One that never comes after a ghost: then ids are no chain, and the rest counts as a ghost.
             live = live and matched == end
-            found = (touch.clock, live, touch.sure)
+            found = (touch.turn, live, touch.sure)
             if found != current:
                 if current is not None:
                     runs.append(Run(begin, end, *current))
@@ -203,8 +202,8 @@ class Cache:
 
     def tell(self, told: int | None) -> None:
         """The server says another capacity than before."""
-        if told is not None:
-            self.capacity = float(max(told, 1))
+        if told:
+            self.capacity = float(told)
 
     def learn(self, credit: Credit, cached: float) -> None:
         """The prompt of `credit` had `cached` tokens in the cache, in the blocks' own measure."""
@@ -219,11 +218,10 @@ class Cache:
         # Engines count whole blocks of their own, and compute at least the last token.
         at_most = cached * (1 + error) + credit.blocks.sizes[0]
         larger = surely
-        for run in credit.runs:
-            if not run.live and run.begin < surely:
-                larger = max(larger, credit.clock - run.clock, _GROWTH_LEAST * self.capacity)
+        if any(not run.live and run.begin < surely for run in credit.runs):
+            larger = max(surely, _GROWTH * self.capacity)
         if larger > self.capacity:
-            self.capacity = min(larger, max(_GROWTH_MOST * self.capacity, surely))
+            self.capacity = larger
         else:
             missed = next((run for run in credit.runs if run.live and run.end > at_most), None)
             if missed is None:
@@ -231,15 +229,16 @@ class Cache:
             # What was not in the cache yet when this prompt came says nothing of how much the cache holds.
             elif missed.sure:
                 self._misses += 1
-                shrinkage = max(_SHRINKAGE**self._misses, _SHRINKAGE_MOST)
-                smaller = max(shrinkage * self.capacity, self._later(missed.clock), self._policy.least_capacity)
-                self.capacity = min(self.capacity, smaller)
+                depth = missed.begin + self._between(missed.turn, credit.turn)
+                shrunk = self.capacity * max(_SHRINKAGE**self._misses, _SHRINKAGE_MOST)
+                self.capacity = min(self.capacity, max(shrunk, depth, self._policy.least_capacity))
 
-    def _later(self, clock: int) -> int:
-        """Tokens of the live blocks that were last used after a time: what was used then is that deep in the cache."""
+    def _between(self, before: int, turn: int) -> int:
+        """Tokens of the live blocks that were last used after the turn `before` and ahead of `turn`."""
         tokens = 0
         for touch in reversed(self.live.values()):
-            if touch.clock <= clock:
+            if touch.turn <= before:
                 break
-            tokens += touch.tokens
+            if touch.turn < turn:
+                tokens += touch.tokens
         return tokens

@@ -180,12 +180,11 @@ class PrefixIndex:
         if cache is None or not cache.row.caches or not blocks.ids:
             return None
         matched, runs = cache.look_up(blocks)
-        clock = cache.clock
         most = cache.capacity + cache.ghost_capacity
         count = bisect_left(blocks.ends, most) + 1  # what is more would push itself out again
-        fresh, shared = self._insert(cache, blocks, min(count, len(blocks.ids)), matched)
+        fresh, shared = self._insert(cache, blocks, min(count, len(blocks.ids)))
         self._fit(cache)
-        return Credit(cache, cache.generation, blocks, matched, runs, clock, fresh, shared)
+        return Credit(cache, cache.generation, blocks, matched, runs, cache.turn, fresh, shared)
 
     def finish(self, credit: Credit, cached_tokens: int, prompt_tokens: int) -> None:
         """The request succeeded, and this is what the server counted, in its own tokens."""
@@ -224,12 +223,12 @@ class PrefixIndex:
 
     # ---------------------------------------------------------------- keeping ---
 
-    def _insert(self, cache: Cache, blocks: Blocks, count: int, matched: int) -> tuple[list[Touch], list[Touch]]:
+    def _insert(self, cache: Cache, blocks: Blocks, count: int) -> tuple[list[Touch], list[Touch]]:
         """The first `count` blocks are the last used, the head most of all. Returns the touches of those that were not
         live, and of those that were but only on the credit of a request that is still on its way."""
         live, ghosts = cache.live, cache.ghosts
         before = cache.size
-        cache.clock += max(blocks.ends[count - 1] - matched, 0)
+        cache.turn += 1
         fresh: list[Touch] = []
         shared: list[Touch] = []
         again: list[Touch] = []
@@ -248,7 +247,7 @@ class PrefixIndex:
                     cache.ghost_tokens -= ghost.tokens
                 self._hold(cache, block)
             if not touches or touches[-1].tokens != tokens:
-                touches.append(Touch(cache.clock, tokens, touches is again))
+                touches.append(Touch(cache.turn, tokens, touches is again))
             live[block] = touches[-1]
         self._count(cache, before)
         self._used.move_to_end(cache.slot)

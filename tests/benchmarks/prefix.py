@@ -15,7 +15,7 @@ import gc
 import json
 import random
 import tracemalloc
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,40 +29,11 @@ from control_plane.prefix.blocks import Blocks, known_blocks
 from control_plane.prefix.cache import CacheRow, Credit, PrefixPolicy
 from control_plane.prefix.index import PrefixIndex
 from modelyard.v1.generation_pb2 import ROLE_SYSTEM, ROLE_USER, ContentPart, GenerationInput, Message
+from tests.unit.prefix.builders import TrueCache
 
 IN_FLIGHT = 8
 BLOCK = 512
 SERVERS = 4
-
-
-class TrueCache:
-    """Least recently used blocks of one server, `tokens` in all. Of one prompt the tail goes first, as in vLLM."""
-
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
-        self._blocks: OrderedDict[int, int] = OrderedDict()
-        self._held = 0
-
-    def peek(self, blocks: Blocks) -> int:
-        """Tokens that the prompt would find."""
-        found = 0
-        for block, end in zip(blocks.ids, blocks.ends, strict=True):
-            if block not in self._blocks:
-                break
-            found = end
-        return found
-
-    def serve(self, blocks: Blocks) -> int:
-        """Tokens that the prompt found; then it is all there, as far as it fits."""
-        found = self.peek(blocks)
-        for block, size in zip(reversed(blocks.ids), reversed(blocks.sizes), strict=True):
-            if block not in self._blocks:
-                self._held += size
-            self._blocks[block] = size
-            self._blocks.move_to_end(block)
-        while self._held > self.tokens:
-            self._held -= self._blocks.popitem(last=False)[1]
-        return found
 
 
 @dataclass(frozen=True)
@@ -157,7 +128,7 @@ def _knowing(prompts: Sequence[Blocks], capacity: int) -> float:
     caches = [TrueCache(capacity) for _ in range(SERVERS)]
     found_all = prompt_all = 0
     for turn, blocks in enumerate(prompts):
-        matches = [cache.peek(blocks) for cache in caches]
+        matches = [cache.look_up(blocks) for cache in caches]
         best = int(np.argmax(matches))
         chosen = best if matches[best] > 0.1 * blocks.tokens else turn % SERVERS
         found_all += caches[chosen].serve(blocks)
