@@ -115,8 +115,11 @@ class PrefixIndex:
     def match(self, blocks: Blocks) -> Floats:
         """Tokens of a prompt that each row of the table is expected to have in its cache, shape (rows,): those of the
         blocks believed there, times the row's trust. At most `blocks.tokens`."""
+        levels = self._levels(blocks)
+        if not levels:
+            return np.zeros(self._order.size)
         lengths = np.zeros(self._slots)
-        for tokens, rows in self._levels(blocks):
+        for tokens, rows in levels:
             if rows.bit_count() <= _FEW:
                 while rows:
                     lowest = rows & -rows
@@ -168,8 +171,13 @@ class PrefixIndex:
 
     @property
     def entries(self) -> int:
-        """Blocks remembered, once for each row that has them."""
+        """Blocks remembered, once for each row."""
         return self._entries
+
+    @property
+    def blocks(self) -> int:
+        """Different blocks that some row is believed to have."""
+        return len(self._holders)
 
     # -------------------------------------------------------------- what happens ---
 

@@ -59,6 +59,7 @@ def test_no_block_is_of_two_tenants_or_of_two_secrets(secret: bytes, tenant: str
     assert not set(ours.ids) & set(theirs.ids)
 
 
+@settings(deadline=None)
 @given(st.text(min_size=1, max_size=8), st.integers(0, 8), st.integers(0, 8))
 def test_where_a_tenants_name_ends_is_known(name: str, one: int, other: int) -> None:
     rest = text(1000)
@@ -81,6 +82,7 @@ def test_a_short_prompt_has_no_block() -> None:
     assert len(fingerprint(bytes(256), SECRET, "acme").ids) == 1
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(), min_size=1, max_size=30), st.integers(1, 20_000))
 def test_given_ids_stand_for_the_prompt(ids: list[int], tokens: int) -> None:
     blocks = known_blocks(ids, tokens)
