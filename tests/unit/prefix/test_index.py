@@ -28,7 +28,7 @@ steps = st.one_of(
 )
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(steps, max_size=40), st.lists(paths, min_size=1, max_size=5))
 def test_it_says_what_a_plain_model_says(happened: list[tuple[str, str, object]], asked: list[tuple[int, ...]]) -> None:
     table = {server: row(server, capacity=CAPACITY, instance="0") for server in SERVERS}
@@ -63,7 +63,7 @@ def test_it_says_what_a_plain_model_says(happened: list[tuple[str, str, object]]
     assert index.entries >= sum(len(cache.blocks) for server, cache in plain.items() if server in order)
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(SERVERS), paths), max_size=30), paths)
 def test_a_longer_prompt_never_matches_less(sent: list[tuple[str, tuple[int, ...]]], path: tuple[int, ...]) -> None:
     table = {server: row(server, capacity=CAPACITY) for server in SERVERS}
@@ -77,7 +77,7 @@ def test_a_longer_prompt_never_matches_less(sent: list[tuple[str, tuple[int, ...
         before = lengths
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     st.lists(
         st.tuples(st.sampled_from(SERVERS), paths, st.sampled_from(["finish", "abandon", "confirm"])), max_size=40
