@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from control_plane.domain.model import ModelName, Provider, ServerId
+from control_plane.domain.prompt import Blocks
 from control_plane.domain.task import Feature, Priority, TaskType
 
 
@@ -34,6 +35,8 @@ class RouteRequest:
     """That the server must have."""
     tenant: str = "default"
     """Who shares the fleet with others."""
+    blocks: Blocks | None = None
+    """Of the prompt, for servers that cache prefixes. None: not known."""
     preset: str = ""
     """Whose weights hold; empty: the selector's own."""
 

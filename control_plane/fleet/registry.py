@@ -18,12 +18,15 @@ from control_plane.domain.definition import Definitions
 from control_plane.domain.errors import DomainError, unknown_server
 from control_plane.domain.learned import Learned
 from control_plane.domain.lease import Lease
-from control_plane.domain.model import ModelCard, ModelName, Price, Provider, ServerId
+from control_plane.domain.model import ModelCard, ModelName, ModelState, Price, Provider, ServerId
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import BreakerState, Failed, Health, LeaseState, Report
+from control_plane.domain.task import Feature
 from control_plane.prediction.features import Features, Kin, RowKey, ttft
 from control_plane.prediction.latency import LatencyModel
 from control_plane.prediction.output_length import OutputLength
+from control_plane.prefix.cache import CacheRow, Credit
+from control_plane.prefix.index import Floats, PrefixIndex
 from control_plane.scheduling.breaker import Breaker, BreakerPolicy
 from control_plane.scheduling.stats import RuntimeStats, StatsPolicy
 from control_plane.selection.table import CandidateRow, CandidateTable
@@ -105,6 +108,8 @@ class Flight:
     """Seconds of service that it is expected to take of the server."""
     lane: float = 0.0
     """Of those, seconds for which nobody else's prompt is prefilled."""
+    credit: Credit | None = None
+    """For what its prompt leaves in the server's prefix cache."""
     observed: bool = False
     """Its first token will be seen when it comes."""
 
@@ -220,6 +225,7 @@ class Fleet:
         self.on_capacity: Callable[[], None] = lambda: None
         self._latency = LatencyModel()
         self._lengths = OutputLength()
+        self._prefixes = PrefixIndex()
         self.table = CandidateTable([])
 
     # ------------------------------------------------------------- reading ---
@@ -404,8 +410,9 @@ class Fleet:
 
     # --------------------------------------------------------- dispatching ---
 
-    def begin(self, row: int, now: float, request: RouteRequest | None = None) -> Flight:
-        """Take a slot for a request on the chosen row of the table."""
+    def begin(self, row: int, now: float, request: RouteRequest | None = None, cached: float = 0.0) -> Flight:
+        """Take a slot for a request on the chosen row of the table; so many tokens of its prompt are expected to be
+        `cached` there."""
         chosen = self.table.rows[row]
         server_id, model, provider = chosen.server_id, chosen.card.name, chosen.card.provider
         server = self._servers[server_id]
@@ -416,7 +423,7 @@ class Fleet:
         cold = self.table.cold is not None and bool(self.table.cold[row])
         flight = Flight(server, model, provider, chosen.card.price, pair, pair.breaker.epoch, now, cold)
         flight.request = request
-        self._expect(flight, row, now)
+        self._expect(flight, row, now, cached)
         server.flights.add(flight)
         self.table.take(row)
         self._refresh_work(server, now)
@@ -429,6 +436,7 @@ class Fleet:
         if flight not in server.flights:
             return
         server.flights.discard(flight)
+        begun = flight not in server.prefilling
         self._out_of_prefill(flight, now)
         key, pair = (flight.model, flight.provider), flight.pair
         if outcome.kind is OutcomeKind.SUCCESS:
@@ -441,6 +449,11 @@ class Fleet:
             pair.breaker = pair.breaker.on_failure(now, flight.breaker_epoch)
         else:
             pair.breaker = pair.breaker.on_cancel(now, flight.breaker_epoch)
+        if flight.credit is not None:
+            if begun or outcome.kind is OutcomeKind.SUCCESS:
+                self._prefixes.confirm(flight.credit)
+            else:
+                self._prefixes.abandon(flight.credit)
         if self._servers.get(server.id) is server:
             self._refresh(server)
             self._refresh_work(server, now)
@@ -457,7 +470,11 @@ class Fleet:
 
     # ---------------------------------------------------------- prediction ---
 
-    def _expect(self, flight: Flight, row: int, now: float) -> None:
+    def cached(self, request: RouteRequest) -> Floats | None:
+        """Tokens of the prompt that each row of the table is expected to have in its prefix cache, shape (rows,)."""
+        return self._prefixes.match(request.blocks) if request.blocks is not None else None
+
+    def _expect(self, flight: Flight, row: int, now: float, cached: float) -> None:
         """What is expected of a flight that begins."""
         request, server, table = flight.request, flight.server, self.table
         if request is None:
@@ -466,7 +483,7 @@ class Fleet:
         backlog = sum(other.features.uncached_tokens for other in server.prefilling)
         streams = len(server.flights) - len(server.prefilling) + load.foreign
         flight.features = Features(
-            request.prompt_tokens, 0.0, backlog, streams, load.waiting, load.kv_cache_utilization, flight.cold
+            request.prompt_tokens, cached, backlog, streams, load.waiting, load.kv_cache_utilization, flight.cold
         )
         coefficients = self._latency.coefficients(self._row_key(flight), now)
         wait = max(0.0, server.lane_until - now)
@@ -479,6 +496,8 @@ class Fleet:
         decoding = tokens * (coefficients.tpot_base + coefficients.tpot_per_stream * streams)
         flight.expected_end = flight.expected_first + decoding
         flight.work = flight.lane + decoding / max(load.slots, 1)
+        if request.blocks is not None:
+            flight.credit = self._prefixes.dispatch(self._row_key(flight), request.blocks)
         server.prefilling[flight] = None
         server.lane_until = max(server.lane_until, now) + flight.lane
 
@@ -509,6 +528,9 @@ class Fleet:
         if flight.request is None:
             return
         features = flight.features
+        if flight.credit is not None and outcome.prompt_tokens:
+            self._prefixes.finish(flight.credit, outcome.cached_tokens, outcome.prompt_tokens)
+            flight.credit = None
         if outcome.prompt_tokens:
             features = replace(features, prompt_tokens=outcome.prompt_tokens, cached_tokens=outcome.cached_tokens)
         self._latency.observe(self._row_key(flight), features, outcome.ttft, outcome.tpot, now)
@@ -646,6 +668,18 @@ class Fleet:
                 for server in self._servers.values()
                 for card in server.cards
             ]
+        )
+        self._prefixes.align(
+            CacheRow(
+                row.server_id,
+                row.card.name,
+                row.card.provider,
+                self._servers[row.server_id].report.identity.instance_id,
+                row.card.fingerprint,
+                caches=Feature.PREFIX_CACHE in row.card.features,
+                resident=row.card.state in (ModelState.WARM, ModelState.LOADING),
+            )
+            for row in self.table.rows
         )
         for server in self._servers.values():
             self._refresh(server)

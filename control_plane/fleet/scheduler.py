@@ -487,8 +487,9 @@ class Scheduler:
         self, request: RouteRequest, avoid: frozenset[Failed], now: float, waited: float = 0.0
     ) -> DecisionRecord:
         return explain(
-            self._fleet.table, request, self._policy_for(request), self._avoided(avoid), now=now, waited=waited
-        )
+            self._fleet.table, request, self._policy_for(request), self._avoided(avoid),
+            now=now, waited=waited, cached=self._fleet.cached(request),
+        )  # fmt: skip
 
     def _open(self, now: float) -> Mask:
         """Rows that take a request at this moment."""
@@ -572,9 +573,10 @@ class Scheduler:
             self._planned = Planned.nothing(len(table))
         planned = self._planned if overtake else None
         started, waited = self._clock.monotonic(), now - arrived
+        cached = self._fleet.cached(request)
         choice = select(
             table, request, policy, avoided, queued,
-            now=now, waited=waited, planned=planned, content=background,
+            now=now, waited=waited, cached=cached, planned=planned, content=background,
         )  # fmt: skip
         self._on_selected(self._clock.monotonic() - started)
         if choice.verdict is Verdict.CHOSEN:
@@ -583,12 +585,12 @@ class Scheduler:
             record = (
                 explain(
                     table, request, policy, avoided, queued,
-                    now=now, waited=waited, planned=planned, content=background,
+                    now=now, waited=waited, cached=cached, planned=planned, content=background,
                 )
                 if with_record
                 else None
             )  # fmt: skip
-            flight = self._fleet.begin(choice.row, now, request)
+            flight = self._fleet.begin(choice.row, now, request, 0.0 if cached is None else float(cached[choice.row]))
             self._queue.charge(request.tenant, flight.work)
             self._granted += 1
             if not background:
@@ -600,8 +602,7 @@ class Scheduler:
                 return None
             raise self._refusal(choice, request, avoided, now)
         if choice.later >= 0:
-            prefill = float(table.per_prompt_token[choice.later]) * request.prompt_tokens
-            self._planned.add(table.span(choice.later), prefill)
+            self._planned.add(table.span(choice.later), choice.prefill)
             if choice.prefers:
                 self._declines += 1
                 self._reconsider_at = min(self._reconsider_at, now + _RECONSIDER)

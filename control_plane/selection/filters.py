@@ -35,6 +35,8 @@ class Query:
     """Monotonic seconds."""
     waited: float = 0.0
     """Seconds since the request arrived."""
+    cached: Floats | None = None
+    """Tokens of the prompt that each row is expected to have in its prefix cache, shape (rows,). None: nothing."""
     planned: Planned | None = None
     """What servers will do first. None: nothing."""
     _forecast: Forecast | None = field(default=None, repr=False)
@@ -44,7 +46,14 @@ class Query:
         """What is expected of every row."""
         if self._forecast is None:
             self._forecast = forecast(
-                self.table, self.request, self.policy, self.now, self.waited, self.output_tokens, self.planned
+                self.table,
+                self.request,
+                self.policy,
+                self.now,
+                self.waited,
+                self.output_tokens,
+                self.cached,
+                self.planned,
             )
         return self._forecast
 

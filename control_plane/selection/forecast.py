@@ -68,12 +68,15 @@ def forecast(
     now: float,
     waited: float,
     output_tokens: int,
+    cached: Floats | None = None,
     planned: Planned | None = None,
 ) -> Forecast:
-    """See the module. `waited`: seconds since the request arrived, which count against the objective."""
+    """See the module. `waited`: seconds since the request arrived, which count against the objective; `cached`:
+    tokens of the prompt that each row has in its prefix cache, shape (rows,)."""
     base = np.where(np.isnan(table.ttft), policy.ttft_prior_s, table.ttft)
     tpot = np.where(np.isnan(table.tpot), policy.tpot_prior_s, table.tpot)
-    prefill: Floats = table.per_prompt_token * request.prompt_tokens
+    uncached = request.prompt_tokens if cached is None else np.maximum(request.prompt_tokens - cached, 0.0)
+    prefill: Floats = table.per_prompt_token * uncached
     start = _start(table, policy, now, planned, base + tpot * output_tokens)
     tpot = tpot + table.tpot_per_stream * table.streams
     ttft = start + base + prefill

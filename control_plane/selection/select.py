@@ -23,7 +23,7 @@ from control_plane.selection.patience import Better, better_later, worth_waiting
 from control_plane.selection.policy import Policy
 from control_plane.selection.scorers import SCORERS, parts, weigh
 from control_plane.selection.summary import summarise
-from control_plane.selection.table import CandidateTable, Mask
+from control_plane.selection.table import CandidateTable, Floats, Mask
 
 NO_SERVERS: frozenset[ServerId] = frozenset()
 
@@ -38,6 +38,8 @@ class Choice:
     later: int = -1
     """With WAIT: the row that the request is expected to start on, -1 where that is not known. It is known of one that
     prefers it to a row that is free, and of every one where it was asked to plan."""
+    prefill: float = 0.0
+    """Seconds that its prompt is expected to take there."""
     prefers: bool = False
     """With WAIT: a row is free, and another is better later."""
     all_away: bool = False
@@ -55,6 +57,7 @@ def select(
     *,
     now: float = 0.0,
     waited: float = 0.0,
+    cached: Floats | None = None,
     planned: Planned | None = None,
     content: bool = False,
 ) -> Choice:
@@ -62,10 +65,11 @@ def select(
 
     WAIT if a row could serve it but not now, or will serve it better later than any can now; IMPOSSIBLE if none can.
     `avoid` names servers that failed in earlier attempts of the request, `queued` counts those with the same needs that
-    wait behind it; it has `waited` so many seconds, and servers have `planned` to serve others first. One that
+    wait behind it; it has `waited` so many seconds, so many tokens of its prompt are `cached` on each
+    row, and servers have `planned` to serve others first. One that
     is `content` takes what is free. Of equal scores the least (server, model, provider) wins.
     """
-    query = Query(table, request, policy, avoid, queued, now, waited, planned)
+    query = Query(table, request, policy, avoid, queued, now, waited, cached, planned)
     capable = _capable(query)
     present = capable & passing(PRESENT, query)
     eligible = present & passing(FREE, query)
@@ -85,7 +89,10 @@ def select(
     if content or (table.cold is not None and table.cold[best]):
         return Choice(Verdict.CHOSEN, best)  # that loading it is worth while has been decided
     better = better_later(query, present, eligible, best, values)
-    return Choice(Verdict.CHOSEN, best) if better is None else Choice(Verdict.WAIT, later=better.row, prefers=True)
+    if better is None:
+        return Choice(Verdict.CHOSEN, best)
+    prefill = float(query.forecast.prefill[better.row])
+    return Choice(Verdict.WAIT, later=better.row, prefill=prefill, prefers=True)
 
 
 def explain(
@@ -97,6 +104,7 @@ def explain(
     *,
     now: float = 0.0,
     waited: float = 0.0,
+    cached: Floats | None = None,
     planned: Planned | None = None,
     content: bool = False,
 ) -> DecisionRecord:
@@ -104,8 +112,10 @@ def explain(
 
     The choice is `select`'s own, and scores and rejections come from the same functions: the two cannot differ.
     """
-    choice = select(table, request, policy, avoid, queued, now=now, waited=waited, planned=planned, content=content)
-    candidates = _candidates(Query(table, request, policy, avoid, queued, now, waited, planned), choice)
+    choice = select(
+        table, request, policy, avoid, queued, now=now, waited=waited, cached=cached, planned=planned, content=content
+    )
+    candidates = _candidates(Query(table, request, policy, avoid, queued, now, waited, cached, planned), choice)
     # Sorting is stable and rows are sorted by id: equals stay in the order in which `select` prefers them.
     eligible = sorted((c for c in candidates if not c.rejections), key=lambda candidate: -candidate.score)
     rejected = [candidate for candidate in candidates if candidate.rejections]
@@ -131,7 +141,8 @@ def _refusal(query: Query, capable: Mask, startable: Mask) -> Choice:
     if query.table.obtainable is not None:
         present &= query.table.obtainable
     later = worth_waiting_for(query, startable) if query.planned is not None else -1
-    return Choice(Verdict.WAIT, later=later, all_away=not present.any())
+    prefill = float(query.forecast.prefill[later]) if later >= 0 else 0.0
+    return Choice(Verdict.WAIT, later=later, prefill=prefill, all_away=not present.any())
 
 
 def _candidates(query: Query, choice: Choice) -> list[ScoredCandidate]:

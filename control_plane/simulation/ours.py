@@ -22,12 +22,13 @@ from control_plane.domain.server import Report as ServerReport
 from control_plane.domain.task import Feature, Priority, TaskType
 from control_plane.fleet.registry import Attachment, Fleet, FleetPolicy, Flight, Outcome, OutcomeKind
 from control_plane.fleet.scheduler import Grant, Scheduler, Standing
+from control_plane.prefix.blocks import known_blocks
 from control_plane.scheduling.breaker import BreakerPolicy
 from control_plane.scheduling.queue import FairQueue
 from control_plane.scheduling.stats import StatsPolicy
 from control_plane.selection.policy import Policy
 from control_plane.simulation.dispatcher import Action, GiveUp, HostInfo, Report, Send, Streams, Usage
-from control_plane.simulation.traces import Job
+from control_plane.simulation.traces import BLOCK_TOKENS, Job
 
 TICK = 0.1
 """Seconds between two looks at the clock, as in a control plane."""
@@ -184,6 +185,7 @@ class Ours:
             max_tokens=job.max_tokens,
             model=ModelName(job.model) if job.model else None,
             tenant=job.tenant or "default",
+            blocks=known_blocks(job.blocks, job.prompt_tokens, BLOCK_TOKENS) if job.blocks else None,
         )
         attempt = self._jobs[job] = _Attempt(job, request, self._scheduler.take_place())
         self._enter(attempt)

@@ -1,0 +1,1 @@
+"""Which server has the beginning of a prompt in its cache."""
