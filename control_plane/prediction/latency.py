@@ -9,7 +9,7 @@ from statistics import NormalDist
 import numpy as np
 
 from control_plane.prediction.features import Coefficients, Features, Kin, RowKey, Vector, duration
-from control_plane.prediction.filter import ALIKE, CENTRE, LEAST, LONGEST_IDLE, MOST, SIZE, TPOT, TTFT, Belief
+from control_plane.prediction.filter import ALIKE, BOUNDS, CENTRE, LONGEST_IDLE, SIZE, TPOT, TTFT, Belief
 from control_plane.prediction.kin import Group, KinTree, Share, chain, contribute, expect
 from control_plane.prediction.policy import LatencyPolicy
 
@@ -34,7 +34,7 @@ EVIDENCE_HALF_LIFE = 3600.0
 
 @dataclass(slots=True)
 class Ratios:
-    """Quantiles of ln(observed / expected) in standard deviations, and the noise; TTFT and TPOT."""
+    """Quantiles of ln(observed / promised) in standard deviations, and the noise; TTFT and TPOT."""
 
     quantiles: list[list[float]]
     """One for each level."""
@@ -44,22 +44,25 @@ class Ratios:
     def copy(self) -> Ratios:
         return Ratios([list(of) for of in self.quantiles], list(self.noise), [0.0, 0.0])
 
-    def learn(self, kind: int, levels: tuple[float, ...], surprise: float, uncertain: float, slowest: float) -> None:
-        """A step of stochastic gradient descent on the pinball loss, and a moving average of the square.
+    def learn(
+        self, kind: int, levels: tuple[float, ...], surprise: float, broken: float, uncertain: float, slowest: float
+    ) -> None:
+        """From ln(observed / expected), just before it was learned, and ln(observed / promised), at dispatch.
 
+        A step of stochastic gradient descent on the pinball loss, and a moving average of the square.
         Source: Koenker and Bassett, "Regression Quantiles", Econometrica, 1978.
         """
-        self.count[kind] += 1
+        seen = self.count[kind] = self.count[kind] + 1
         noise = self.noise[kind]
-        deviation = math.sqrt(noise + uncertain)
-        z = surprise / deviation
-        step = max(slowest, 1 / (self.count[kind] + 10))
+        variance = noise + uncertain
+        z = broken / math.sqrt(variance)
+        step = max(slowest / 2, 1 / (seen + 10))
         quantiles = self.quantiles[kind]
         for number, level in enumerate(levels):
             quantiles[number] += step * (level if z > quantiles[number] else level - 1)
-        z = min(max(z, -3.0), 3.0)
-        noise += max(slowest, 1 / (self.count[kind] + 5)) * ((z * deviation) ** 2 - uncertain - noise)
-        self.noise[kind] = min(max(noise, LEAST_NOISE), MOST_NOISE)
+        square = min(surprise * surprise, 9 * variance)
+        noise += max(slowest, 1 / (seen + 5)) * (square - uncertain - noise)
+        self.noise[kind] = LEAST_NOISE if noise < LEAST_NOISE else noise if noise < MOST_NOISE else MOST_NOISE
 
 
 @dataclass(slots=True)
@@ -78,8 +81,10 @@ class Row:
     uncertain: list[float]
     """Variance of ln(expected) for requests as they come, TTFT and TPOT: a moving average."""
     observed: int = 0
+    """Answers; those that were learned before a restart count once."""
     evidence: float = 0.0
-    """At `belief.at`."""
+    """At `evidence_at`."""
+    evidence_at: float = 0.0
     late: float = 0.0
     """ln(how much slower it looks than expected, from requests without an answer), at `late_at`."""
     late_at: float = 0.0
@@ -156,7 +161,7 @@ class LatencyModel:
         mean, _ = expect(row.groups, row.share, CENTRE, WIDEST)
         covariance = np.array(row.belief.covariance)
         moved = row.belief.mean + covariance @ np.linalg.solve(row.prior_covariance, mean - row.prior)
-        row.belief.mean = np.minimum(np.maximum(moved, LEAST), MOST).tolist()
+        row.belief.mean = np.clip(moved, *np.transpose(BOUNDS)).tolist()
         row.prior, row.seen = mean, _version(row.groups)
 
     # ------------------------------------------------------------- reading ---
@@ -182,8 +187,11 @@ class LatencyModel:
             per_stream,
             spreads[TTFT],
             spreads[TPOT],
-            row.evidence * math.exp2(-idle / EVIDENCE_HALF_LIFE),
+            self._evidence(row, now),
         )
+
+    def _evidence(self, row: Row, now: float) -> float:
+        return row.evidence * math.exp2(-max(0.0, now - row.evidence_at) / EVIDENCE_HALF_LIFE)
 
     def _late(self, row: Row, now: float) -> float:
         if not row.late:
@@ -192,9 +200,23 @@ class LatencyModel:
 
     # ------------------------------------------------------------ learning ---
 
-    def observe(self, key: RowKey, features: Features, ttft: float | None, tpot: float | None, now: float) -> None:
-        """An answer has come. ttft, tpot: seconds; None: not measured. What cannot be is ignored, and so is a row
-        that was never declared."""
+    def observe(
+        self,
+        key: RowKey,
+        features: Features,
+        ttft: float | None,
+        tpot: float | None,
+        now: float,
+        *,
+        promised_ttft: float | None = None,
+        promised_tpot: float | None = None,
+    ) -> None:
+        """An answer has come. ttft, tpot: seconds; None: not measured (yet: they may come in two calls).
+
+        promised: what `ttft()` and `tpot()` of features.py said at dispatch, from which the quantiles are learned;
+        without it, from what they would say now, which is too good where answers come late. What cannot be is ignored,
+        and so is a row that was never declared.
+        """
         row = self._rows.get(key)
         if row is None:
             return
@@ -204,27 +226,32 @@ class LatencyModel:
         if ttft is None and tpot is None:
             return
         self._renew(row)
-        idle = max(0.0, now - row.belief.at)
-        row.evidence = row.evidence * math.exp2(-idle / EVIDENCE_HALF_LIFE) + 1
         row.observed += 1
+        row.evidence = self._evidence(row, now) + 1
+        row.evidence_at = now
         row.belief.drift(self._rate, now)
         if ttft is not None:
-            row.late, row.late_at = self._late(row, now) / 4, now
-            self._learn(row, TTFT, features, ttft)
+            if row.late:
+                row.late, row.late_at = self._late(row, now) / 4, now
+            self._learn(row, TTFT, features, ttft, promised_ttft)
         if tpot is not None:
-            self._learn(row, TPOT, features, tpot)
+            self._learn(row, TPOT, features, tpot, promised_tpot)
         # What the row knows by now: often while it learns fast, and now and then later.
         if row.observed <= 4 or row.observed % 8 == 0:
             known = 1 - np.diagonal(row.belief.covariance) / np.diagonal(row.prior_covariance)
             contribute(row.groups, row.share, np.minimum(np.maximum(known, 0.0), 1.0), np.array(row.belief.mean))
             row.seen += len(row.groups)
 
-    def _learn(self, row: Row, kind: int, features: Features, observed: float) -> None:
+    def _learn(self, row: Row, kind: int, features: Features, observed: float, promised: float | None) -> None:
         expected, shares = row.belief.expected(kind, features)
         surprise, noise = math.log(observed / expected), row.ratios.noise[kind]
+        broken = surprise
+        if promised is not None and 1e-9 < promised < math.inf:
+            broken = math.log(observed / promised)
         uncertain = row.belief.update(kind, shares, surprise, noise)
-        row.ratios.learn(kind, self.policy.levels, surprise, uncertain, 0.03)
-        self._ratios.learn(kind, self.policy.levels, surprise, uncertain, 0.005)
+        levels = self.policy.levels
+        row.ratios.learn(kind, levels, surprise, broken, uncertain, 0.03)
+        self._ratios.learn(kind, levels, surprise, broken, uncertain, 0.005)
         left = uncertain * noise / (uncertain + noise)
         row.uncertain[kind] += max(0.1, 1 / row.ratios.count[kind]) * (left - row.uncertain[kind])
 
