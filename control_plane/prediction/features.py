@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Generic, TypeAlias, TypeVar
 
@@ -127,5 +126,5 @@ def count(value: float) -> float:
 
 
 def duration(value: float | None, least: float, most: float) -> float | None:
-    """Seconds within bounds; None for what is no duration."""
-    return None if value is None or not 0 <= value < math.inf else min(max(value, least), most)
+    """Seconds; None for what is not within bounds, and so no duration."""
+    return value if value is not None and least <= value <= most else None

@@ -33,6 +33,10 @@ WITHIN_WEIGHT = 3.0
 """Rows for which that counts."""
 
 
+NOTICEABLE = 0.05
+"""Of ln(coefficient)."""
+
+
 @dataclass(slots=True)
 class Share:
     """What a row has put into the sums of its groups; shape (3, coefficients): how much it knows of each coefficient
@@ -50,8 +54,10 @@ class Group:
     """Of rows that are no more, each halving those before: a host that comes and goes is not many hosts."""
     rows: int = 0
     """Alive ones. Such a group is not forgotten."""
+    moved: float = 0.0
+    """How far the mean has moved since the version grew, at most."""
     version: int = 0
-    """Grows whenever the sums change."""
+    """Grows whenever the mean has moved noticeably."""
 
 
 @dataclass(slots=True)
@@ -66,16 +72,11 @@ class KinTree:
 
     def join(self, path: tuple[GroupKey, ...]) -> tuple[Group, ...]:
         """The groups of a new row."""
-        joined = []
-        for key in path:
-            group = self.groups.get(key)
-            if group is None:
-                group = self.groups[key] = Group(np.zeros((3, self.size)), np.zeros((3, self.size)))
-            self.groups.move_to_end(key)
+        groups = tuple(self._group(key) for key in path)
+        for group in groups:
             group.rows += 1
-            joined.append(group)
         self._trim()
-        return tuple(joined)
+        return groups
 
     def leave(self, groups: tuple[Group, ...], share: Share) -> None:
         """A row is no more; its kin remember it."""
@@ -83,7 +84,22 @@ class KinTree:
             group.rows -= 1
             group.sums -= share.sums
             group.gone = group.gone / 2 + share.sums
+
+    def remember(self, path: GroupKey, gone: tuple[float, ...]) -> None:
+        """Take over what rows of a group have left behind; ignored if it cannot be."""
+        sums = np.array(gone)
+        if sums.shape == (3 * self.size,) and np.isfinite(sums).all() and (sums[: self.size] >= 0).all():
+            group = self._group(path)
+            group.gone = group.gone + sums.reshape(3, self.size)
             group.version += 1
+            self._trim()
+
+    def _group(self, key: GroupKey) -> Group:
+        group = self.groups.get(key)
+        if group is None:
+            group = self.groups[key] = Group(np.zeros((3, self.size)), np.zeros((3, self.size)))
+        self.groups.move_to_end(key)
+        return group
 
     def _trim(self) -> None:
         excess = len(self.groups) - self.kept
@@ -93,14 +109,23 @@ class KinTree:
                 del self.groups[key]
 
 
+def version(groups: tuple[Group, ...]) -> int:
+    """Grows whenever one of the groups has moved noticeably."""
+    return sum([group.version for group in groups])
+
+
 def contribute(groups: tuple[Group, ...], share: Share, weight: Vector, value: Vector) -> None:
     """Replace what a row has put into its groups: `weight` in [0, 1] and ln(coefficient) `value`, shape (size,)."""
     sums = np.array((weight, weight * value, weight * value * value))
     more = sums - share.sums
     share.sums = sums
     for group in groups:
+        # By how much the mean moves, whatever it was: weight that comes to 0 pulls at it, values that change shift it.
+        group.moved += float(np.max((np.abs(more[0]) + np.abs(more[1])) / (1 + group.sums[0] + group.gone[0])))
         group.sums += more
-        group.version += 1
+        if group.moved > NOTICEABLE:
+            group.moved = 0.0
+            group.version += 1
 
 
 def expect(groups: tuple[Group, ...], share: Share, mean: Vector, variance: float) -> tuple[Vector, Vector]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from control_plane.prediction.features import Features, Vector, count
 
@@ -36,6 +37,19 @@ BOUNDS: tuple[tuple[float, float], ...] = tuple(
 ALIKE = np.full((SIZE, SIZE), 0.5)
 ALIKE[1, 2] = ALIKE[2, 1] = 0.9
 np.fill_diagonal(ALIKE, 1.0)
+
+
+def triangle(matrix: Matrix) -> tuple[float, ...]:
+    """The lower one of a symmetric matrix, row by row."""
+    return tuple(value for index, row in enumerate(matrix) for value in row[: index + 1])
+
+
+def lower(values: Sequence[float]) -> NDArray[np.float64]:
+    """The symmetric matrix of which this is the lower triangle, shape (6, 6)."""
+    matrix = np.zeros((SIZE, SIZE))
+    matrix[np.tril_indices(SIZE)] = values
+    return matrix + np.tril(matrix, -1).T
+
 
 CLIP = 2.5
 """Standard deviations of surprise beyond which an observation counts no more than at it (Huber)."""
