@@ -292,8 +292,7 @@ class LatencyModel:
         row.evidence_at = now
         row.belief.drift(self._rate, now)
         if ttft is not None:
-            if row.late:
-                row.late, row.late_at = self._late(row, now) / 4, now
+            row.late = 0.0
             self._learn(row, TTFT, features, ttft, promised_ttft)
         if tpot is not None:
             self._learn(row, TPOT, features, tpot, promised_tpot)
@@ -322,21 +321,35 @@ class LatencyModel:
         row.uncertain[kind] += max(0.1, 1 / row.ratios.count[kind]) * (left - row.uncertain[kind])
 
     def overdue(self, key: RowKey, features: Features, elapsed: float, now: float) -> None:
-        """No first token after `elapsed` seconds: until answers come, the row counts as slow as that.
+        """No first token after `elapsed` seconds: until the next answer comes, the row counts as slower.
 
-        May be called again and again as time passes. What was to be expected changes nothing.
+        To be called again and again as time passes. What was to be expected changes nothing. Of a row that is known
+        well, a wait of more than three standard deviations (1 of 700 answers that are on time) means that it has
+        changed: it counts as slow as the wait. Of one that is not, any wait tells of its speed: the mean of a normal
+        distribution of which that much is known to lie below.
+        Source: Tobin, "Estimation of Relationships for Limited Dependent Variables", Econometrica, 1958.
         """
         row = self._rows.get(key)
         if row is None or features.cold or not 0 < elapsed < math.inf:
             return
         expected, shares = row.belief.expected(TTFT, features)
         _, uncertain = row.belief.gain(TTFT, shares)
-        late = math.log(elapsed / expected)
-        # Three standard deviations: 1 of 700 answers that are on time is suspected.
-        if late > 3 * math.sqrt(uncertain + row.ratios.noise[TTFT]) and late > self._late(row, now):
+        deviation = math.sqrt(uncertain + row.ratios.noise[TTFT])
+        surprise = math.log(elapsed / expected)
+        late = uncertain / deviation * _hazard(surprise / deviation)
+        if surprise > 3 * deviation:
+            late = max(late, surprise)
+        if late > NOTICEABLE and late > self._late(row, now):
             row.late, row.late_at = late, now
             self._suspected.add(key)
             self._moved[key] = None
+
+
+def _hazard(z: float) -> float:
+    """Of the standard normal distribution: density / (1 - distribution), the mean of what lies above z."""
+    if z > 6:
+        return z + 1 / z
+    return math.exp(-z * z / 2) / (math.sqrt(math.pi / 2) * math.erfc(z / math.sqrt(2))) if z > -6 else 0.0
 
 
 def _inverse(speed: float | None) -> float | None:

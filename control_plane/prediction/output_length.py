@@ -73,7 +73,8 @@ class OutputLength:
         if cut and number + 1 < BINS:
             # To the right, as those went that were not cut. Source: Efron, "The two sample problem with censored
             # data", 5th Berkeley Symposium, 1967.
-            tail = self._share(task, model)[number:]
+            tail = self._share(task, model)[number:].copy()
+            tail[0] *= math.log(_UPPER[number] / tokens) / _WIDTH[number]
             total = float(tail.sum())
             later = (tail / total).tolist() if total > 0 else None
         decay = 1 - 1 / self.policy.window

@@ -266,6 +266,21 @@ def test_a_host_that_hangs_is_seen_before_it_answers() -> None:
     assert model.moved(now) == [key("h")]
 
 
+def test_any_wait_tells_of_a_host_that_is_not_known() -> None:
+    model, waiting = LatencyModel(), Features(1000)
+    model.declare(key("h"), GPU, 0.0)
+    expected = predict(model.coefficients(key("h"), 0.0), waiting)[0][0]
+    believed = [expected]
+    for share in (0.1, 0.3, 1.0, 3.0, 30.0, 3000.0):
+        model.overdue(key("h"), waiting, expected * share, 0.0)
+        believed.append(predict(model.coefficients(key("h"), 0.0), waiting)[0][0])
+    assert believed == sorted(believed)
+    assert 2 * expected < believed[3] < 10 * expected
+    assert 1000 * expected < believed[-1] < 10_000 * expected
+    model.observe(key("h"), waiting, expected / 10, None, 1.0)
+    assert predict(model.coefficients(key("h"), 1.0), waiting)[0][0] < expected / 3, "the answer is what counts"
+
+
 def test_suspicion_ends_with_answers_and_with_time() -> None:
     def suspected() -> tuple[LatencyModel, Host, float, float]:
         model, host = LatencyModel(), Host(1000)
