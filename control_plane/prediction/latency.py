@@ -124,9 +124,9 @@ class LatencyModel:
         """From kin, and from what its server says of itself."""
         mean, variance = expect(row.groups, row.share, CENTRE, WIDEST)
         deviation = np.sqrt(variance)
-        row.prior, row.prior_covariance = mean, ALIKE * np.outer(deviation, deviation)
+        row.prior, row.prior_covariance = np.array(mean), ALIKE * np.outer(deviation, deviation)
         row.seen = version(row.groups)
-        row.belief = belief = Belief(mean.tolist(), row.prior_covariance.tolist(), row.belief.at)
+        row.belief = belief = Belief(list(mean), row.prior_covariance.tolist(), row.belief.at)
         kin = row.kin
         _tell(belief, TTFT, _inverse(kin.prefill), math.exp(belief.mean[1]), [0.0, 1.0, 0.0, 0.0])
         _tell(belief, TPOT, _inverse(kin.decode), math.exp(belief.mean[4]), [1.0, 0.0])
@@ -141,7 +141,7 @@ class LatencyModel:
         if not row.observed:
             self._begin(row)
             return
-        mean, _ = expect(row.groups, row.share, CENTRE, WIDEST)
+        mean = np.array(expect(row.groups, row.share, CENTRE, WIDEST)[0])
         covariance = np.array(row.belief.covariance)
         moved = row.belief.mean + covariance @ np.linalg.solve(row.prior_covariance, mean - row.prior)
         row.belief.mean = np.clip(moved, *np.transpose(BOUNDS)).tolist()

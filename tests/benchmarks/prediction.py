@@ -179,7 +179,7 @@ class Trees:
         row = np.array([self._inputs(host, features)])
         for kind in (0, 1):
             if (kind, 0.5) in self._models:
-                low, high = (math.exp(self._models[kind, level].predict(row)[0]) for level in (0.5, 0.9))  # type: ignore[attr-defined]
+                low, high = (math.exp(self._models[kind, level].predict(row, num_threads=1)[0]) for level in (0.5, 0.9))  # type: ignore[attr-defined]
                 result[kind] = low, max(low, high)
         return Told(result[0], result[1])
 
