@@ -210,7 +210,8 @@ class Trees:
 
 
 class Scores:
-    """Errors of one method: |ln(observed / median)| as a relative error, and how often the 0.9 quantile held."""
+    """Of one method: errors relative to the larger of observation and median, how often the 0.9 quantile held, and its
+    pinball loss in logarithms."""
 
     def __init__(self) -> None:
         self.errors: list[float] = []
@@ -219,7 +220,7 @@ class Scores:
 
     def add(self, quantiles: Quantiles, observed: float) -> None:
         median, high = quantiles
-        self.errors.append(abs(observed / median - 1) if observed < median else abs(observed - median) / observed)
+        self.errors.append(1 - min(observed, median) / max(observed, median))
         self.held.append(observed <= high)
         gap = math.log(observed / max(high, 1e-9))
         self.pinball.append(max(0.9 * gap, -0.1 * gap))

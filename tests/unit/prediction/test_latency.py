@@ -387,7 +387,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(steps)
 def test_stays_physical_and_monotone_whatever_comes(steps: list[tuple[str, Features, float, float, float]]) -> None:
     model, now = LatencyModel(), 0.0

@@ -130,7 +130,7 @@ def test_outlives_the_process_and_leaves_out_what_cannot_be() -> None:
 anything = st.floats(allow_nan=True, allow_infinity=True) | st.integers(-5, 10**7)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(anything, st.booleans()), max_size=30), st.none() | anything, anything)
 def test_stays_sensible_whatever_comes(seen: list[tuple[float, bool]], most: float | None, produced: float) -> None:
     model = OutputLength()
