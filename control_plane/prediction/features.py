@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Generic, TypeAlias, TypeVar
 
@@ -64,7 +63,7 @@ class Features:
     @property
     def uncached_tokens(self) -> float:
         """Of the prompt, >= 0."""
-        return max(0.0, count(self.prompt_tokens) - count(self.cached_tokens))
+        return count(count(self.prompt_tokens) - count(self.cached_tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +122,9 @@ def predict(coefficients: Coefficients[float], features: Features) -> tuple[tupl
 
 def count(value: float) -> float:
     """A count as it may enter a formula: what is negative or no number counts as 0, what is infinite as `MOST`."""
-    return min(value, MOST) if value > 0 else 0.0
+    return (value if value < MOST else MOST) if value > 0 else 0.0
 
 
 def duration(value: float | None, least: float, most: float) -> float | None:
-    """Seconds within bounds; None for what is no duration."""
-    return None if value is None or not 0 <= value < math.inf else min(max(value, least), most)
+    """Seconds; None for what is not within bounds, and so no duration."""
+    return value if value is not None and least <= value <= most else None

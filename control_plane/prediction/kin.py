@@ -33,12 +33,19 @@ WITHIN_WEIGHT = 3.0
 """Rows for which that counts."""
 
 
+NOTICEABLE = 0.05
+"""Of ln(coefficient)."""
+TINY = 1e-6
+"""Of a weight: none."""
+
+
 @dataclass(slots=True)
 class Share:
     """What a row has put into the sums of its groups; shape (3, coefficients): how much it knows of each coefficient
     (1: well), and that times ln(coefficient) and its square."""
 
     sums: Vector
+    empty: bool = True
 
 
 @dataclass(slots=True)
@@ -50,8 +57,12 @@ class Group:
     """Of rows that are no more, each halving those before: a host that comes and goes is not many hosts."""
     rows: int = 0
     """Alive ones. Such a group is not forgotten."""
+    moved: float = 0.0
+    """How far the mean has moved since the version grew, at most."""
     version: int = 0
-    """Grows whenever the sums change."""
+    """Grows whenever the mean has moved noticeably."""
+    expected: tuple[int, list[float], list[float]] | None = None
+    """Of a row that knows nothing itself: what `expect` said, and the version of which."""
 
 
 @dataclass(slots=True)
@@ -66,16 +77,11 @@ class KinTree:
 
     def join(self, path: tuple[GroupKey, ...]) -> tuple[Group, ...]:
         """The groups of a new row."""
-        joined = []
-        for key in path:
-            group = self.groups.get(key)
-            if group is None:
-                group = self.groups[key] = Group(np.zeros((3, self.size)), np.zeros((3, self.size)))
-            self.groups.move_to_end(key)
+        groups = tuple(self._group(key) for key in path)
+        for group in groups:
             group.rows += 1
-            joined.append(group)
         self._trim()
-        return tuple(joined)
+        return groups
 
     def leave(self, groups: tuple[Group, ...], share: Share) -> None:
         """A row is no more; its kin remember it."""
@@ -83,7 +89,22 @@ class KinTree:
             group.rows -= 1
             group.sums -= share.sums
             group.gone = group.gone / 2 + share.sums
+
+    def remember(self, path: GroupKey, gone: tuple[float, ...]) -> None:
+        """Take over what rows of a group have left behind; ignored if it cannot be."""
+        sums = np.array(gone)
+        if sums.shape == (3 * self.size,) and np.isfinite(sums).all() and (sums[: self.size] >= 0).all():
+            group = self._group(path)
+            group.gone = group.gone + sums.reshape(3, self.size)
             group.version += 1
+            self._trim()
+
+    def _group(self, key: GroupKey) -> Group:
+        group = self.groups.get(key)
+        if group is None:
+            group = self.groups[key] = Group(np.zeros((3, self.size)), np.zeros((3, self.size)))
+        self.groups.move_to_end(key)
+        return group
 
     def _trim(self) -> None:
         excess = len(self.groups) - self.kept
@@ -93,34 +114,54 @@ class KinTree:
                 del self.groups[key]
 
 
+def version(groups: tuple[Group, ...]) -> int:
+    """Grows whenever one of the groups has moved noticeably."""
+    return sum([group.version for group in groups])
+
+
 def contribute(groups: tuple[Group, ...], share: Share, weight: Vector, value: Vector) -> None:
     """Replace what a row has put into its groups: `weight` in [0, 1] and ln(coefficient) `value`, shape (size,)."""
     sums = np.array((weight, weight * value, weight * value * value))
     more = sums - share.sums
-    share.sums = sums
+    share.sums, share.empty = sums, False
     for group in groups:
+        old = group.sums + group.gone
+        mean = old[1] / np.maximum(old[0], TINY)
+        group.moved += float(np.abs((more[1] - mean * more[0]) / (1 + old[0])).max())
         group.sums += more
-        group.version += 1
+        if group.moved > NOTICEABLE:
+            group.moved = 0.0
+            group.version += 1
 
 
-def expect(groups: tuple[Group, ...], share: Share, mean: Vector, variance: float) -> tuple[Vector, Vector]:
-    """Mean and variance of ln(coefficient) of a row, from all rows of its groups but itself, shape (size,) each.
+def expect(groups: tuple[Group, ...], share: Share, mean: Vector, variance: float) -> tuple[list[float], list[float]]:
+    """Mean and variance of ln(coefficient) of a row, from all rows of its groups but itself, one for each coefficient.
 
     mean, variance: of the widest group before anything was observed.
     Source: Gelman et al., "Bayesian Data Analysis", 3rd edition, section 5.4.
     """
-    means, variances = mean, np.full(len(mean), variance)
-    within = variances
-    for depth, group in enumerate(groups):
-        variances = variances + DIFFER[depth] ** 2
-        weight, total, square = group.sums - share.sums + group.gone
-        known = weight > 1e-6
-        weight = np.where(known, weight, 0.0)
-        observed = np.where(known, total / np.where(known, weight, 1.0), means)
-        # How much rows of the group differ: as assumed, corrected by how much they do.
-        scatter = np.maximum(square - weight * observed * observed, 0.0) * known
-        within = (WITHIN_WEIGHT * WITHIN[depth] ** 2 + scatter) / (WITHIN_WEIGHT + weight)
-        gain = variances * weight / (variances * weight + within)
-        means = means + gain * (observed - means)
-        variances = variances * (1 - gain)
-    return means, variances + within
+    now = version(groups)
+    cached = groups[-1].expected
+    if share.empty and cached is not None and cached[0] == now:
+        return cached[1], cached[2]
+    levels = [(group.sums - share.sums + group.gone).tolist() for group in groups]
+    means, variances = [], []
+    for index, centre in enumerate(mean.tolist()):
+        among, within = variance, variance
+        for (weights, totals, squares), differ, assumed in zip(levels, DIFFER, WITHIN, strict=True):
+            among += differ * differ
+            weight = weights[index]
+            within = assumed * assumed
+            if weight > TINY:
+                observed = totals[index] / weight
+                # How much rows of the group differ: as assumed, corrected by how much they do.
+                scatter = max(0.0, squares[index] - weight * observed * observed)
+                within = (WITHIN_WEIGHT * within + scatter) / (WITHIN_WEIGHT + weight)
+                gain = among * weight / (among * weight + within)
+                centre += gain * (observed - centre)
+                among *= 1 - gain
+        means.append(centre)
+        variances.append(among + within)
+    if share.empty:
+        groups[-1].expected = now, means, variances
+    return means, variances

@@ -3,63 +3,44 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 from statistics import NormalDist
 
 import numpy as np
 
+from control_plane.domain.model import ModelName, Provider, ServerId
+from control_plane.prediction.belief import (
+    ALIKE,
+    BOUNDS,
+    CENTRE,
+    LONGEST_IDLE,
+    SIZE,
+    TPOT,
+    TTFT,
+    Belief,
+    lower,
+    triangle,
+)
+from control_plane.prediction.calibration import NOISE, Ratios
 from control_plane.prediction.features import Coefficients, Features, Kin, RowKey, Vector, duration
-from control_plane.prediction.filter import ALIKE, CENTRE, LEAST, LONGEST_IDLE, MOST, SIZE, TPOT, TTFT, Belief
-from control_plane.prediction.kin import Group, KinTree, Share, chain, contribute, expect
+from control_plane.prediction.kin import NOTICEABLE, Group, KinTree, Share, chain, contribute, expect, version
 from control_plane.prediction.policy import LatencyPolicy
+from control_plane.prediction.state import GroupState, LatencyState, RowState
 
 MOST_SPREAD = 10.0
 """Of ln(quantile / median)."""
 WIDEST = 4.0
 """Variance of ln(coefficient) where nothing at all is known: 95% are within a factor of 50."""
-NOISE = 0.09
-"""Variance of ln(observed / expected) before it was measured."""
-LEAST_NOISE, MOST_NOISE = 0.0025, 4.0
 SURE = 30.0
 """Observations after which what kin do no longer moves a row."""
-TOLD_VARIANCE = 0.25
-"""Of the logarithm of what a server says of itself."""
-TOLD_MEAN_VARIANCE = 1.0
-"""The same for a mean TTFT, of which nobody says under what load it was."""
+TOLD_VARIANCE = 1.0
+"""Of the logarithm of what a server says of itself: it may be of another load, and it may boast."""
 TYPICAL = Features(prompt_tokens=1000, backlog_tokens=1000)
-"""What such a mean is assumed to be about."""
+"""What a mean time to the first token is assumed to be about."""
 EVIDENCE_HALF_LIFE = 3600.0
 """Seconds."""
-
-
-@dataclass(slots=True)
-class Ratios:
-    """Quantiles of ln(observed / expected) in standard deviations, and the noise; TTFT and TPOT."""
-
-    quantiles: list[list[float]]
-    """One for each level."""
-    noise: list[float]
-    count: list[float]
-
-    def copy(self) -> Ratios:
-        return Ratios([list(of) for of in self.quantiles], list(self.noise), [0.0, 0.0])
-
-    def learn(self, kind: int, levels: tuple[float, ...], surprise: float, uncertain: float, slowest: float) -> None:
-        """A step of stochastic gradient descent on the pinball loss, and a moving average of the square.
-
-        Source: Koenker and Bassett, "Regression Quantiles", Econometrica, 1978.
-        """
-        self.count[kind] += 1
-        noise = self.noise[kind]
-        deviation = math.sqrt(noise + uncertain)
-        z = surprise / deviation
-        step = max(slowest, 1 / (self.count[kind] + 10))
-        quantiles = self.quantiles[kind]
-        for number, level in enumerate(levels):
-            quantiles[number] += step * (level if z > quantiles[number] else level - 1)
-        z = min(max(z, -3.0), 3.0)
-        noise += max(slowest, 1 / (self.count[kind] + 5)) * ((z * deviation) ** 2 - uncertain - noise)
-        self.noise[kind] = min(max(noise, LEAST_NOISE), MOST_NOISE)
 
 
 @dataclass(slots=True)
@@ -78,8 +59,10 @@ class Row:
     uncertain: list[float]
     """Variance of ln(expected) for requests as they come, TTFT and TPOT: a moving average."""
     observed: int = 0
+    """Answers."""
     evidence: float = 0.0
-    """At `belief.at`."""
+    """At `evidence_at`."""
+    evidence_at: float = 0.0
     late: float = 0.0
     """ln(how much slower it looks than expected, from requests without an answer), at `late_at`."""
     late_at: float = 0.0
@@ -92,9 +75,15 @@ class LatencyModel:
         self.policy = policy or LatencyPolicy()
         self._rate = self.policy.drift_per_minute**2 / 60
         self._rows: dict[RowKey, Row] = {}
+        self._moved: dict[RowKey, None] = {}
+        """Rows whose coefficients are others than those that were read last, in order."""
+        self._suspected: set[RowKey] = set()
+        """Rows that are late."""
+        self._unsure: deque[RowKey] = deque()
+        """Rows that kin may still move; next to be looked at first."""
         self._tree = KinTree(SIZE, self.policy.kept_groups)
         normal = [NormalDist().inv_cdf(level) for level in self.policy.levels]
-        self._ratios = Ratios([list(normal), list(normal)], [NOISE, NOISE], [0.0, 0.0])
+        self._ratios = Ratios([list(normal), list(normal)], [NOISE, NOISE], [NOISE, NOISE], [0.0, 0.0])
         """Of all rows: where a new one begins."""
 
     def __len__(self) -> int:
@@ -111,6 +100,7 @@ class LatencyModel:
                 row.kin = kin
                 if not row.observed:
                     self._begin(row)
+                    self._moved[key] = None
             return
         self.forget(key)
         unborn = Belief([], [], now)
@@ -118,46 +108,100 @@ class LatencyModel:
         row = Row(kin, self._tree.join(chain(kin)), share, unborn, CENTRE, ALIKE, -1, self._ratios.copy(), [])
         self._begin(row)
         self._rows[key] = row
+        self._moved[key] = None
+        self._unsure.append(key)
 
     def forget(self, key: RowKey) -> None:
         """A row is no more; its kin remember what it taught them."""
         row = self._rows.pop(key, None)
         if row is not None:
             self._tree.leave(row.groups, row.share)
+            self._moved.pop(key, None)
+            self._suspected.discard(key)
+            self._unsure.remove(key)
 
     def _begin(self, row: Row) -> None:
         """From kin, and from what its server says of itself."""
         mean, variance = expect(row.groups, row.share, CENTRE, WIDEST)
         deviation = np.sqrt(variance)
-        row.prior, row.prior_covariance = mean, ALIKE * np.outer(deviation, deviation)
-        row.seen = _version(row.groups)
-        row.belief = belief = Belief(mean.tolist(), row.prior_covariance.tolist(), row.belief.at)
-        for told, kind, index in ((row.kin.prefill, TTFT, 1), (row.kin.decode, TPOT, 0)):
-            if told is not None and 0 < told < math.inf:
-                shares = [float(index == term) for term in range(4 if kind == TTFT else 2)]
-                expected = math.exp(belief.mean[index if kind == TTFT else 4 + index])
-                _tell(belief, kind, shares, math.log(1 / told / expected), TOLD_VARIANCE)
-        for kind, told, variance_told in (
-            (TTFT, row.kin.ttft, TOLD_MEAN_VARIANCE),
-            (TPOT, row.kin.tpot, TOLD_VARIANCE),
-        ):
-            if told is not None and 0 < told < math.inf:
-                expected, shares = belief.expected(kind, TYPICAL)
-                _tell(belief, kind, shares, math.log(told / expected), variance_told)
+        row.prior, row.prior_covariance = np.array(mean), ALIKE * np.outer(deviation, deviation)
+        row.seen = version(row.groups)
+        row.belief = belief = Belief(list(mean), row.prior_covariance.tolist(), row.belief.at)
+        kin = row.kin
+        _tell(belief, TTFT, _inverse(kin.prefill), math.exp(belief.mean[1]), [0.0, 1.0, 0.0, 0.0])
+        _tell(belief, TPOT, _inverse(kin.decode), math.exp(belief.mean[4]), [1.0, 0.0])
+        _tell(belief, TTFT, kin.ttft, *belief.expected(TTFT, TYPICAL))
+        _tell(belief, TPOT, kin.tpot, *belief.expected(TPOT, TYPICAL))
         row.uncertain = [belief.gain(kind, belief.expected(kind, TYPICAL)[1])[1] for kind in (TTFT, TPOT)]
 
     def _renew(self, row: Row) -> None:
         """Take in what kin have taught since."""
-        if row.evidence > SURE or _version(row.groups) == row.seen:
+        if row.evidence > SURE or version(row.groups) == row.seen:
             return
         if not row.observed:
             self._begin(row)
             return
-        mean, _ = expect(row.groups, row.share, CENTRE, WIDEST)
+        mean = np.array(expect(row.groups, row.share, CENTRE, WIDEST)[0])
         covariance = np.array(row.belief.covariance)
         moved = row.belief.mean + covariance @ np.linalg.solve(row.prior_covariance, mean - row.prior)
-        row.belief.mean = np.minimum(np.maximum(moved, LEAST), MOST).tolist()
-        row.prior, row.seen = mean, _version(row.groups)
+        row.belief.mean = np.clip(moved, *np.transpose(BOUNDS)).tolist()
+        row.prior, row.seen = mean, version(row.groups)
+
+    # ----------------------------------------------------------- survival ---
+
+    def state(self, now: float) -> LatencyState:
+        """What outlives this process."""
+        return LatencyState(
+            levels=self.policy.levels,
+            rows=tuple(
+                RowState(
+                    key=key,
+                    kin=row.kin,
+                    mean=tuple(row.belief.mean),
+                    covariance=triangle(row.belief.covariance),
+                    prior=tuple(row.prior.tolist()),
+                    prior_variance=tuple(np.diagonal(row.prior_covariance).tolist()),
+                    ratios=row.ratios.state(),
+                    uncertain=tuple(row.uncertain),
+                    observed=row.observed,
+                    evidence=self._evidence(row, now),
+                    age=max(0.0, now - row.belief.at),
+                )
+                for key, row in self._rows.items()
+                if row.observed
+            ),
+            groups=tuple(
+                GroupState(path, tuple(group.gone.ravel().tolist()))
+                for path, group in self._tree.groups.items()
+                if group.gone[0].any()
+            ),
+            ratios=self._ratios.state(),
+        )
+
+    def restore(self, state: LatencyState, now: float) -> None:
+        """Take over what an earlier process learned, rows included: declare them anew when their servers come, forget
+        them where they do not. What cannot be is left out; rows that are known already stay as they are."""
+        for group in state.groups:
+            self._tree.remember(group.path, group.gone)
+        same_levels = state.levels == self.policy.levels
+        if same_levels:
+            self._ratios.restore(state.ratios)
+        for one in state.rows:
+            key = ServerId(one.key[0]), ModelName(one.key[1]), Provider(one.key[2])
+            if key in self._rows or not one.sound:
+                continue
+            self.declare(key, one.kin, now)
+            row = self._rows[key]
+            mean, covariance = np.clip(one.mean, *np.transpose(BOUNDS)), lower(one.covariance)
+            row.belief = Belief(mean.tolist(), covariance.tolist(), now - one.age)
+            row.prior = np.array(one.prior)
+            row.prior_covariance = ALIKE * np.outer(*2 * (np.sqrt(one.prior_variance),))
+            row.seen = version(row.groups)
+            row.uncertain = list(one.uncertain)
+            row.observed, row.evidence, row.evidence_at = one.observed, one.evidence, now
+            if same_levels:
+                row.ratios.restore(one.ratios)
+            self._teach(row)
 
     # ------------------------------------------------------------- reading ---
 
@@ -170,7 +214,7 @@ class LatencyModel:
         idle = min(max(0.0, now - row.belief.at), LONGEST_IDLE)
         spreads = []
         for kind in (TTFT, TPOT):
-            deviation = math.sqrt(row.uncertain[kind] + self._rate * idle + row.ratios.noise[kind])
+            deviation = math.sqrt(row.uncertain[kind] + self._rate * idle + row.ratios.miss[kind])
             quantiles = sorted(row.ratios.quantiles[kind])
             spreads.append(tuple([math.exp(min(deviation * z, MOST_SPREAD)) for z in quantiles]))
         return Coefficients(
@@ -182,8 +226,32 @@ class LatencyModel:
             per_stream,
             spreads[TTFT],
             spreads[TPOT],
-            row.evidence * math.exp2(-idle / EVIDENCE_HALF_LIFE),
+            self._evidence(row, now),
         )
+
+    def moved(self, now: float, most: int = 256) -> list[RowKey]:
+        """Rows whose coefficients have changed noticeably since they were named here, at most so many: those that were
+        observed or are suspected, and those that know little and whose kin have learned. For those who keep the
+        coefficients in columns: call it often."""
+        for key in [key for key in self._suspected if self._late(self._rows[key], now) < NOTICEABLE]:
+            self._suspected.discard(key)
+            self._rows[key].late = 0.0
+            self._moved[key] = None
+        for key in self._suspected:
+            self._moved[key] = None
+        for _ in range(min(most, len(self._unsure))):
+            key = self._unsure[0]
+            self._unsure.rotate(-1)
+            row = self._rows[key]
+            if row.evidence <= SURE and version(row.groups) != row.seen:
+                self._moved[key] = None
+        named = list(islice(self._moved, most))
+        for key in named:
+            del self._moved[key]
+        return named
+
+    def _evidence(self, row: Row, now: float) -> float:
+        return row.evidence * math.exp2(-max(0.0, now - row.evidence_at) / EVIDENCE_HALF_LIFE)
 
     def _late(self, row: Row, now: float) -> float:
         if not row.late:
@@ -192,9 +260,23 @@ class LatencyModel:
 
     # ------------------------------------------------------------ learning ---
 
-    def observe(self, key: RowKey, features: Features, ttft: float | None, tpot: float | None, now: float) -> None:
-        """An answer has come. ttft, tpot: seconds; None: not measured. What cannot be is ignored, and so is a row
-        that was never declared."""
+    def observe(
+        self,
+        key: RowKey,
+        features: Features,
+        ttft: float | None,
+        tpot: float | None,
+        now: float,
+        *,
+        promised_ttft: float | None = None,
+        promised_tpot: float | None = None,
+    ) -> None:
+        """An answer has come. ttft, tpot: seconds; None: not measured (yet: they may come in two calls).
+
+        promised: what `ttft()` and `tpot()` of features.py said at dispatch, from which the quantiles are learned;
+        without it, from what they would say now, which is too good where answers come late. What cannot be is ignored,
+        and so is a row that was never declared.
+        """
         row = self._rows.get(key)
         if row is None:
             return
@@ -204,52 +286,80 @@ class LatencyModel:
         if ttft is None and tpot is None:
             return
         self._renew(row)
-        idle = max(0.0, now - row.belief.at)
-        row.evidence = row.evidence * math.exp2(-idle / EVIDENCE_HALF_LIFE) + 1
+        self._moved[key] = None
         row.observed += 1
+        row.evidence = self._evidence(row, now) + 1
+        row.evidence_at = now
         row.belief.drift(self._rate, now)
         if ttft is not None:
-            row.late, row.late_at = self._late(row, now) / 4, now
-            self._learn(row, TTFT, features, ttft)
+            row.late = 0.0
+            self._learn(row, TTFT, features, ttft, promised_ttft)
         if tpot is not None:
-            self._learn(row, TPOT, features, tpot)
+            self._learn(row, TPOT, features, tpot, promised_tpot)
         # What the row knows by now: often while it learns fast, and now and then later.
         if row.observed <= 4 or row.observed % 8 == 0:
-            known = 1 - np.diagonal(row.belief.covariance) / np.diagonal(row.prior_covariance)
-            contribute(row.groups, row.share, np.minimum(np.maximum(known, 0.0), 1.0), np.array(row.belief.mean))
-            row.seen += len(row.groups)
+            self._teach(row)
 
-    def _learn(self, row: Row, kind: int, features: Features, observed: float) -> None:
+    def _teach(self, row: Row) -> None:
+        """Tell its groups what the row knows by now."""
+        known = 1 - np.diagonal(row.belief.covariance) / np.diagonal(row.prior_covariance)
+        before = version(row.groups)
+        contribute(row.groups, row.share, np.minimum(np.maximum(known, 0.0), 1.0), np.array(row.belief.mean))
+        row.seen += version(row.groups) - before
+
+    def _learn(self, row: Row, kind: int, features: Features, observed: float, promised: float | None) -> None:
         expected, shares = row.belief.expected(kind, features)
         surprise, noise = math.log(observed / expected), row.ratios.noise[kind]
+        broken = surprise
+        if promised is not None and 1e-9 < promised < math.inf:
+            broken = math.log(observed / promised)
         uncertain = row.belief.update(kind, shares, surprise, noise)
-        row.ratios.learn(kind, self.policy.levels, surprise, uncertain, 0.03)
-        self._ratios.learn(kind, self.policy.levels, surprise, uncertain, 0.005)
+        levels = self.policy.levels
+        row.ratios.learn(kind, levels, surprise, broken, uncertain, 0.03)
+        self._ratios.learn(kind, levels, surprise, broken, uncertain, 0.005)
         left = uncertain * noise / (uncertain + noise)
         row.uncertain[kind] += max(0.1, 1 / row.ratios.count[kind]) * (left - row.uncertain[kind])
 
     def overdue(self, key: RowKey, features: Features, elapsed: float, now: float) -> None:
-        """No first token after `elapsed` seconds: until answers come, the row counts as slow as that.
+        """No first token after `elapsed` seconds: until the next answer comes, the row counts as slower.
 
-        May be called again and again as time passes. What was to be expected changes nothing.
+        To be called again and again as time passes. What was to be expected changes nothing. Of a row that is known
+        well, a wait of more than three standard deviations (1 of 700 answers that are on time) means that it has
+        changed: it counts as slow as the wait. Of one that is not, any wait tells of its speed: the mean of a normal
+        distribution of which that much is known to lie below.
+        Source: Tobin, "Estimation of Relationships for Limited Dependent Variables", Econometrica, 1958.
         """
         row = self._rows.get(key)
         if row is None or features.cold or not 0 < elapsed < math.inf:
             return
         expected, shares = row.belief.expected(TTFT, features)
         _, uncertain = row.belief.gain(TTFT, shares)
-        late = math.log(elapsed / expected)
-        # Three standard deviations: 1 of 700 answers that are on time is suspected.
-        if late > 3 * math.sqrt(uncertain + row.ratios.noise[TTFT]) and late > self._late(row, now):
+        deviation = math.sqrt(uncertain + row.ratios.noise[TTFT])
+        surprise = math.log(elapsed / expected)
+        late = uncertain / deviation * _hazard(surprise / deviation)
+        if surprise > 3 * deviation:
+            late = max(late, surprise)
+        if late > NOTICEABLE and late > self._late(row, now):
             row.late, row.late_at = late, now
+            self._suspected.add(key)
+            self._moved[key] = None
 
 
-def _version(groups: tuple[Group, ...]) -> int:
-    """Grows whenever one of the groups learns."""
-    return sum([group.version for group in groups])
+def _hazard(z: float) -> float:
+    """Of the standard normal distribution: density / (1 - distribution), the mean of what lies above z."""
+    if z > 6:
+        return z + 1 / z
+    return math.exp(-z * z / 2) / (math.sqrt(math.pi / 2) * math.erfc(z / math.sqrt(2))) if z > -6 else 0.0
 
 
-def _tell(belief: Belief, kind: int, shares: list[float], surprise: float, variance: float) -> None:
-    """What a server says of itself: as an observation, but no sign of a change however surprising."""
-    gain, uncertain = belief.gain(kind, shares)
-    belief.correct(gain, surprise, uncertain + variance)
+def _inverse(speed: float | None) -> float | None:
+    """Seconds per token; None: that is no speed."""
+    return 1 / speed if speed is not None and 1e-9 < speed < math.inf else None
+
+
+def _tell(belief: Belief, kind: int, told: float | None, expected: float, shares: list[float]) -> None:
+    """What a server says of itself, seconds: as an observation, but no sign of a change however surprising."""
+    seconds = duration(told, 1e-9, 1e4)
+    if seconds is not None:
+        gain, uncertain = belief.gain(kind, shares)
+        belief.correct(gain, math.log(seconds / expected), uncertain + TOLD_VARIANCE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from control_plane.domain.task import TaskType
 from control_plane.prediction.features import Vector, count
 from control_plane.prediction.policy import LengthPolicy
+from control_plane.prediction.state import HistogramState
 
 EDGES: Vector = np.unique(np.round(2 ** (np.arange(0, 41) / 2)))
 """Bin i holds lengths in [EDGES[i], EDGES[i + 1]): a factor of 1.4 each, from 1 to a million tokens."""
@@ -19,6 +21,7 @@ _WIDTH = np.log(_UPPER / _LOWER)
 _MEAN: Vector = (_UPPER - _LOWER) / _WIDTH
 """Of a length that is uniform in the logarithm within its bin."""
 BINS = len(_LOWER)
+_TASKS = frozenset(TaskType)
 MOST_TOKENS = float(EDGES[-1]) - 1
 
 
@@ -70,7 +73,8 @@ class OutputLength:
         if cut and number + 1 < BINS:
             # To the right, as those went that were not cut. Source: Efron, "The two sample problem with censored
             # data", 5th Berkeley Symposium, 1967.
-            tail = self._share(task, model)[number:]
+            tail = self._share(task, model)[number:].copy()
+            tail[0] *= math.log(_UPPER[number] / tokens) / _WIDTH[number]
             total = float(tail.sum())
             later = (tail / total).tolist() if total > 0 else None
         decay = 1 - 1 / self.policy.window
@@ -112,6 +116,29 @@ class OutputLength:
             value = float(lower[number]) * math.exp(float(width[number]) * min(max(part, 0.0), 1.0))
             quantiles.append(min(max(value, done, 1.0), most))
         return Length(min(max(capped, done, 1.0), most), tuple(quantiles))
+
+    def state(self) -> tuple[HistogramState, ...]:
+        """What outlives this process."""
+        entries = [(0, "", self._all)]
+        entries += [(int(task), "", histogram) for task, histogram in self._tasks.items()]
+        entries += [(int(task), model, histogram) for (task, model), histogram in self._models.items()]
+        return tuple(HistogramState(task, model, tuple(h.bins)) for task, model, h in entries if h.weight)
+
+    def restore(self, state: Iterable[HistogramState]) -> None:
+        """Take over what an earlier process learned. What cannot be is left out."""
+        for entry in state:
+            if len(entry.bins) != BINS or not all(0 <= weight < math.inf for weight in entry.bins):
+                continue
+            if not entry.task:
+                histogram = self._all
+            elif entry.task not in _TASKS:
+                continue
+            elif not entry.model:
+                histogram = self._tasks[TaskType(entry.task)]
+            else:
+                histogram = self._chain(TaskType(entry.task), entry.model)[-1]
+            histogram.bins, histogram.weight = list(entry.bins), sum(entry.bins)
+        self._cache.clear()
 
     def _chain(self, task: TaskType, model: str) -> tuple[Histogram, Histogram, Histogram]:
         key = task, model

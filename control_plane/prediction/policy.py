@@ -16,7 +16,7 @@ class LatencyPolicy:
 
     levels: tuple[float, ...] = (0.5, 0.9)
     """Quantiles that are predicted, ascending, each in (0, 1); the first is that of the typical case."""
-    drift_per_minute: float = 0.1
+    drift_per_minute: float = 0.05
     """Standard deviation of ln(speed) by which a host may change in a minute, > 0. More forgets faster."""
     overdue_half_life_s: float = 30.0
     """Seconds in which the suspicion against a host that does not answer halves, > 0."""

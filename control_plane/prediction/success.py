@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from control_plane.domain.task import TaskType
 from control_plane.prediction.policy import SuccessPolicy
+from control_plane.prediction.state import TallyState
 
 Key = TypeVar("Key")
+
+_TASKS = frozenset(TaskType)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,28 @@ class SuccessModel:
             evidence = good + bad
             rate = (good + self.policy.kin_weight * rate) / (evidence + self.policy.kin_weight)
         return Success(rate, evidence)
+
+    def state(self, now: float) -> tuple[TallyState, ...]:
+        """What outlives this process."""
+        entries = [("", 0, self._all)]
+        entries += [(model, 0, tally) for model, tally in self._models.items()]
+        entries += [(model, int(task), tally) for (model, task), tally in self._pairs.items()]
+        return tuple(TallyState(model, task, t.good, t.bad, max(0.0, now - t.at)) for model, task, t in entries)
+
+    def restore(self, state: Iterable[TallyState], now: float) -> None:
+        """Take over what an earlier process learned. What cannot be is left out."""
+        for entry in state:
+            if not all(0 <= value < math.inf for value in (entry.good, entry.bad, entry.age)):
+                continue
+            if not entry.model:
+                tally = self._all
+            elif not entry.task:
+                tally = _kept(self._models, entry.model, self.policy.kept)
+            elif entry.task in _TASKS:
+                tally = _kept(self._pairs, (entry.model, TaskType(entry.task)), self.policy.kept)
+            else:
+                continue
+            tally.good, tally.bad, tally.at = entry.good, entry.bad, now - entry.age
 
 
 def _kept(tallies: OrderedDict[Key, Tally], key: Key, most: int) -> Tally:

@@ -13,12 +13,12 @@ import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from time import thread_time
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from control_plane.domain.model import ModelName, Provider, ServerId
-from control_plane.prediction.features import Features, Kin, RowKey, predict
+from control_plane.prediction.features import Features, Kin, RowKey, predict, tpot, ttft
 from control_plane.prediction.latency import LatencyModel
 from tests.benchmarks.prediction_data import FLEET, Arrival, Host, Request, azure, generate, mooncake
 
@@ -31,11 +31,25 @@ Quantiles = tuple[float, float]
 Log = list[tuple[float, str, Request]]
 
 
-class Method(Protocol):
-    def predict(self, host: Host, features: Features, now: float) -> tuple[Quantiles, Quantiles]:
-        """(0.5, 0.9) of TTFT and of TPOT, seconds."""
+class Told(NamedTuple):
+    """At dispatch, seconds."""
 
-    def observe(self, host: Host, features: Features, ttft: float | None, tpot: float | None, now: float) -> None: ...
+    ttft: Quantiles
+    """0.5, 0.9."""
+    tpot: Quantiles
+    promised: tuple[float, float] = (0.0, 0.0)
+    """Medians before calibration."""
+
+
+NOTHING = Told((0.0, 0.0), (0.0, 0.0))
+
+
+class Method(Protocol):
+    def predict(self, host: Host, features: Features, now: float) -> Told: ...
+
+    def observe(
+        self, host: Host, features: Features, first: float | None, each: float | None, now: float, told: Told = NOTHING
+    ) -> None: ...
 
 
 class Pooled:
@@ -53,12 +67,22 @@ class Pooled:
             self.model.declare(key, self._kin(host), now)
         return key
 
-    def predict(self, host: Host, features: Features, now: float) -> tuple[Quantiles, Quantiles]:
-        first, each = predict(self.model.coefficients(self._key(host, now), now), features)
-        return (first[0], first[1]), (each[0], each[1])
+    def predict(self, host: Host, features: Features, now: float) -> Told:
+        coefficients = self.model.coefficients(self._key(host, now), now)
+        first, each = predict(coefficients, features)
+        promised = (
+            ttft(coefficients, features.uncached_tokens, features.backlog_tokens, features.waiting),
+            tpot(coefficients, features.streams),
+        )
+        return Told((first[0], first[1]), (each[0], each[1]), promised)
 
-    def observe(self, host: Host, features: Features, ttft: float | None, tpot: float | None, now: float) -> None:
-        self.model.observe(self._key(host, now), features, ttft, tpot, now)
+    def observe(
+        self, host: Host, features: Features, first: float | None, each: float | None, now: float, told: Told = NOTHING
+    ) -> None:
+        self.model.observe(
+            self._key(host, now), features, first, each, now,
+            promised_ttft=told.promised[0], promised_tpot=told.promised[1],
+        )  # fmt: skip
 
 
 class Average:
@@ -70,15 +94,17 @@ class Average:
     def __init__(self) -> None:
         self._state: dict[tuple[int, int], tuple[float, float]] = {}
 
-    def predict(self, host: Host, features: Features, now: float) -> tuple[Quantiles, Quantiles]:
+    def predict(self, host: Host, features: Features, now: float) -> Told:
         result = []
         for kind, prior in ((0, 0.5), (1, 0.05)):
             mean, variance = self._state.get((host.number, kind), (prior, prior**2))
             result.append((mean, mean + 1.28 * math.sqrt(variance)))
-        return result[0], result[1]
+        return Told(result[0], result[1])
 
-    def observe(self, host: Host, features: Features, ttft: float | None, tpot: float | None, now: float) -> None:
-        for kind, value in ((0, ttft), (1, tpot)):
+    def observe(
+        self, host: Host, features: Features, first: float | None, each: float | None, now: float, told: Told = NOTHING
+    ) -> None:
+        for kind, value in ((0, first), (1, each)):
             if value is not None:
                 mean, variance = self._state.get((host.number, kind), (value, 0.0))
                 variance += self.ALPHA * ((value - mean) ** 2 - variance)
@@ -103,16 +129,18 @@ class LeastSquares:
         weights = np.array([0.04, 0.004]) if kind else np.array([0.2, 1e-3, 1e-3, 0.3])
         return self._state.get((host.number, kind), (weights, np.diag((2 * weights) ** 2), 0.09))
 
-    def predict(self, host: Host, features: Features, now: float) -> tuple[Quantiles, Quantiles]:
+    def predict(self, host: Host, features: Features, now: float) -> Told:
         result = []
         for kind in (0, 1):
             weights, _, variance = self._get(host, kind)
             median = max(float(weights @ self._inputs(features, kind)), 1e-4)
             result.append((median, median * math.exp(1.28 * math.sqrt(variance))))
-        return result[0], result[1]
+        return Told(result[0], result[1])
 
-    def observe(self, host: Host, features: Features, ttft: float | None, tpot: float | None, now: float) -> None:
-        for kind, value in ((0, ttft), (1, tpot)):
+    def observe(
+        self, host: Host, features: Features, first: float | None, each: float | None, now: float, told: Told = NOTHING
+    ) -> None:
+        for kind, value in ((0, first), (1, each)):
             if value is None:
                 continue
             weights, covariance, variance = self._get(host, kind)
@@ -146,18 +174,20 @@ class Trees:
             features.uncached_tokens + features.backlog_tokens, features.streams, features.waiting,
         ]  # fmt: skip
 
-    def predict(self, host: Host, features: Features, now: float) -> tuple[Quantiles, Quantiles]:
+    def predict(self, host: Host, features: Features, now: float) -> Told:
         result = list(self._fallback.predict(host, features, now))
         row = np.array([self._inputs(host, features)])
         for kind in (0, 1):
             if (kind, 0.5) in self._models:
-                low, high = (math.exp(self._models[kind, level].predict(row)[0]) for level in (0.5, 0.9))  # type: ignore[attr-defined]
+                low, high = (math.exp(self._models[kind, level].predict(row, num_threads=1)[0]) for level in (0.5, 0.9))  # type: ignore[attr-defined]
                 result[kind] = low, max(low, high)
-        return result[0], result[1]
+        return Told(result[0], result[1])
 
-    def observe(self, host: Host, features: Features, ttft: float | None, tpot: float | None, now: float) -> None:
-        self._fallback.observe(host, features, ttft, tpot, now)
-        for kind, value in ((0, ttft), (1, tpot)):
+    def observe(
+        self, host: Host, features: Features, first: float | None, each: float | None, now: float, told: Told = NOTHING
+    ) -> None:
+        self._fallback.observe(host, features, first, each, now)
+        for kind, value in ((0, first), (1, each)):
             if value is None:
                 continue
             rows, values = self._rows[kind], self._values[kind]
@@ -180,7 +210,8 @@ class Trees:
 
 
 class Scores:
-    """Errors of one method: |ln(observed / median)| as a relative error, and how often the 0.9 quantile held."""
+    """Of one method: errors relative to the larger of observation and median, how often the 0.9 quantile held, and its
+    pinball loss in logarithms."""
 
     def __init__(self) -> None:
         self.errors: list[float] = []
@@ -189,7 +220,7 @@ class Scores:
 
     def add(self, quantiles: Quantiles, observed: float) -> None:
         median, high = quantiles
-        self.errors.append(abs(observed / median - 1) if observed < median else abs(observed - median) / observed)
+        self.errors.append(1 - min(observed, median) / max(observed, median))
         self.held.append(observed <= high)
         gap = math.log(observed / max(high, 1e-9))
         self.pinball.append(max(0.9 * gap, -0.1 * gap))
@@ -202,7 +233,7 @@ class Scores:
 def replay(method: Method, hosts: list[Host], log: Log) -> tuple[Scores, Scores, float, float]:
     """Scores of TTFT and TPOT, microseconds per prediction and per observation of one kind."""
     first, each = Scores(), Scores()
-    told: dict[int, tuple[Quantiles, Quantiles]] = {}
+    told: dict[int, Told] = {}
     spent, observations = [0.0, 0.0], 0
     for at, event, request in log:
         host = hosts[request.host]
@@ -212,15 +243,15 @@ def replay(method: Method, hosts: list[Host], log: Log) -> tuple[Scores, Scores,
             spent[0] += thread_time() - began
             continue
         if event == "first":
-            method.observe(host, request.answered, request.ttft, None, at)
+            method.observe(host, request.answered, request.ttft, None, at, told[id(request)])
             spent[1] += thread_time() - began
             observations += 1
-            first.add(told[id(request)][0], request.ttft)
+            first.add(told[id(request)].ttft, request.ttft)
         elif request.tpot is not None:
-            method.observe(host, request.answered, None, request.tpot, at)
+            method.observe(host, request.answered, None, request.tpot, at, told[id(request)])
             spent[1] += thread_time() - began
             observations += 1
-            each.add(told[id(request)][1], request.tpot)
+            each.add(told[id(request)].tpot, request.tpot)
     return first, each, spent[0] / len(told) * 1e6, spent[1] / max(observations, 1) * 1e6
 
 
@@ -242,7 +273,7 @@ def cold_start(
             method.observe(hosts[target], request.answered, request.ttft, None, now)
         scores = Scores()
         for request in answers[10:310]:
-            scores.add(method.predict(hosts[target], request.features, now)[0], request.ttft)
+            scores.add(method.predict(hosts[target], request.features, now).ttft, request.ttft)
         result[seen] = float(np.median(scores.errors))
     return result
 
@@ -252,15 +283,12 @@ def drift(method: Method, arrivals: list[Arrival], seed: int) -> tuple[float, fl
     the middle third of the trace, and after it recovered."""
     begin, end = arrivals[len(arrivals) // 3].at, arrivals[2 * len(arrivals) // 3].at
     hosts, log = generate(arrivals, seed, lambda host, at: 10.0 if host == 0 and begin <= at < end else 1.0)
-    told: dict[int, Quantiles] = {}
     errors: list[tuple[float, float]] = []
     for at, event, request in log:
         host = hosts[request.host]
-        if event == "dispatch":
-            told[id(request)] = (0.0, 0.0)
-        elif event == "first":
+        if event == "first":
             # What it would say just before it learns.
-            median = method.predict(host, request.answered, at)[0][0]
+            median = method.predict(host, request.answered, at).ttft[0]
             if request.host == 0:
                 errors.append((at, abs(math.log(request.ttft / median))))
             method.observe(host, request.answered, request.ttft, None, at)

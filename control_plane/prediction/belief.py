@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from control_plane.prediction.features import Features, Vector, count
 
@@ -27,18 +28,35 @@ SIZE = 6
 
 # ln seconds: of each coefficient before anything is known, and what it may be.
 CENTRE: Vector = np.log([0.2, 1e-3, 1e-3, 0.3, 0.04, 0.004])
-LEAST: list[float] = [math.log(least) for least in (1e-4, 1e-8, 1e-8, 1e-5, 1e-5, 1e-7)]
-MOST: list[float] = [math.log(most) for most in (1e3, 1e1, 1e1, 1e3, 1e2, 1e1)]
+BOUNDS: tuple[tuple[float, float], ...] = tuple(
+    (math.log(least), math.log(most))
+    for least, most in ((1e-4, 1e3), (1e-8, 1e1), (1e-8, 1e1), (1e-5, 1e3), (1e-5, 1e2), (1e-7, 1e1))
+)
 
 # What a faster host is faster in: in everything somewhat, in its own prompt and that of others alike.
 ALIKE = np.full((SIZE, SIZE), 0.5)
 ALIKE[1, 2] = ALIKE[2, 1] = 0.9
 np.fill_diagonal(ALIKE, 1.0)
 
+
+def triangle(matrix: Matrix) -> tuple[float, ...]:
+    """The lower one of a symmetric matrix, row by row."""
+    return tuple(value for index, row in enumerate(matrix) for value in row[: index + 1])
+
+
+def lower(values: Sequence[float]) -> NDArray[np.float64]:
+    """The symmetric matrix of which this is the lower triangle, shape (6, 6)."""
+    matrix = np.zeros((SIZE, SIZE))
+    matrix[np.tril_indices(SIZE)] = values
+    return matrix + np.tril(matrix, -1).T
+
+
 CLIP = 2.5
 """Standard deviations of surprise beyond which an observation counts no more than at it (Huber)."""
-SLACK, ALARM = 1.0, 5.0
+SLACK, ALARM = 1.0, 9.0
 """Of the CUSUM of surprise in standard deviations: what is ordinary, and what is a change."""
+MOST_SURPRISE = 6.0
+"""Standard deviations that one observation adds to it at most: no single one raises the alarm."""
 MOST_VARIANCE = 4.0
 APART = 0.04
 """Variance by which a drift moves one term apart from the others, as a share of that by which it moves all."""
@@ -123,8 +141,9 @@ class Belief:
         gain, uncertain = self.gain(kind, shares)
         deviation = math.sqrt(uncertain + noise)
         z = surprise / deviation
-        up = self.up[kind] = max(0.0, self.up[kind] + min(z, 4.0) - SLACK)
-        down = self.down[kind] = max(0.0, self.down[kind] - max(z, -4.0) - SLACK)
+        ordinary = -MOST_SURPRISE if z < -MOST_SURPRISE else z if z < MOST_SURPRISE else MOST_SURPRISE
+        up, down = self.up[kind] + ordinary - SLACK, self.down[kind] - ordinary - SLACK
+        self.up[kind], self.down[kind] = up if up > 0 else 0.0, down if down > 0 else 0.0
         if up > ALARM or down > ALARM:
             self.up[kind] = self.down[kind] = 0.0
             self._widen(kind, min(surprise * surprise, MOST_VARIANCE))
@@ -132,17 +151,29 @@ class Belief:
             gain, widened = self.gain(kind, shares)
             self.correct(gain, surprise, widened + noise)
         else:
-            self.correct(gain, min(max(z, -CLIP), CLIP) * deviation, uncertain + noise)
+            if not -CLIP <= z <= CLIP:
+                surprise = math.copysign(CLIP * deviation, z)
+            self.correct(gain, surprise, uncertain + noise)
         return uncertain
 
     def correct(self, gain: list[float], surprise: float, total: float) -> None:
         """The step of a Kalman filter; total: variance of the surprise."""
         step = surprise / total
-        self.mean = [
-            min(max(mean + part * step, least), most)
-            for mean, part, least, most in zip(self.mean, gain, LEAST, MOST, strict=True)
-        ]
+        mean = self.mean
+        for index, part in enumerate(gain):
+            moved = mean[index] + part * step
+            least, most = BOUNDS[index]
+            mean[index] = moved if least <= moved <= most else least if moved < least else most
+        a, b, c, d, e, f = gain
         covariance = self.covariance
         for index, part in enumerate(gain):
             scale = part / total
-            covariance[index] = [value - scale * other for value, other in zip(covariance[index], gain, strict=True)]
+            u, v, w, x, y, z = covariance[index]
+            covariance[index] = [
+                u - scale * a,
+                v - scale * b,
+                w - scale * c,
+                x - scale * d,
+                y - scale * e,
+                z - scale * f,
+            ]
