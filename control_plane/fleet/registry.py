@@ -98,6 +98,9 @@ class Flight:
     on_lost: Callable[[], None] | None = None
     """Called when the server's lease runs out: nothing will come any more."""
     request: RouteRequest | None = None
+    promised_ttft: float | None = None
+    """Median seconds from its dispatch, as expected then."""
+    promised_tpot: float | None = None
     features: Features = field(default_factory=partial(Features, 0.0))
     """At its dispatch."""
     expected_first: float = 0.0
@@ -492,8 +495,10 @@ class Fleet:
         flight.expected_first = now + wait + ttft(coefficients, uncached, 0.0, 0.0)
         if flight.cold:
             flight.expected_first += float(table.load_time[row]) if table.load_time[row] > 0 else 0.0
+        flight.promised_ttft = ttft(coefficients, uncached, backlog, float(load.waiting))
+        flight.promised_tpot = coefficients.tpot_base + coefficients.tpot_per_stream * streams
         tokens = self._lengths.expect(request.task_type, flight.model, request.max_tokens).mean
-        decoding = tokens * (coefficients.tpot_base + coefficients.tpot_per_stream * streams)
+        decoding = tokens * flight.promised_tpot
         flight.expected_end = flight.expected_first + decoding
         flight.work = flight.lane + decoding / max(load.slots, 1)
         if request.blocks is not None:
@@ -533,7 +538,10 @@ class Fleet:
             flight.credit = None
         if outcome.prompt_tokens:
             features = replace(features, prompt_tokens=outcome.prompt_tokens, cached_tokens=outcome.cached_tokens)
-        self._latency.observe(self._row_key(flight), features, outcome.ttft, outcome.tpot, now)
+        self._latency.observe(
+            self._row_key(flight), features, outcome.ttft, outcome.tpot, now,
+            promised_ttft=flight.promised_ttft, promised_tpot=flight.promised_tpot,
+        )  # fmt: skip
         if outcome.completion_tokens:
             self._lengths.observe(flight.request.task_type, flight.model, outcome.completion_tokens)
 
