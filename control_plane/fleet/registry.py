@@ -40,6 +40,10 @@ _NEARLY = 0.005
 # and at least for so many: a restart or a reload must not forget, ever new names must not pile up.
 _GONE_KEPT = 64
 
+# A first token is too late after so many times what nine of ten are expected to take, and after so many seconds.
+_OVERDUE = 2.0
+_OVERDUE_SOONEST = 1.0
+
 PairKey = tuple[ModelName, Provider]
 
 # Pairs of an earlier process that have not been seen yet.
@@ -97,6 +101,11 @@ class Flight:
     """Its client calls the server itself."""
     on_lost: Callable[[], None] | None = None
     """Called when the server's lease runs out: nothing will come any more."""
+    on_overdue: Callable[[], None] | None = None
+    """Called once when its first token is so late that another server is to be asked. Only what says when the first
+    token has come may set it."""
+    overdue_at: float = math.inf
+    """Monotonic seconds when that is."""
     request: RouteRequest | None = None
     promised_ttft: float | None = None
     """Median seconds from its dispatch, as expected then."""
@@ -113,8 +122,6 @@ class Flight:
     """Of those, seconds for which nobody else's prompt is prefilled."""
     credit: Credit | None = None
     """For what its prompt leaves in the server's prefix cache."""
-    observed: bool = False
-    """Its first token will be seen when it comes."""
 
     @property
     def server_id(self) -> ServerId:
@@ -495,6 +502,9 @@ class Fleet:
         flight.expected_first = now + wait + ttft(coefficients, uncached, 0.0, 0.0)
         if flight.cold:
             flight.expected_first += float(table.load_time[row]) if table.load_time[row] > 0 else 0.0
+        if not flight.cold:
+            expected = ttft(coefficients, uncached, backlog, float(load.waiting)) * coefficients.ttft_spread[-1]
+            flight.overdue_at = now + max(_OVERDUE_SOONEST, _OVERDUE * expected)
         flight.promised_ttft = ttft(coefficients, uncached, backlog, float(load.waiting))
         flight.promised_tpot = coefficients.tpot_base + coefficients.tpot_per_stream * streams
         tokens = self._lengths.expect(request.task_type, flight.model, request.max_tokens).mean
@@ -516,10 +526,15 @@ class Fleet:
 
     def _overdue(self, server: Server, now: float) -> None:
         """Prompts that should be through are not, as far as is known."""
-        if not any(flight.observed for flight in server.prefilling):
+        if not any(flight.on_overdue for flight in server.prefilling):
             server.prefilling.clear()  # nobody will tell of their first tokens
+        for flight in list(server.prefilling):
+            if flight.on_overdue is not None and now >= flight.overdue_at:
+                log.info("%s: no first token after %.1f s", server.id, now - flight.began)
+                flight.overdue_at, late = math.inf, flight.on_overdue
+                late()
         for flight in server.prefilling:
-            if flight.observed:
+            if flight.on_overdue is not None:
                 self._latency.overdue(self._row_key(flight), flight.features, now - flight.began, now)
                 # It may take as long again as it has been late.
                 server.lane_until = now + (now - flight.expected_first) / 2 + flight.lane

@@ -27,7 +27,7 @@ from control_plane.scheduling.breaker import BreakerPolicy
 from control_plane.scheduling.queue import FairQueue
 from control_plane.scheduling.stats import StatsPolicy
 from control_plane.selection.policy import Policy
-from control_plane.simulation.dispatcher import Action, GiveUp, HostInfo, Report, Send, Streams, Usage
+from control_plane.simulation.dispatcher import Action, Cancel, GiveUp, HostInfo, Report, Send, Streams, Usage
 from control_plane.simulation.traces import BLOCK_TOKENS, Job
 
 TICK = 0.1
@@ -286,16 +286,25 @@ class Ours:
 
     def _granted(self, attempt: _Attempt, future: Promised) -> None:
         if future.cancelled() or attempt.job not in self._jobs:
-            return
+            return  # it is over: `failed` has given its place back
         attempt.standing = None
         error = future.exception()
         if error is not None:
             self._give_up(attempt, str(getattr(error, "reason", error)))
             return
         attempt.flight = flight = future.result().flight
-        flight.observed = True
+        flight.on_overdue = lambda: self._overdue(attempt, flight)
         attempt.sent_at = self._clock.now
         self._actions.append(Send(attempt.job, flight.server_id))
+
+    def _overdue(self, attempt: _Attempt, flight: Flight) -> None:
+        if attempt.flight is not flight or attempt.first_at or attempt.failures + 1 >= MAX_ATTEMPTS:
+            return
+        self._actions.append(Cancel(attempt.job, flight.server_id))
+        attempt.failures += 1
+        self._release(attempt, _FAILURE)
+        attempt.avoid |= {Failed(flight.server_id, _INSTANCE)}
+        self._loop.call_soon(lambda: self._enter(attempt))
 
     def _release(self, attempt: _Attempt, outcome: Outcome) -> None:
         if attempt.flight is not None:
