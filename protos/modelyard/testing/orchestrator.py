@@ -90,7 +90,7 @@ class FakeOrchestrator(FakeServer):
         self, request: orchestrator_pb2.GenerateRequest, context: ServicerContext
     ) -> AsyncIterator[orchestrator_pb2.GenerateResponse]:
         request_id = request.request_id or f"fake-{len(self.calls)}"
-        await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+        context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
         async with self._received("Generate", context, request):
             script = self._script if self.on_generate is None else self.on_generate(request)
             if request.explain:
@@ -117,7 +117,7 @@ class FakeOrchestrator(FakeServer):
         self, request: orchestrator_pb2.EmbedRequest, context: ServicerContext
     ) -> orchestrator_pb2.EmbedResponse:
         request_id = request.request_id or f"fake-{len(self.calls)}"
-        await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+        context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
         async with self._received("Embed", context, request):
             return orchestrator_pb2.EmbedResponse(
                 embeddings=[generation_pb2.Embedding(values=[len(text), 1]) for text in request.inputs],

@@ -30,7 +30,7 @@ class OrchestratorStub(object):
     """The control plane: one front door for clients, one meeting point for model
     servers.
 
-    Metadata: `modelyard-request-id` is returned with every Generate and Embed.
+    Trailing metadata: `modelyard-request-id`, with every Generate and Embed.
     """
 
     def __init__(self, channel):
@@ -115,7 +115,7 @@ class OrchestratorServicer(object):
     """The control plane: one front door for clients, one meeting point for model
     servers.
 
-    Metadata: `modelyard-request-id` is returned with every Generate and Embed.
+    Trailing metadata: `modelyard-request-id`, with every Generate and Embed.
     """
 
     def Generate(self, request, context):
@@ -382,7 +382,7 @@ class Orchestrator(object):
     """The control plane: one front door for clients, one meeting point for model
     servers.
 
-    Metadata: `modelyard-request-id` is returned with every Generate and Embed.
+    Trailing metadata: `modelyard-request-id`, with every Generate and Embed.
     """
 
     @staticmethod

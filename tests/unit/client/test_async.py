@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+import time
+from collections.abc import Coroutine
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 
@@ -232,6 +236,35 @@ async def test_request_id_of_a_failure_is_the_control_planes(fake: FakeOrchestra
     with pytest.raises(InternalError) as caught:
         await client.generate("hi")
     assert caught.value.request_id == "fake-0"
+
+
+async def test_request_id_of_a_failure_that_is_there_before_it_is_waited_for() -> None:
+    """gRPC learns the status of a stream before it asks for its initial metadata, and has none then."""
+    loop, served = asyncio.new_event_loop(), FakeOrchestrator()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    def there(work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, loop).result(10)
+
+    there(served.start())
+    try:
+        async with AsyncClient(served.address) as client:
+            await client.generate("connected")
+            for number in range(1, 11):
+                served.inject_error("Generate", Refusal(Reason.INTERNAL, "bug"))
+                asking = asyncio.create_task(client.generate("hi"))
+                while len(served.calls) <= number:
+                    await asyncio.sleep(0)
+                time.sleep(0.01)  # this loop is busy, the answer comes meanwhile
+                with pytest.raises(InternalError) as caught:
+                    await asking
+                assert caught.value.request_id == f"fake-{number}"
+    finally:
+        there(served.stop())
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
 async def test_answer_that_breaks_off_keeps_what_came(fake: FakeOrchestrator, client: AsyncClient) -> None:

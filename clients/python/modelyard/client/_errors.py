@@ -380,7 +380,7 @@ def parsed(message: T | None) -> T:
 def from_call(error: grpc.RpcError, *, address: str, request_id: str = "", started: bool = False) -> ModelyardError:
     """The exception for a failed call; `started` if some of its answer had arrived."""
     refusal = from_rpc_error(error)
-    request_id = refusal.metadata.get("request_id") or _initial_request_id(error) or request_id
+    request_id = refusal.metadata.get("request_id") or _request_id(error) or request_id
     if refusal.transport and (unanswered := _unanswered(refusal, address, started)):
         unanswered.request_id = request_id
         return unanswered
@@ -414,9 +414,10 @@ def _unanswered(refusal: Refusal, address: str, started: bool) -> ModelyardError
     return None
 
 
-def _initial_request_id(error: Any) -> str:
-    initial = getattr(error, "initial_metadata", None)
-    for key, value in (initial() if initial is not None else None) or ():
+def _request_id(error: Any) -> str:
+    """From the trailing metadata, which come with the status: grpc.aio forgets the initial ones of a stream where the
+    status is dealt with first."""
+    for key, value in error.trailing_metadata() or ():
         if key == REQUEST_ID_KEY:
             return str(value)
     return ""
