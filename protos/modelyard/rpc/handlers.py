@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
 import logging
@@ -68,6 +69,9 @@ def service_handler(
     serialised bytes may be given instead; they pass unread. Methods that are missing are
     answered with UNIMPLEMENTED. A method that is marked `takes_unread` gets an `Unread` message.
 
+    When the caller goes away, a method is cancelled where it waits, writes included. A generator whose message is just
+    being sent is closed, as Python does with generators: it sees GeneratorExit at its `yield`. Clean up in `finally`.
+
     A Refusal becomes its rich status. Of any other exception type and stack are logged with an incident id and
     answered as INTERNAL with that id alone. A request that does not parse, or that is larger than
     `max_request_bytes`, is refused with INVALID_REQUEST.
@@ -103,13 +107,13 @@ def _method_handler(
 
     async def written(request: Any, context: ServicerContext) -> None:
         try:
-            await behaviour(incoming(request), context)
+            await behaviour(incoming(request), _Context(context))
         except Exception as error:
             await _abort(context, name, error)
 
     async def generated(request: Any, context: ServicerContext) -> None:
         try:
-            write = context.write
+            write = _Context(context).write
             # Closed here and now: a generator left to the garbage collector frees its slot late.
             async with contextlib.aclosing(behaviour(incoming(request), context)) as answers:
                 async for answer in answers:
@@ -148,6 +152,27 @@ def _parser(message: type[Message], max_request_bytes: int | None) -> Callable[[
     return parse
 
 
+class _Context:
+    """gRPC's context, but a write to a caller who has gone is cancelled, whatever gRPC noticed first."""
+
+    __slots__ = ("_context",)
+
+    def __init__(self, context: ServicerContext) -> None:
+        self._context = context
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    async def write(self, message: Any) -> None:
+        try:
+            await self._context.write(message)
+        except (grpc.aio.AbortError, grpc.aio.UsageError):
+            raise
+        except grpc.aio.BaseError as error:
+            # The batch failed before its end was told, or the server was stopped.
+            raise asyncio.CancelledError("the caller has gone") from error
+
+
 class _Requests:
     """A client stream, parsed as it is read."""
 
@@ -171,7 +196,7 @@ class _Requests:
 async def _abort(context: ServicerContext, method: str, error: Exception) -> None:
     """Turn what a handler raised into a status. Always raises. Cancellation never comes here."""
     if isinstance(error, grpc.aio.BaseError):
-        # The handler aborted by itself, or the call ended under a write: gRPC knows what to do.
+        # The handler aborted by itself, or the server was stopped: gRPC knows what to do.
         raise error
     if isinstance(error, Refusal):
         refusal = error
