@@ -20,6 +20,7 @@ from modelyard.client import (
     StreamBroken,
     UnknownModel,
     Unsupported,
+    _direct,
 )
 from tests.harness.front_door import PATIENCE, front_door
 from tests.harness.model_servers import model_server
@@ -90,7 +91,8 @@ async def test_the_blocking_client_too():
 # ------------------------------------------------------------- falling back ---
 
 
-async def test_who_cannot_be_reached_is_asked_through_the_control_plane():
+async def test_who_cannot_be_reached_is_asked_through_the_control_plane(monkeypatch):
+    monkeypatch.setattr(_direct, "_MUST_CONNECT_SECONDS", 0.5)
     # The first one holds a lease, and nobody listens at its endpoint.
     async with front_door(fleet=QUICK, limits={"ticket_lifetime": 60}) as door, scripted(
         door, "a-gone"
