@@ -33,7 +33,6 @@ MOST_BYTES = 64 << 10
 """Of a request that shares a stream, and of frames that share a message."""
 
 _IDLE = 10.0
-"""Seconds between two calls of a peer that is not called all the time, and so needs no stream."""
 _REST = 1.0
 """Seconds from a stream that failed to the next."""
 _FOREIGN_REST = 60.0
@@ -89,14 +88,15 @@ class SharedChannel:
     above what a stream takes, and all others whenever there is no stream. Everything else is the channel's own.
     """
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, *, idle: float = _IDLE) -> None:
+        """`idle`: seconds between two calls of a peer that is not called all the time, and so needs no stream."""
+        self._idle = idle
         self.plain = channel
         """The channel itself."""
         self._open: Any = channel.stream_stream(PATH)
         self._stream: _Stream | None = None
         self._called = -math.inf
         self._rest_until = -math.inf
-        self._again: set[asyncio.Task[None]] = set()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.plain, name)
@@ -121,30 +121,23 @@ class SharedChannel:
             stream = self._usable()
             if stream is None or len(raw) > MOST_BYTES:
                 return plain(raw, timeout=timeout, metadata=metadata)
-            made = _Call(stream, raw, timeout, metadata, plain, response_deserializer)
-            stream.start(made, method)
-            return made
+            return stream.start(method, raw, timeout, metadata, response_deserializer)
 
         return call
 
     def _usable(self) -> _Stream | None:
         """The stream, if it takes one more. It is opened while calls are made without it."""
         now = asyncio.get_running_loop().time()
-        recent, self._called = now - self._called < _IDLE, now
+        recent, self._called = now - self._called < self._idle, now
         if self._stream is None:
             if recent and now >= self._rest_until:
-                self._stream = _Stream(self._open(), self._ended)
+                self._stream = _Stream(self._open(), self._idle, self._ended)
             return None
         return self._stream if self._stream.ready and len(self._stream.calls) < MOST_CALLS else None
 
-    def _ended(self, stream: _Stream, rest: float, unread: Iterable[_Call]) -> None:
-        if self._stream is stream:
-            self._stream = None
-            self._rest_until = asyncio.get_running_loop().time() + rest
-        for call in unread:
-            task = asyncio.create_task(call.make_anew())
-            self._again.add(task)
-            task.add_done_callback(self._again.discard)
+    def _ended(self, rest: float) -> None:
+        self._stream = None
+        self._rest_until = asyncio.get_running_loop().time() + rest
 
     async def close(self, grace: float | None = None) -> None:
         """Cancel what runs and close the channel."""
@@ -159,19 +152,13 @@ class _Call(asyncio.Future[Any]):
     def __init__(
         self,
         stream: _Stream,
-        raw: bytes,
+        number: int,
         timeout: float | None,
-        metadata: Any,
-        plain: Callable[..., Any],
         deserialise: Callable[[bytes], Any],
     ) -> None:
         super().__init__()
-        self.number = 0
-        self.raw = raw
-        self.timeout = timeout
-        self.metadata = metadata
         self._stream = stream
-        self._plain = plain
+        self._number = number
         self._deserialise = deserialise
         self._pieces: list[bytes] = []
         self._size = 0
@@ -186,7 +173,7 @@ class _Call(asyncio.Future[Any]):
     def _leave(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._stream.abandon(self)
+        self._stream.abandon(self._number)
 
     def _expire(self) -> None:
         self._leave()
@@ -224,22 +211,6 @@ class _Call(asyncio.Future[Any]):
             self.set_result(None)  # as grpc.aio does
         return True
 
-    async def make_anew(self) -> None:
-        """Make it as a plain call, because it was not read from the stream."""
-        timeout = self._timer.when() - self.get_loop().time() if self._timer is not None else None
-        plain = self._plain(self.raw, timeout=timeout, metadata=self.metadata)
-        self.add_done_callback(lambda _: plain.cancel())
-        try:
-            answer = await plain
-        except grpc.aio.AioRpcError as error:
-            self.fail(error)
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
-        else:
-            if not self.done():
-                self.set_result(answer)
-
 
 def _failure(code: grpc.StatusCode, details: str, trailing: Pairs = ()) -> grpc.aio.AioRpcError:
     return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(*trailing), details)
@@ -248,11 +219,13 @@ def _failure(code: grpc.StatusCode, details: str, trailing: Pairs = ()) -> grpc.
 class _Stream:
     """The client's end of one stream."""
 
-    def __init__(self, rpc: Any, ended: Callable[[_Stream, float, Iterable[_Call]], None]) -> None:
+    def __init__(self, rpc: Any, idle: float, ended: Callable[[float], None]) -> None:
+        """`ended` is called with the seconds after which another may be tried."""
         self.calls: dict[int, _Call] = {}
         self.ready = False
         """The peer has said that it is there, and nobody has closed it."""
         self._rpc = rpc
+        self._idle = idle
         self._ended = ended
         self._loop = asyncio.get_running_loop()
         self._numbers = itertools.count(1)
@@ -260,26 +233,29 @@ class _Stream:
         self._outbox: deque[bytes] = deque()
         self._closing = False
         self._wake: asyncio.Future[None] | None = None
-        self._look_again = self._loop.call_later(_IDLE, self._look)
+        self._look_again = self._loop.call_later(idle, self._look)
         self._writer = asyncio.create_task(self._write(), name="calls-writer")
         self._reader = asyncio.create_task(self._read(), name="calls-reader")
 
-    def start(self, call: _Call, method: str) -> None:
-        """Send a call."""
-        call.number = number = next(self._numbers)
-        self.calls[number] = call
-        self._used = self._loop.time()
-        start = calls_pb2.CallStart(id=number, method=method, request=call.raw)
-        if call.timeout is not None:
-            start.timeout.FromNanoseconds(max(0, round(call.timeout * 1e9)))
-        if call.metadata:
-            start.metadata.extend(metadata_messages(call.metadata))
+    def start(
+        self, method: str, raw: bytes, timeout: float | None, metadata: Any, deserialise: Callable[[bytes], Any]
+    ) -> _Call:
+        """Begin a call."""
+        number = next(self._numbers)
+        start = calls_pb2.CallStart(id=number, method=method, request=raw)
+        if timeout is not None:
+            start.timeout.FromNanoseconds(max(0, round(timeout * 1e9)))
+        if metadata:
+            start.metadata.extend(metadata_messages(metadata))
         self._send(calls_pb2.MultiplexRequest(starts=(start,)))
+        self._used = self._loop.time()
+        call = self.calls[number] = _Call(self, number, timeout, deserialise)
+        return call
 
-    def abandon(self, call: _Call) -> None:
-        """Nobody waits for it any more."""
-        if self.calls.pop(call.number, None) is not None:
-            self._send(calls_pb2.MultiplexRequest(cancels=(call.number,)))
+    def abandon(self, number: int) -> None:
+        """Nobody waits for this call any more."""
+        if self.calls.pop(number, None) is not None:
+            self._send(calls_pb2.MultiplexRequest(cancels=(number,)))
 
     async def close(self) -> None:
         """End it at once, and what is made over it."""
@@ -296,15 +272,19 @@ class _Stream:
 
     def _look(self) -> None:
         """Close a stream that nobody uses."""
-        if self.calls or self._loop.time() - self._used < _IDLE:
-            self._look_again = self._loop.call_later(_IDLE, self._look)
+        if self.calls or self._loop.time() - self._used < self._idle:
+            self._look_again = self._loop.call_later(self._idle, self._look)
             return
+        self._retire()
+
+    def _retire(self) -> None:
+        """Begin no more calls here."""
         self._closing, self.ready = True, False
         self._wake_writer()
 
     async def _write(self) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # whoever reads hears why
-            while self._outbox or not self._closing:
+            while self._outbox or self.calls or not self._closing:
                 if self._outbox:
                     await self._rpc.write(next_batch(self._outbox)[0])
                 else:
@@ -313,15 +293,19 @@ class _Stream:
             await self._rpc.done_writing()
 
     async def _read(self) -> None:
-        rest, error, unread = _FOREIGN_REST, None, False
+        rest = _FOREIGN_REST
+        error: grpc.aio.AioRpcError | None = None
         try:
             while (raw := await self._rpc.read()) is not grpc.aio.EOF:
                 self.ready, rest = not self._closing, _REST
-                for end in calls_pb2.MultiplexResponse.FromString(raw).ends:
+                message = calls_pb2.MultiplexResponse.FromString(raw)
+                for end in message.ends:
                     call = self.calls.get(end.id)
                     if call is not None and call.take(end):
                         self.calls.pop(end.id, None)
-            unread = True
+                if message.stopping or self._closing:
+                    self._retire()
+            error = _failure(grpc.StatusCode.UNAVAILABLE, "the stream has ended")
         except grpc.aio.AioRpcError as failure:
             error = failure
             if failure.code() is grpc.StatusCode.UNAVAILABLE:
@@ -334,8 +318,8 @@ class _Stream:
             self._writer.cancel()
             self._rpc.cancel()
             left, self.calls = tuple(self.calls.values()), {}
-            self._ended(self, rest, left if unread else ())
-            for call in () if unread else left:
+            self._ended(rest)
+            for call in left:
                 if error is None:  # closed from here
                     call.cancel()
                 else:

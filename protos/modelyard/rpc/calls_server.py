@@ -8,9 +8,10 @@ calls.stop()
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import grpc
@@ -56,32 +57,26 @@ class CallsServicer:
 
     def __init__(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
         self._handlers = tuple(handlers)
-        self._readers: set[asyncio.Task[None]] = set()
-        self._stopped = False
+        self._streams: set[_Stream] = set()
+        self._stopping = False
 
     def stop(self) -> None:
-        """Read no more. Each stream ends when it has answered what was read; its client makes the others anew."""
-        self._stopped = True
-        for reader in self._readers:
-            reader.cancel()
+        """Have clients make further calls elsewhere, and end streams when everything is answered."""
+        self._stopping = True
+        for stream in self._streams:
+            stream.stop()
 
     async def Multiplex(
         self, requests: AsyncIterator[calls_pb2.MultiplexRequest], context: grpc.aio.ServicerContext
     ) -> None:
-        await context.write(b"")  # it may begin
         stream = _Stream(self._handlers, context)
-        reader = asyncio.create_task(stream.read(requests), name="calls-reader")
-        self._readers.add(reader)
-        if self._stopped:
-            reader.cancel()
+        self._streams.add(stream)
         try:
-            await asyncio.wait((reader,))
+            await stream.send(calls_pb2.MultiplexResponse(stopping=self._stopping))
+            await stream.read(requests)
             await stream.answered()
-            if not reader.cancelled():
-                reader.result()
         finally:
-            self._readers.discard(reader)
-            reader.cancel()
+            self._streams.discard(stream)
             stream.close()
 
 
@@ -95,7 +90,7 @@ class _Stream:
         self._tasks: set[asyncio.Task[None]] = set()
         self._outbox: deque[bytes] = deque()
         self._put = self._sent = 0
-        """Frames, counted."""
+        """Messages, counted."""
         self._sending = asyncio.Lock()
 
     async def read(self, requests: AsyncIterator[calls_pb2.MultiplexRequest]) -> None:
@@ -106,16 +101,24 @@ class _Stream:
                     raise invalid([Violation("starts.id", f"{start.id} is the id of a call that is not answered yet")])
                 if len(self._calls) >= MOST_CALLS:
                     # Whoever does not read what it is told is not read either.
-                    await self._send(_end(start.id, _TOO_MANY))
+                    await self._answer(_end(start.id, _TOO_MANY))
                     continue
                 call = self._calls[start.id] = _Call(self._metadata, start)
-                call.task = asyncio.create_task(self._serve(call))
-                self._tasks.add(call.task)
-                call.task.add_done_callback(self._tasks.discard)
+                call.task = self._begin(self._serve(call))
             for number in message.cancels:
                 cancelled = self._calls.pop(number, None)
                 if cancelled is not None:
                     cancelled.cancel()
+
+    def stop(self) -> None:
+        """Tell the client that it had better go."""
+        self._begin(self.send(calls_pb2.MultiplexResponse(stopping=True)))
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def answered(self) -> None:
         """Wait until everything that was read is answered."""
@@ -123,7 +126,8 @@ class _Stream:
             await asyncio.wait(self._tasks)
 
     def close(self) -> None:
-        """Cancel what is left."""
+        """Cancel what is left; nobody is to be answered any more."""
+        self._calls.clear()
         for task in self._tasks:
             task.cancel()
 
@@ -131,30 +135,29 @@ class _Stream:
         answer, status = await call.run(self._handlers)
         if self._calls.get(call.id) is not call:
             return  # nobody waits for it any more
-        try:
-            start = 0
-            while len(answer) - start > PIECE_BYTES:
-                end = calls_pb2.CallEnd(id=call.id, response=answer[start : start + PIECE_BYTES], more=True)
-                await self._send(end)
-                start += PIECE_BYTES
-            end = _end(call.id, status)
-            end.response = answer[start:] if start else answer
-            await self._send(end)
-        except (grpc.aio.BaseError, asyncio.InvalidStateError):
-            pass  # the stream has ended
-        finally:
-            self._calls.pop(call.id, None)
+        start = 0
+        while len(answer) - start > PIECE_BYTES:
+            await self._answer(calls_pb2.CallEnd(id=call.id, response=answer[start : start + PIECE_BYTES], more=True))
+            start += PIECE_BYTES
+        end = _end(call.id, status)
+        end.response = answer[start:] if start else answer
+        await self._answer(end)
+        self._calls.pop(call.id, None)
 
-    async def _send(self, end: calls_pb2.CallEnd) -> None:
-        """Send a frame, together with those that came about meanwhile."""
-        self._outbox.append(calls_pb2.MultiplexResponse(ends=(end,)).SerializeToString())
+    async def _answer(self, end: calls_pb2.CallEnd) -> None:
+        await self.send(calls_pb2.MultiplexResponse(ends=(end,)))
+
+    async def send(self, message: calls_pb2.MultiplexResponse) -> None:
+        """Send it, together with what came about meanwhile."""
+        self._outbox.append(message.SerializeToString())
         self._put += 1
         mine = self._put
-        async with self._sending:
-            while self._sent < mine:
-                batch, count = next_batch(self._outbox)
-                await self._context.write(batch)
-                self._sent += count
+        with contextlib.suppress(grpc.aio.BaseError, asyncio.InvalidStateError):  # the stream has ended
+            async with self._sending:
+                while self._sent < mine:
+                    batch, count = next_batch(self._outbox)
+                    await self._context.write(batch)
+                    self._sent += count
 
 
 def _end(number: int, status: Status) -> calls_pb2.CallEnd:

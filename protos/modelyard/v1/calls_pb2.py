@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18modelyard/v1/calls.proto\x12\x0cmodelyard.v1\x1a\x1egoogle/protobuf/duration.proto\"L\n\x10MultiplexRequest\x12\'\n\x06starts\x18\x01 \x03(\x0b\x32\x17.modelyard.v1.CallStart\x12\x0f\n\x07\x63\x61ncels\x18\x02 \x03(\x04\"\x92\x01\n\tCallStart\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x0f\n\x07request\x18\x03 \x01(\x0c\x12*\n\x07timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\x08metadata\x18\x05 \x03(\x0b\x32\x1a.modelyard.v1.CallMetadata\"8\n\x11MultiplexResponse\x12#\n\x04\x65nds\x18\x01 \x03(\x0b\x32\x15.modelyard.v1.CallEnd\"\x8b\x01\n\x07\x43\x61llEnd\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x10\n\x08response\x18\x04 \x01(\x0c\x12\x0c\n\x04more\x18\x05 \x01(\x08\x12\x35\n\x11trailing_metadata\x18\x06 \x03(\x0b\x32\x1a.modelyard.v1.CallMetadata\"*\n\x0c\x43\x61llMetadata\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c\x32Y\n\x05\x43\x61lls\x12P\n\tMultiplex\x12\x1e.modelyard.v1.MultiplexRequest\x1a\x1f.modelyard.v1.MultiplexResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18modelyard/v1/calls.proto\x12\x0cmodelyard.v1\x1a\x1egoogle/protobuf/duration.proto\"L\n\x10MultiplexRequest\x12\'\n\x06starts\x18\x01 \x03(\x0b\x32\x17.modelyard.v1.CallStart\x12\x0f\n\x07\x63\x61ncels\x18\x02 \x03(\x04\"\x92\x01\n\tCallStart\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x0f\n\x07request\x18\x03 \x01(\x0c\x12*\n\x07timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\x08metadata\x18\x05 \x03(\x0b\x32\x1a.modelyard.v1.CallMetadata\"J\n\x11MultiplexResponse\x12#\n\x04\x65nds\x18\x01 \x03(\x0b\x32\x15.modelyard.v1.CallEnd\x12\x10\n\x08stopping\x18\x02 \x01(\x08\"\x8b\x01\n\x07\x43\x61llEnd\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x10\n\x08response\x18\x04 \x01(\x0c\x12\x0c\n\x04more\x18\x05 \x01(\x08\x12\x35\n\x11trailing_metadata\x18\x06 \x03(\x0b\x32\x1a.modelyard.v1.CallMetadata\"*\n\x0c\x43\x61llMetadata\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c\x32Y\n\x05\x43\x61lls\x12P\n\tMultiplex\x12\x1e.modelyard.v1.MultiplexRequest\x1a\x1f.modelyard.v1.MultiplexResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,11 +37,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CALLSTART']._serialized_start=153
   _globals['_CALLSTART']._serialized_end=299
   _globals['_MULTIPLEXRESPONSE']._serialized_start=301
-  _globals['_MULTIPLEXRESPONSE']._serialized_end=357
-  _globals['_CALLEND']._serialized_start=360
-  _globals['_CALLEND']._serialized_end=499
-  _globals['_CALLMETADATA']._serialized_start=501
-  _globals['_CALLMETADATA']._serialized_end=543
-  _globals['_CALLS']._serialized_start=545
-  _globals['_CALLS']._serialized_end=634
+  _globals['_MULTIPLEXRESPONSE']._serialized_end=375
+  _globals['_CALLEND']._serialized_start=378
+  _globals['_CALLEND']._serialized_end=517
+  _globals['_CALLMETADATA']._serialized_start=519
+  _globals['_CALLMETADATA']._serialized_end=561
+  _globals['_CALLS']._serialized_start=563
+  _globals['_CALLS']._serialized_end=652
 # @@protoc_insertion_point(module_scope)

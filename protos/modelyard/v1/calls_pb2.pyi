@@ -30,10 +30,12 @@ class CallStart(_message.Message):
     def __init__(self, id: _Optional[int] = ..., method: _Optional[str] = ..., request: _Optional[bytes] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., metadata: _Optional[_Iterable[_Union[CallMetadata, _Mapping]]] = ...) -> None: ...
 
 class MultiplexResponse(_message.Message):
-    __slots__ = ("ends",)
+    __slots__ = ("ends", "stopping")
     ENDS_FIELD_NUMBER: _ClassVar[int]
+    STOPPING_FIELD_NUMBER: _ClassVar[int]
     ends: _containers.RepeatedCompositeFieldContainer[CallEnd]
-    def __init__(self, ends: _Optional[_Iterable[_Union[CallEnd, _Mapping]]] = ...) -> None: ...
+    stopping: bool
+    def __init__(self, ends: _Optional[_Iterable[_Union[CallEnd, _Mapping]]] = ..., stopping: bool = ...) -> None: ...
 
 class CallEnd(_message.Message):
     __slots__ = ("id", "code", "message", "response", "more", "trailing_metadata")

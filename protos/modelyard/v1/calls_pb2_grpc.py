@@ -64,10 +64,10 @@ class CallsServicer(object):
         plain calls until then does without the stream where the server has no such
         method, or where what lies between cannot pass a stream on.
 
-        A stream that ends with status OK has answered every call that was
-        read, so that others may be made again; so it ends when the client half-closes
-        it, and when the server stops. One that ends otherwise has failed every call
-        that was not answered, as a connection that breaks fails plain calls.
+        The client half-closes a stream that it has no more use for; the server ends it
+        with status OK when everything is answered. One that ends otherwise has failed
+        every call that was not answered, as a connection that breaks fails plain
+        calls.
 
         Metadata of the stream hold for every call on it, before its own.
 
