@@ -42,6 +42,7 @@ from control_plane.tasks.dispatcher import Dispatcher, DispatchPolicy
 from modelyard.program import privacy
 from modelyard.program.process import announce_ready, settle_memory, told_to_stop
 from modelyard.program.settings import SettingsError
+from modelyard.rpc.calls_server import CALLS, add_services
 from modelyard.rpc.server import bind, create_server, drain, enable_standard_services, service_handler
 from modelyard.v1 import belief_pb2, orchestrator_pb2, task_queue_pb2
 
@@ -294,19 +295,19 @@ class ControlPlane:
             deliveries=self.deliveries,
         )
         self._beliefs = BeliefsServicer(self.beliefs, self.metrics)
-        server.add_generic_rpc_handlers(
-            (
-                service_handler(SERVICE, self.servicer, max_request_bytes=limit),
-                service_handler(TASK_QUEUE, self._task_queue, max_request_bytes=limit),
-                service_handler(BELIEFS, self._beliefs, max_request_bytes=limit),
-            )
+        self._calls = add_services(
+            server,
+            service_handler(SERVICE, self.servicer, max_request_bytes=limit),
+            service_handler(TASK_QUEUE, self._task_queue, max_request_bytes=limit),
+            service_handler(BELIEFS, self._beliefs, max_request_bytes=limit),
         )
         self._health = enable_standard_services(
-            server, [service.full_name for service in (SERVICE, TASK_QUEUE, BELIEFS)]
+            server, [service.full_name for service in (SERVICE, TASK_QUEUE, BELIEFS, CALLS)]
         )
         port = bind(server, settings.host, settings.port)
         await server.start()
-        await self._health.set_serving(SERVICE.full_name, True)
+        for service in (SERVICE, CALLS):
+            await self._health.set_serving(service.full_name, True)
         for service in (TASK_QUEUE, BELIEFS):
             await self._health.set_serving(service.full_name, self.store is not None)
         self._server = server
@@ -335,6 +336,7 @@ class ControlPlane:
         self.servicer.stop_accepting()
         self._task_queue.stop_accepting()
         self._beliefs.stop_accepting()
+        self._calls.stop()
         if self.gateway:
             self.gateway.stop_accepting()
 

@@ -33,6 +33,7 @@ from modelyard.client._types import (
     Preset,
     ServerStatus,
 )
+from modelyard.rpc.calls import SharedChannel
 from modelyard.rpc.channels import channel
 from modelyard.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 
@@ -91,7 +92,7 @@ class AsyncClient:
         self._retries = retries
         self._direct = direct_mode(direct or os.environ.get(DIRECT_VARIABLE) or "auto")
         self._hosts = Hosts(self.address)
-        self._channel: grpc.aio.Channel | None = None
+        self._channel: SharedChannel | None = None
         self._stub: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
@@ -249,7 +250,7 @@ class AsyncClient:
         # grpc.health.v1 by hand: two one-field messages are not worth another dependency.
         self._connected()
         assert self._channel is not None
-        check = self._channel.unary_unary("/grpc.health.v1.Health/Check")
+        check = self._channel.plain.unary_unary("/grpc.health.v1.Health/Check")
         name = service.encode()
         request = b"\x0a" + bytes([len(name)]) + name if name else b""
         try:
@@ -269,7 +270,7 @@ class AsyncClient:
         loop = asyncio.get_running_loop()
         if self._channel is None:
             # Not earlier: a grpc.aio channel binds to the loop that runs when it is made.
-            self._channel = channel(self.address)
+            self._channel = SharedChannel(channel(self.address))
             self._stub = orchestrator_pb2_grpc.OrchestratorStub(self._channel)  # type: ignore[no-untyped-call]
             self._loop = loop
         elif self._loop is not loop:
