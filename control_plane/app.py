@@ -32,6 +32,7 @@ from control_plane.domain.ports import Clock
 from control_plane.domain.task import Priority
 from control_plane.fleet.registry import Fleet, FleetPolicy, InitialStats
 from control_plane.fleet.scheduler import Scheduler
+from control_plane.gateway.door import HttpDoor
 from control_plane.presets import compile_presets
 from control_plane.scheduling.breaker import BreakerPolicy
 from control_plane.scheduling.queue import FairQueue
@@ -141,7 +142,7 @@ class ControlPlane:
             clock,
             self.metrics,
         )
-        self.gateway: HttpServer | None = None
+        self.gateway: HttpDoor | None = None
         self.store: SqlTaskStore | None = None
         self.dispatcher: Dispatcher | None = None
         self.beliefs: Beliefs | None = None
@@ -263,16 +264,16 @@ class ControlPlane:
     def open_gateway(self) -> None:
         """Listen for HTTP, if the settings want it. Raises OSError."""
         settings = self.settings.gateway
-        if settings.port < 0:
-            return
-        # Imported only where it is wanted: the HTTP stack takes memory and time.
+        if settings.port >= 0:
+            self.gateway = HttpDoor(self._load_gateway, settings.host, settings.port)
+
+    def _load_gateway(self) -> HttpServer:
         from control_plane.gateway.routes import Gateway
         from control_plane.gateway.server import HttpServer
 
-        app = Gateway(
-            self.servicer, self.clock, self.metrics, self.settings.limits.max_request_bytes, settings.body_timeout
-        ).app
-        self.gateway = HttpServer(app, settings.host, settings.port, self.settings.drain_grace)
+        most, patience = self.settings.limits.max_request_bytes, self.settings.gateway.body_timeout
+        app = Gateway(self.servicer, self.clock, self.metrics, most, patience).app
+        return HttpServer(app, self.settings.drain_grace)
 
     async def serve_gateway(self) -> None:
         """Answer HTTP requests until the drain is over."""

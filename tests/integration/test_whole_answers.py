@@ -18,7 +18,7 @@ from modelyard.rpc.channels import MAX_MESSAGE_BYTES
 from modelyard.rpc.errors import Refusal, from_rpc_error
 from modelyard.rpc.reasons import Reason
 from modelyard.testing import FakeModelServer
-from modelyard.v1 import generation_pb2, model_server_pb2
+from modelyard.v1 import generation_pb2, model_server_pb2, orchestrator_pb2
 from modelyard.v1.generation_pb2 import GenerationDelta
 from modelyard.v1.orchestrator_pb2 import GenerateRequest, GenerationSummary
 from tests.harness.front_door import PATIENCE, FrontDoor, ask, attached, attempts_of, front_door
@@ -329,3 +329,67 @@ async def test_a_stall_ends_a_whole_answer() -> None:
             await server.stub.Complete(complete(request(max_tokens=40)), timeout=20)
     refusal = from_rpc_error(caught.value)
     assert refusal.reason is Reason.ENGINE_FAILED and "stopped working" in refusal.message
+
+
+# ------------------------------------------------------------- Complete itself ---
+
+
+def complete_request(**fields: Any) -> orchestrator_pb2.CompleteRequest:
+    return orchestrator_pb2.CompleteRequest.FromString(ask(**fields).SerializeToString())
+
+
+async def test_complete_tells_all_of_it_in_one_message() -> None:
+    first, second = FakeModelServer(FIRST), Old(SECOND)
+    first.inject_error("Complete", Refusal(Reason.ENGINE_FAILED, "it broke"))
+    second.answer(
+        GenerationDelta(reasoning_text="Hm. ", tokens=1),
+        "Hel",
+        "lo",
+        GenerationDelta(tool_calls=[generation_pb2.ToolCallDelta(index=1, id="c", name="n", arguments_json='{"a":')]),
+        GenerationDelta(tool_calls=[generation_pb2.ToolCallDelta(index=1, arguments_json="1}")], tokens=1),
+    )
+    async with fleet(first, second) as door:
+        asked = complete_request(explain=True, request_id="mine")
+        call = door.stub.Complete(asked, timeout=10)
+        response = await call
+        assert response.delta == GenerationDelta(
+            text="Hello",
+            reasoning_text="Hm. ",
+            tokens=4,
+            tool_calls=[generation_pb2.ToolCallDelta(index=1, id="c", name="n", arguments_json='{"a":1}')],
+        )
+        assert attempts_of(response.summary) == [(FIRST, "ENGINE_FAILED"), (SECOND, "")]
+        assert [decision.server_id for decision in response.decisions] == [FIRST, SECOND]
+        assert response.summary.request_id == "mine"
+        assert ("modelyard-request-id", "mine") in tuple(await call.trailing_metadata())
+        first.answer(GenerationDelta())
+        assert not (await door.stub.Complete(orchestrator_pb2.CompleteRequest(input=asked.input))).decisions
+
+
+async def test_complete_is_refused_as_generate_is() -> None:
+    async with fleet(FakeModelServer(FIRST), limits={"max_request_bytes": 1024}) as door:
+        for asked, reason in (
+            (orchestrator_pb2.CompleteRequest(), Reason.INVALID_REQUEST),
+            (orchestrator_pb2.CompleteRequest(preset="x" * 2000), Reason.INVALID_REQUEST),
+            (
+                orchestrator_pb2.CompleteRequest.FromString(ask(model="nowhere").SerializeToString()),
+                Reason.UNKNOWN_MODEL,
+            ),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await door.stub.Complete(asked, timeout=10)
+            refusal = from_rpc_error(caught.value)
+            assert refusal.reason is reason and not refusal.transport
+
+
+async def test_whoever_leaves_a_complete_stops_the_model() -> None:
+    fake = FakeModelServer(FIRST)
+    async with fleet(fake) as door:
+        gate = fake.gate("Complete")
+        call = door.stub.Complete(complete_request())
+        waiting = asyncio.ensure_future(call)
+        await gate.arrived.wait()
+        call.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await fake.until(lambda: fake.calls[0].outcome == "cancelled")
+        assert (await door.server(FIRST)).in_flight == 0

@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 _UNREAD = "takes_unread"
+_MESSAGE = "reads_as"
 
 M = TypeVar("M")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -55,6 +56,16 @@ def takes_unread(method: F) -> F:
     """Mark a method of a servicer: its unary request comes as `Unread`."""
     setattr(method, _UNREAD, True)
     return method
+
+
+def reads_as(message: type[Message]) -> Callable[[F], F]:
+    """Mark a method of a servicer: its requests are read as another message, which has the same fields and numbers."""
+
+    def mark(method: F) -> F:
+        setattr(method, _MESSAGE, message)
+        return method
+
+    return mark
 
 
 def service_handler(
@@ -92,7 +103,8 @@ def _method_handler(
     method: MethodDescriptor, behaviour: Callable[..., Any], max_request_bytes: int | None
 ) -> grpc.RpcMethodHandler:
     name = f"{method.containing_service.name}.{method.name}"
-    parse = _parser(GetMessageClass(method.input_type), max_request_bytes)
+    message = getattr(behaviour, _MESSAGE, None) or GetMessageClass(method.input_type)
+    parse = _parser(message, max_request_bytes)
     incoming: Callable[[Any], Any] = parse
     if method.client_streaming:
         incoming = partial(_Requests, parse=parse)

@@ -167,6 +167,14 @@ class FakeServer:
             self._tell()
 
 
+def append(answer: generation_pb2.GenerationDelta, delta: generation_pb2.GenerationDelta) -> None:
+    """Add the next piece to an answer that is told whole."""
+    text, reasoning = answer.text + delta.text, answer.reasoning_text + delta.reasoning_text
+    tokens = answer.tokens + delta.tokens
+    answer.MergeFrom(delta)
+    answer.text, answer.reasoning_text, answer.tokens = text, reasoning, tokens
+
+
 async def play(items: tuple[ScriptItem, ...]) -> AsyncIterator[generation_pb2.GenerationDelta]:
     """The deltas of a script, one token each."""
     for item in items:

@@ -33,6 +33,7 @@ from modelyard.client._types import (
     Preset,
     ServerStatus,
 )
+from modelyard.client._whole import WholeAnswers
 from modelyard.rpc.calls import SharedChannel
 from modelyard.rpc.channels import channel
 from modelyard.v1 import orchestrator_pb2, orchestrator_pb2_grpc
@@ -94,6 +95,7 @@ class AsyncClient:
         self._hosts = Hosts(self.address)
         self._channel: SharedChannel | None = None
         self._stub: Any = None
+        self._whole: WholeAnswers | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self._metadata = _tenant_metadata(tenant or os.environ.get(TENANT_VARIABLE))
@@ -149,8 +151,14 @@ class AsyncClient:
         direct: Direct | None = None,
         **options: Unpack[GenerateOptions],
     ) -> GenerationResult:
-        """Generate a whole answer. Arguments as `stream`."""
-        return await self.stream(input, timeout=timeout, retries=retries, direct=direct, **options).collect()
+        """Generate a whole answer. Arguments as `stream`.
+
+        A model server that fails in the middle of the answer costs time only: the control plane asks another one. So
+        there is no part of an answer that failed; `stream(...).collect()` keeps it, and asks nobody else.
+        """
+        stream = self.stream(input, timeout=timeout, retries=retries, direct=direct, **options)
+        stream.whole = True
+        return await stream.collect()
 
     async def embed(
         self,
@@ -278,12 +286,16 @@ class AsyncClient:
         return self._stub
 
     def _generating(
-        self, request: orchestrator_pb2.GenerateRequest, timeout: float | None, direct: Direct | None
+        self, request: orchestrator_pb2.GenerateRequest, timeout: float | None, direct: Direct | None, whole: bool
     ) -> Any:
-        """A Generate call, direct where that is wanted."""
+        """A Generate call, direct where that is wanted; `whole`: pieces of the answer are of no use."""
         stub, mode = self._connected(), direct or self._direct
+        if whole:
+            if self._whole is None:
+                self._whole = WholeAnswers(stub)
+            stub = self._whole
         if mode == "always" or (mode == "auto" and self._hosts.assigned):
-            return DirectCall(stub, self._hosts, request, timeout, must=mode == "always")
+            return DirectCall(stub, self._hosts, request, timeout, must=mode == "always", whole=whole)
         return stub.Generate(request, timeout=timeout)
 
     def _patience(self, timeout: float | None, retries: int | None) -> Patience:

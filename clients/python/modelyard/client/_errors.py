@@ -44,12 +44,14 @@ before anything is sent.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import grpc
 
+from modelyard.rpc.channels import MAX_MESSAGE_BYTES
 from modelyard.rpc.errors import Refusal, from_rpc_error
 from modelyard.rpc.reasons import Reason
 
@@ -64,6 +66,9 @@ FOREIGN_PEER = "no control plane"
 
 _LOST_STATUS = "Internal error from Core"
 """What gRPC's library says, whatever the peer said, where a write meets the end of its stream."""
+
+_TOO_LARGE = re.compile(r"message larger than max \((\d+) vs\. (\d+)\)")
+"""gRPC's own words, after "Sent" or "Received"."""
 
 T = TypeVar("T")
 
@@ -396,6 +401,8 @@ def from_call(error: grpc.RpcError, *, address: str, request_id: str = "", start
 def _unanswered(refusal: Refusal, address: str, started: bool) -> ModelyardError | None:
     """Failures of which the transport tells less than we know; None for the others."""
     code = refusal.code
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and (sizes := _TOO_LARGE.search(refusal.message)):
+        return _too_large(int(sizes[1]), int(sizes[2]))
     if refusal.message == _LOST_STATUS:
         return StreamBroken(f"the connection to {address} broke")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -412,6 +419,19 @@ def _unanswered(refusal: Refusal, address: str, started: bool) -> ModelyardError
             return StreamBroken(f"the connection to {address} broke: {cause}")
         return ConnectionFailed(f"no control plane answers at {address} ({cause}): start one with `modelyard up`")
     return None
+
+
+def _too_large(size: int, most: int) -> ModelyardError:
+    """Of a message that gRPC refused before anybody has seen it."""
+    if most == MAX_MESSAGE_BYTES:  # the limit of both directions on this side
+        return InvalidRequest(
+            f"a message of {size:,} bytes is too large, one may have {most:,}: ask for less at once, or for the answer "
+            "with `stream`"
+        )
+    return InvalidRequest(
+        f"the request has {size:,} bytes, and the control plane takes about {most >> 20} MiB (its setting "
+        "limits.max_request_bytes): shorten the prompt, or send less with it"
+    )
 
 
 def _request_id(error: Any) -> str:
