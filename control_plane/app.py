@@ -32,6 +32,7 @@ from control_plane.domain.ports import Clock
 from control_plane.domain.task import Priority
 from control_plane.fleet.registry import Fleet, FleetPolicy, InitialStats
 from control_plane.fleet.scheduler import Scheduler
+from control_plane.gateway.door import HttpDoor
 from control_plane.presets import compile_presets
 from control_plane.scheduling.breaker import BreakerPolicy
 from control_plane.scheduling.queue import FairQueue
@@ -42,6 +43,7 @@ from control_plane.tasks.dispatcher import Dispatcher, DispatchPolicy
 from modelyard.program import privacy
 from modelyard.program.process import announce_ready, settle_memory, told_to_stop
 from modelyard.program.settings import SettingsError
+from modelyard.rpc.calls_server import CALLS, add_services
 from modelyard.rpc.server import bind, create_server, drain, enable_standard_services, service_handler
 from modelyard.v1 import belief_pb2, orchestrator_pb2, task_queue_pb2
 
@@ -140,7 +142,7 @@ class ControlPlane:
             clock,
             self.metrics,
         )
-        self.gateway: HttpServer | None = None
+        self.gateway: HttpDoor | None = None
         self.store: SqlTaskStore | None = None
         self.dispatcher: Dispatcher | None = None
         self.beliefs: Beliefs | None = None
@@ -262,16 +264,16 @@ class ControlPlane:
     def open_gateway(self) -> None:
         """Listen for HTTP, if the settings want it. Raises OSError."""
         settings = self.settings.gateway
-        if settings.port < 0:
-            return
-        # Imported only where it is wanted: the HTTP stack takes memory and time.
+        if settings.port >= 0:
+            self.gateway = HttpDoor(self._load_gateway, settings.host, settings.port)
+
+    def _load_gateway(self) -> HttpServer:
         from control_plane.gateway.routes import Gateway
         from control_plane.gateway.server import HttpServer
 
-        app = Gateway(
-            self.servicer, self.clock, self.metrics, self.settings.limits.max_request_bytes, settings.body_timeout
-        ).app
-        self.gateway = HttpServer(app, settings.host, settings.port, self.settings.drain_grace)
+        most, patience = self.settings.limits.max_request_bytes, self.settings.gateway.body_timeout
+        app = Gateway(self.servicer, self.clock, self.metrics, most, patience).app
+        return HttpServer(app, self.settings.drain_grace)
 
     async def serve_gateway(self) -> None:
         """Answer HTTP requests until the drain is over."""
@@ -294,19 +296,19 @@ class ControlPlane:
             deliveries=self.deliveries,
         )
         self._beliefs = BeliefsServicer(self.beliefs, self.metrics)
-        server.add_generic_rpc_handlers(
-            (
-                service_handler(SERVICE, self.servicer, max_request_bytes=limit),
-                service_handler(TASK_QUEUE, self._task_queue, max_request_bytes=limit),
-                service_handler(BELIEFS, self._beliefs, max_request_bytes=limit),
-            )
+        self._calls = add_services(
+            server,
+            service_handler(SERVICE, self.servicer, max_request_bytes=limit),
+            service_handler(TASK_QUEUE, self._task_queue, max_request_bytes=limit),
+            service_handler(BELIEFS, self._beliefs, max_request_bytes=limit),
         )
         self._health = enable_standard_services(
-            server, [service.full_name for service in (SERVICE, TASK_QUEUE, BELIEFS)]
+            server, [service.full_name for service in (SERVICE, TASK_QUEUE, BELIEFS, CALLS)]
         )
         port = bind(server, settings.host, settings.port)
         await server.start()
-        await self._health.set_serving(SERVICE.full_name, True)
+        for service in (SERVICE, CALLS):
+            await self._health.set_serving(service.full_name, True)
         for service in (TASK_QUEUE, BELIEFS):
             await self._health.set_serving(service.full_name, self.store is not None)
         self._server = server
@@ -335,6 +337,7 @@ class ControlPlane:
         self.servicer.stop_accepting()
         self._task_queue.stop_accepting()
         self._beliefs.stop_accepting()
+        self._calls.stop()
         if self.gateway:
             self.gateway.stop_accepting()
 

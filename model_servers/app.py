@@ -25,6 +25,7 @@ from model_servers.reporter import Reporter
 from model_servers.servicer import SERVICE, ModelServerServicer
 from model_servers.tickets import Tickets
 from model_servers.watchdog import Watchdog
+from modelyard.rpc.calls_server import CALLS, CallsServicer, add_services
 from modelyard.rpc.server import HealthHandle, bind, create_server, enable_standard_services, service_handler
 
 _log = logging.getLogger(__name__)
@@ -129,8 +130,9 @@ class ModelServer:
             clock=self._clock,
         )
         handler = service_handler(SERVICE, servicer, max_request_bytes=settings.max_request_bytes)
-        server.add_generic_rpc_handlers((handler,))
-        health = enable_standard_services(server, [SERVICE.full_name])
+        calls = add_services(server, handler)
+        health = enable_standard_services(server, [SERVICE.full_name, CALLS.full_name])
+        await health.set_serving(CALLS.full_name, True)
         self._tickets.server_id, self._tickets.instance_id = identity.server_id, identity.instance_id
         self._reporters = [
             Reporter(target, description, self._lifecycle, self._tickets) for target in settings.orchestrators
@@ -158,7 +160,7 @@ class ModelServer:
                 ]
                 why, status = await self._over
                 _log.log(logging.ERROR if status else logging.INFO, "stopping: %s", why)
-                await self._drain(server, health)
+                await self._drain(server, calls, health)
                 for task in side:
                     task.cancel()
         finally:
@@ -212,12 +214,13 @@ class ModelServer:
                 known = news
                 changes.tell()
 
-    async def _drain(self, server: grpc.aio.Server, health: HealthHandle) -> None:
+    async def _drain(self, server: grpc.aio.Server, calls: CallsServicer, health: HealthHandle) -> None:
         """In the one order that loses nothing; see modelyard.rpc.server.drain, which knows no engine."""
         await health.shut_down()
         # Tells the control planes and shuts the door in one move. A request that is already on its
         # way here is refused with DRAINING, which its control plane answers by going elsewhere.
         self._lifecycle.stop()
+        calls.stop()
         try:
             async with asyncio.timeout(_TELL_SECONDS):
                 await asyncio.gather(*(reporter.delivered() for reporter in self._reporters))

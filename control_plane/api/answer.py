@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from modelyard.v1 import generation_pb2
@@ -49,6 +50,25 @@ class Answer:
     @property
     def reasoning(self) -> str:
         return "".join(self._reasoning)
+
+
+def in_one_piece(deltas: Sequence[GenerationDelta]) -> GenerationDelta | None:
+    """The whole answer as one piece, each tool call as one fragment; None if it is empty."""
+    if len(deltas) <= 1:
+        return deltas[0] if deltas else None
+    answer = Answer()
+    for delta in deltas:
+        answer.take(delta)
+    return GenerationDelta(
+        text=answer.text,
+        tokens=sum(delta.tokens for delta in deltas),
+        reasoning_text=answer.reasoning,
+        tool_calls=[
+            generation_pb2.ToolCallDelta(index=index, id=call.id, name=call.name, arguments_json=call.arguments)
+            for index, call in sorted(answer.calls.items())
+        ],
+        logprobs=answer.logprobs,
+    )
 
 
 def mean_tpot(result: GenerationResult, first: float, last: float) -> float | None:

@@ -22,6 +22,7 @@ from control_plane.fleet.registry import Flight, Outcome, OutcomeKind
 from control_plane.fleet.scheduler import Grant, Scheduler
 from control_plane.scheduling.retry import REQUEST_REASONS, RetryPolicy, blames_server, repeatable, retryable
 from modelyard.program.process import first_of
+from modelyard.rpc.calls import UnaryCall
 from modelyard.rpc.errors import Refusal, from_rpc_error
 from modelyard.rpc.reasons import Reason
 from modelyard.v1.orchestrator_pb2 import Attempt
@@ -49,7 +50,7 @@ class Progress:
     tokens_sent: bool = False
     lost: bool = False
     """The server's lease ran out during the attempt."""
-    call: grpc.aio.Call | None = None
+    call: UnaryCall | grpc.aio.Call | None = None
 
     def lose(self) -> None:
         """End the attempt because nothing will come from its server any more."""

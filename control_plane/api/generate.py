@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 import grpc
 
 from control_plane.api import convert
-from control_plane.api.answer import mean_tpot
+from control_plane.api.answer import in_one_piece, mean_tpot
 from control_plane.api.attempts import AttemptFailed, Attempts, Progress
 from control_plane.api.metrics import Metrics
 from control_plane.api.upstream import Upstream, Upstreams
@@ -37,6 +37,7 @@ from modelyard.v1.model_server_pb2 import (
 )
 from modelyard.v1.orchestrator_pb2 import (
     Attempt,
+    CompleteResponse,
     EmbedRequest,
     EmbedResponse,
     GenerateRequest,
@@ -63,7 +64,19 @@ _STATUS_WITHIN = 1.0
 REQUEST_ID_KEY = "modelyard-request-id"
 
 
-class Sink(Protocol):
+class Call(Protocol):
+    """What is asked of a gRPC context besides writing."""
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the caller's deadline; None without one."""
+        ...
+
+    def set_trailing_metadata(self, trailing_metadata: tuple[tuple[str, str], ...], /) -> None:
+        """What goes with the status."""
+        ...
+
+
+class Sink(Call, Protocol):
     """Where an answer goes: a gRPC context, or the gateway's own.
 
     One that also has `chosen(flight, attempts)` hears of each attempt as it begins. One that also has
@@ -75,13 +88,22 @@ class Sink(Protocol):
         """Send a serialised GenerateResponse."""
         ...
 
-    def time_remaining(self) -> float | None:
-        """Seconds until the caller's deadline; None without one."""
-        ...
 
-    def set_trailing_metadata(self, trailing_metadata: tuple[tuple[str, str], ...], /) -> None:
-        """What goes with the status."""
-        ...
+class _Whole:
+    """A sink that becomes one response."""
+
+    def __init__(self, context: Call) -> None:
+        self.response = CompleteResponse()
+        self.time_remaining = context.time_remaining
+        self.set_trailing_metadata = context.set_trailing_metadata
+
+    async def write(self, message: bytes) -> None:
+        self.response.decisions.append(GenerateResponse.FromString(message).decision)
+
+    def whole(self, deltas: Sequence[GenerationDelta], summary: GenerationSummary) -> None:
+        if delta := in_one_piece(deltas):
+            self.response.delta.CopyFrom(delta)
+        self.response.summary.CopyFrom(summary)
 
 
 TakeWhole = Callable[[Sequence[GenerationDelta], GenerationSummary], None]
@@ -175,6 +197,12 @@ class Generation:
             raise out_of_time(limit) from None
         finally:
             relay.close()
+
+    async def complete(self, source: Unread[GenerateRequest] | GenerateRequest, context: Call) -> CompleteResponse:
+        """Serve one Complete call, whose request has the fields of a GenerateRequest."""
+        whole = _Whole(context)
+        await self.generate(source, whole)
+        return whole.response
 
     # --------------------------------------------------------------- Embed ---
 

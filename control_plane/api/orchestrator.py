@@ -23,7 +23,7 @@ from control_plane.fleet.scheduler import Scheduler
 from control_plane.scheduling.pace import TokenBucket
 from modelyard.rpc.errors import Refusal, Violation, invalid
 from modelyard.rpc.reasons import Reason
-from modelyard.rpc.server import InFlight, Unread, takes_unread
+from modelyard.rpc.server import InFlight, Unread, reads_as, takes_unread
 from modelyard.rpc.validation import check_generate_request, check_report, check_ticket_report
 from modelyard.v1 import fleet_pb2, orchestrator_pb2
 
@@ -123,6 +123,17 @@ class OrchestratorServicer:
     ) -> None:
         with self._admit():
             await self._generation.generate(request, context)
+
+    @reads_as(orchestrator_pb2.GenerateRequest)
+    @takes_unread
+    @served
+    async def Complete(
+        self,
+        request: Unread[orchestrator_pb2.GenerateRequest] | orchestrator_pb2.GenerateRequest,
+        context: grpc.aio.ServicerContext,
+    ) -> orchestrator_pb2.CompleteResponse:
+        with self._admit():
+            return await self._generation.complete(request, context)
 
     @served
     async def Assign(

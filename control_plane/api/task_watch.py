@@ -126,7 +126,8 @@ class _Feed:
             more = True
             while more:
                 try:
-                    events, upto = await self.store.events(self.tenant, self.position, PAGE)
+                    typed = any(watch.typed for watch in self._general)
+                    events, upto = await self.store.events(self.tenant, self.position, PAGE, typed=typed)
                 except DomainError:  # the store is away; what was committed meanwhile is read when it is back
                     break
                 more = upto > self.position
@@ -165,6 +166,11 @@ class Watch:
         self._pending: deque[EventRecord] = deque()
         self._behind = True
 
+    @property
+    def typed(self) -> bool:
+        """Wants to know the kind of work."""
+        return self._filter is not None and bool(self._filter.task_types)
+
     def take(self, event: EventRecord) -> None:
         """An event of the feed."""
         if self._behind:
@@ -175,8 +181,10 @@ class Watch:
                 return
             if filter.group and event.group != filter.group:
                 return
-        # The kind of work is not in an event: only the store can tell.
-        if (filter is not None and filter.task_types) or len(self._pending) >= _PENDING:
+            if filter.task_types and event.task_type is not None and event.task_type not in filter.task_types:
+                return
+        # An event that was read before this watch was there may lack the kind of work: the store can tell.
+        if (self.typed and event.task_type is None) or len(self._pending) >= _PENDING:
             self._pending.clear()
             self._behind = True
         else:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import grpc
 
+from modelyard.rpc.calls import SharedChannel, UnaryMethod
 from modelyard.rpc.channels import channel
 from modelyard.v1.model_server_pb2 import DESCRIPTOR
 
@@ -18,12 +19,12 @@ class Upstream:
     not be read is not decoded."""
 
     def __init__(self, endpoint: str) -> None:
-        self.channel = channel(endpoint)
+        self.channel = SharedChannel(channel(endpoint))
         self.generate: grpc.aio.UnaryStreamMultiCallable = self.channel.unary_stream(f"/{_SERVICE}/Generate")
-        self.complete: grpc.aio.UnaryUnaryMultiCallable = self.channel.unary_unary(f"/{_SERVICE}/Complete")
+        self.complete: UnaryMethod = self.channel.unary_unary(f"/{_SERVICE}/Complete")
         self.only_streams = ""
         """The instance that was found to have no Complete."""
-        self.embed: grpc.aio.UnaryUnaryMultiCallable = self.channel.unary_unary(f"/{_SERVICE}/Embed")
+        self.embed: UnaryMethod = self.channel.unary_unary(f"/{_SERVICE}/Embed")
         self.pull_model: grpc.aio.UnaryStreamMultiCallable = self.channel.unary_stream(f"/{_SERVICE}/PullModel")
         self.load_model: grpc.aio.UnaryStreamMultiCallable = self.channel.unary_stream(f"/{_SERVICE}/LoadModel")
         self.unload_model: grpc.aio.UnaryStreamMultiCallable = self.channel.unary_stream(f"/{_SERVICE}/UnloadModel")

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import socket
 from collections.abc import Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
-log = logging.getLogger(__name__)
 
 # Bytes that the head of a request may have, about: what arrived with its end is not counted.
 _MAX_HEAD = 64 << 10
@@ -60,14 +57,10 @@ class _Server(uvicorn.Server):
 
 
 class HttpServer:
-    """Listens from its creation on; `serve` answers."""
+    """Answers requests on a socket that listens."""
 
-    def __init__(self, app: ASGIApp, host: str, port: int, grace: float) -> None:
-        """Raises OSError with a message for people. After `stop`, requests get `grace` seconds."""
-        self._socket = _listen(host, port)
-        shown = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{self._socket.getsockname()[1]}"
-        self._ended = asyncio.Event()
+    def __init__(self, app: ASGIApp, grace: float) -> None:
+        """After `stop_accepting`, requests get `grace` seconds."""
         config = uvicorn.Config(
             app,
             http=_Protocol,
@@ -84,18 +77,14 @@ class HttpServer:
         )
         self._server = _Server(config)
 
-    async def serve(self) -> None:
-        """Answer requests until `stop`."""
+    async def serve(self, listening: socket.socket) -> None:
+        """Answer requests until `stop_accepting`."""
         server, state = self._server, self._server.server_state
-        try:
-            await server.serve(sockets=[self._socket])
-            if state.tasks:  # cancelled; a moment to say so
-                await asyncio.wait(state.tasks, timeout=_LAST_MOMENT)
-            for connection in list(state.connections):
-                connection.transport.abort()
-        finally:
-            self._socket.close()
-            self._ended.set()
+        await server.serve(sockets=[listening])
+        if state.tasks:  # cancelled; a moment to say so
+            await asyncio.wait(state.tasks, timeout=_LAST_MOMENT)
+        for connection in list(state.connections):
+            connection.transport.abort()
 
     def stop_accepting(self) -> None:
         """Close the port and idle connections; what runs goes on for the grace."""
@@ -105,16 +94,3 @@ class HttpServer:
     def connections(self) -> int:
         """Open now."""
         return len(self._server.server_state.connections)
-
-    async def ended(self) -> None:
-        """Wait until everything is closed."""
-        await self._ended.wait()
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(f"{where}: {reason}: choose another with --gateway.port, or -1 for none") from error

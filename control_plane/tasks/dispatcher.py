@@ -524,7 +524,7 @@ class Dispatcher:
             self._try_a_claim()  # a claim of nothing writes nothing
         if failed:
             self._park(place)
-        elif len(claims) == len(grants) and await self._has_more(place):
+        elif len(claims) == len(grants) and (claims[-1].more or place.news):
             place.batch = min(2 * place.batch, _PER_CLAIM)
             place.oldest = max(place.oldest, claims[-1].record.created_at)
             place.number = self._scheduler.take_place(background=True)
@@ -534,16 +534,6 @@ class Dispatcher:
             self._stand(place)
         else:
             self._close(place)
-
-    async def _has_more(self, place: _Place) -> bool:
-        """Whether a lane that gave all that was asked for has more: a lane of one task is the commonest, and looking
-        costs less than another server's slot."""
-        if place.batch > 1 or place.news:
-            return True
-        try:
-            return await self._store.waiting_count(place.id, 1) > 0
-        except Exception:
-            return True  # the next claim will tell
 
     def _park(self, place: _Place) -> None:
         if not place.parked:

@@ -6,12 +6,13 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import and_, bindparam, select
+from sqlalchemy import and_, bindparam, literal_column, select
 
 from control_plane.domain.model import ModelName, ServerId
 from control_plane.tasks import bulk, schema
-from control_plane.tasks.lane_rows import Lanes
+from control_plane.tasks.lane_rows import FIRST_IN_LANE, Floors, Lanes, in_lane
 from control_plane.tasks.model import (
+    COUNTER_BITS,
     Claim,
     EventType,
     IdempotencyConflict,
@@ -29,7 +30,6 @@ from control_plane.tasks.transitions import Change, Outcome, expire
 
 FailedModels = tuple[tuple[ServerId, ModelName, str], ...]
 
-_COUNTER_BITS = 32
 _RANDOM_BYTES = 6
 
 
@@ -43,7 +43,7 @@ class Ids:
         self._last = int(last[:20], 16) if last else 0
 
     def next(self, now: float) -> TaskId:
-        self._last = max(self._last + 1, int(now * 1000) << _COUNTER_BITS)
+        self._last = max(self._last + 1, int(now * 1000) << COUNTER_BITS)
         return TaskId(f"{self._last:020x}{secrets.token_hex(_RANDOM_BYTES)}")
 
 
@@ -61,6 +61,8 @@ class Intake:
     lanes: Lanes
     ids: Ids
     max_lost: int
+    floors: Floors | None = None
+    """For databases that need them."""
 
     # ------------------------------------------------------------- submit ---
 
@@ -157,7 +159,10 @@ class Intake:
         wanted: dict[LaneId, int] = {}
         for command in commands:
             wanted[command.lane] = wanted.get(command.lane, 0) + len(command.placements)
-        waiting = {lane: self._first(transaction, lane, count) for lane, count in wanted.items()}
+        waiting: dict[LaneId, list[TaskRow]] = {}
+        more: dict[LaneId, bool] = {}
+        for lane_id, count in wanted.items():
+            waiting[lane_id], more[lane_id] = self._first(transaction, lane_id, count)
         ids = [row.id for rows in waiting.values() for row in rows]
         if not ids:
             return [[] for _ in commands]
@@ -175,7 +180,8 @@ class Intake:
                 self._take(row, placement, transaction.now)
                 transaction.events.append(event_of(row, transaction.now, EventType.SCHEDULED))
                 lane = self.lanes.lane(transaction.connection, row.lane_id)
-                claims.append(Claim(row.record, specs[row.id], lane, failed.get(row.id, ())))
+                further = more[command.lane] or bool(waiting[command.lane])
+                claims.append(Claim(row.record, specs[row.id], lane, failed.get(row.id, ()), further))
             outcomes.append(claims)
         write_rows(transaction.connection, [(epoch, row) for epoch, row, _ in taken])
         bulk.insert(
@@ -192,18 +198,39 @@ class Intake:
         )  # fmt: skip
         return outcomes
 
-    def _first(self, transaction: Transaction, lane: LaneId, count: int) -> list[TaskRow]:
-        """The first tasks of a lane, locked; those whose deadline has passed expire here."""
+    def _first(self, transaction: Transaction, lane: LaneId, count: int) -> tuple[list[TaskRow], bool]:
+        """The first tasks of a lane, locked, and whether there are more. Those that are too late expire here."""
+        floor = self.floors.get(lane, transaction.now) if self.floors else ""
+        rows = self._behind(transaction, lane, floor, count)
+        if floor and len(rows) < count:
+            floor = ""
+            rows = self._behind(transaction, lane, floor, count)
+        if len(rows) < count:
+            return rows, False
+        last = rows[-1].id
+        if floors := self.floors:
+            transaction.after_commit.append(lambda: floors.put(lane, floor, last, transaction.now))
+        following = transaction.connection.execute(_FOLLOWING, {"lane": lane, "after": last}).first()
+        return rows, following is not None
+
+    def _behind(self, transaction: Transaction, lane: LaneId, after: str, count: int) -> list[TaskRow]:
+        """The first tasks of a lane whose id is greater."""
         query = _FIRST[transaction.connection.dialect.name]
-        found = transaction.connection.execute(query, {"lane": lane, "most": count})
-        rows = [row_of(row) for row in found]
-        over = [row for row in rows if row.deadline is not None and row.deadline <= transaction.now]
-        if over:
-            work = Work(transaction, {row.id: row for row in over}, self.max_lost)
-            for row in over:
-                expire(row, work)
-            work.write()
-            rows = [row for row in rows if row.state == TaskState.QUEUED]
+        rows: list[TaskRow] = []
+        while len(rows) < count:
+            wanted = count - len(rows)
+            found = transaction.connection.execute(query, {"lane": lane, "after": after, "most": wanted})
+            some = [row_of(row) for row in found]
+            over = [row for row in some if row.deadline is not None and row.deadline <= transaction.now]
+            if over:
+                work = Work(transaction, {row.id: row for row in over}, self.max_lost)
+                for row in over:
+                    expire(row, work)
+                work.write()
+            rows += [row for row in some if row.state == TaskState.QUEUED]
+            if len(some) < wanted:
+                break
+            after = some[-1].id
         return rows
 
     def _take(self, row: TaskRow, placement: Placement, now: float) -> None:
@@ -218,9 +245,15 @@ _ATTEMPT = tuple(column.name for column in schema.attempts.columns)
 
 _in_lane = (
     all_columns()
-    .where(schema.tasks.c.lane_id == bindparam("lane"), schema.STARTABLE)
-    .order_by(schema.tasks.c.id)
+    .where(*in_lane(bindparam("lane"), bindparam("after")))
+    .order_by(*FIRST_IN_LANE)
     .limit(bindparam("most"))
+)
+_FOLLOWING = (
+    select(schema.tasks.c.id)
+    .where(*in_lane(bindparam("lane"), bindparam("after")))
+    .order_by(*FIRST_IN_LANE)
+    .limit(literal_column("1"))
 )
 _FIRST = {"sqlite": _in_lane, "postgresql": _in_lane.with_for_update(skip_locked=True)}
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, func, literal_column, select
+from sqlalchemy import ColumnElement, Connection, bindparam, delete, func, literal_column, select, tuple_
 
 from control_plane.tasks import schema
 from control_plane.tasks.lanes import from_json, to_json
@@ -16,6 +16,7 @@ from control_plane.tasks.transaction import Transaction
 _MOST_KNOWN = 10_000
 _USED = 600.0
 """Seconds to which `used_at` is exact."""
+_FLOOR_HOLDS = 1.0
 _UNUSED = 24 * 3600.0
 """Seconds after which a lane that no task needs is forgotten. Much longer than `_USED`, so that whoever knows a lane
 without having looked for so long finds it still there."""
@@ -81,6 +82,49 @@ def _upsert(dialect: str) -> Any:
     return statement.on_conflict_do_update(index_elements=["lane"], set_=used).returning(schema.lanes.c.id)
 
 
+def in_lane(lane: Any, after: Any = "") -> tuple[ColumnElement[bool], ...]:
+    """Tasks of a lane that can start now and have a greater id; in their order with FIRST_IN_LANE.
+
+    A range, and its order, for what is an equality: a planner that takes most tasks for startable ones of this lane
+    (one lane is common, and statistics are old) would walk the table or its primary key, past every task that is done.
+    Only the index of startable tasks has this order.
+    """
+    tasks = schema.tasks
+    return tuple_(tasks.c.lane_id, tasks.c.id) > tuple_(lane, after), tasks.c.lane_id <= lane, schema.STARTABLE
+
+
+class Floors:
+    """Up to which id a lane's tasks have been taken, so that a claim need not walk past them: PostgreSQL keeps the dead
+    entries of its indexes until they are vacuumed away, and with a long queue that is after every fifth task.
+
+    Only a hint. It is dropped when a task comes back to the lane, holds for a second in case nobody told of that, and a
+    claim that finds too little behind it looks from the beginning.
+    """
+
+    def __init__(self) -> None:
+        self._floors: dict[LaneId, tuple[str, float]] = {}
+
+    def get(self, lane: LaneId, now: float) -> str:
+        """Tasks of the lane up to this id are taken; empty where nobody knows."""
+        id, walked = self._floors.get(lane, ("", 0.0))
+        return id if now < walked + _FLOOR_HOLDS else ""
+
+    def put(self, lane: LaneId, floor: str, id: str, now: float) -> None:
+        """Those up to `id` are taken, too; `floor` is where the claim began."""
+        walked = self._floors[lane][1] if floor and lane in self._floors else now
+        if len(self._floors) >= _MOST_KNOWN:
+            self._floors.clear()
+        self._floors[lane] = id, walked
+
+    def drop(self, lanes: Iterable[LaneId]) -> None:
+        """Tasks came back to these."""
+        for lane in lanes:
+            self._floors.pop(lane, None)
+
+
+FIRST_IN_LANE = (schema.tasks.c.lane_id, schema.tasks.c.id)
+
+
 def startable(connection: Connection) -> list[LaneId]:
     """Lanes with tasks that can start now: one look into the index for each, however many tasks they hold."""
     tasks = schema.tasks
@@ -103,8 +147,8 @@ def first_tasks(connection: Connection, among: Collection[LaneId] | None) -> lis
     query = (
         select(tasks.c.created_at, lanes.c.lane)
         .join(lanes, lanes.c.id == tasks.c.lane_id)
-        .where(tasks.c.lane_id == bindparam("wanted"), schema.STARTABLE)
-        .order_by(tasks.c.id)
+        .where(*in_lane(bindparam("wanted")))
+        .order_by(*FIRST_IN_LANE)
         .limit(literal_column("1"))
     )
     for id in wanted:

@@ -18,6 +18,9 @@ TaskId = NewType("TaskId", str)
 Tenant = NewType("Tenant", str)
 LaneId = NewType("LaneId", int)
 
+COUNTER_BITS = 32
+"""An id begins with milliseconds since the epoch and a counter of so many bits, in 20 hexadecimal digits."""
+
 
 class TaskState(IntEnum):
     """Numbers equal those of the contract."""
@@ -148,6 +151,8 @@ class EventRecord:
     reason: str = ""
     message: str = ""
     group: str = ""
+    task_type: TaskType | None = None
+    """Where it was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +203,8 @@ class Claim:
     lane: Lane
     failed_models: tuple[tuple[ServerId, ModelName, str], ...] = field(default=())
     """Server, model and reason of every attempt that failed so far."""
+    more: bool = False
+    """Further tasks of its lane could start when it was taken."""
 
     @property
     def id(self) -> TaskId:
@@ -244,6 +251,8 @@ class Changes:
 
     lanes: frozenset[LaneId] = frozenset()
     """With tasks that can start now."""
+    returned: frozenset[LaneId] = frozenset()
+    """Those of them with tasks that are not new, and may come before others."""
     ended: frozenset[tuple[TaskId, int]] = frozenset()
     """Tasks that were in hand and were taken away, with the epoch that is no longer valid."""
     events: bool = False

@@ -55,10 +55,17 @@ class TaskStore(Protocol):
         ...
 
     async def events(
-        self, tenant: Tenant, after: int, limit: int, task_id: TaskId | None = None, filter: Filter | None = None
+        self,
+        tenant: Tenant,
+        after: int,
+        limit: int,
+        task_id: TaskId | None = None,
+        filter: Filter | None = None,
+        *,
+        typed: bool = False,
     ) -> tuple[list[EventRecord], int]:
         """Events after a position, oldest first, and the position up to which was looked (>= after): events that do
-        not match count as seen."""
+        not match count as seen. `typed`: with the kind of work of their task."""
         ...
 
     async def last_event_id(self) -> int: ...
@@ -89,7 +96,8 @@ class TaskStore(Protocol):
 
     async def claim(self, lane: LaneId, placements: Sequence[Placement]) -> list[Claim]:
         """Take the first tasks of a lane, one for each placement, in that order; fewer if there are fewer. A task is
-        SCHEDULED then, its epoch is one more and belongs to this dispatcher as long as its lease holds."""
+        SCHEDULED then, its epoch is one more and belongs to this dispatcher as long as its lease holds. The last one
+        says whether the lane has more."""
         ...
 
     async def started(self, id: TaskId, epoch: int) -> bool:

@@ -124,6 +124,7 @@ class PostgresqlDatabase(Database):
         told = {
             "from": self.owner,
             "lanes": sorted(changes.lanes),
+            "returned": sorted(changes.returned),
             "ended": sorted(changes.ended),
             "events": changes.events,
             "deliveries": changes.deliveries,
@@ -226,6 +227,7 @@ def _changes_of(payload: str, own: str) -> Changes | None:
             return Changes(events=True, deliveries=True, beliefs=True)
         return Changes(
             lanes=frozenset(LaneId(int(id)) for id in told["lanes"]),
+            returned=frozenset(LaneId(int(id)) for id in told.get("returned", ())),
             ended=frozenset((TaskId(str(id)), int(epoch)) for id, epoch in told["ended"]),
             events=bool(told["events"]),
             deliveries=bool(told["deliveries"]),

@@ -7,8 +7,11 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Select, bindparam, func, literal_column, select, union_all
 
 from control_plane.domain.model import ModelName, Provider, ServerId
+from control_plane.domain.task import TaskType
 from control_plane.tasks import schema
+from control_plane.tasks.lane_rows import FIRST_IN_LANE, in_lane
 from control_plane.tasks.model import (
+    COUNTER_BITS,
     AttemptRecord,
     EventRecord,
     EventType,
@@ -71,7 +74,8 @@ def page(connection: Connection, tenant: Tenant, filter: Filter, limit: int, bef
     if filter.task_types:
         conditions.append(tasks.c.task_type.in_([int(type) for type in filter.task_types]))
     if filter.created_after is not None:
-        conditions.append(tasks.c.created_at >= filter.created_after)
+        # Ids grow with time: what is older is not looked at.
+        conditions += [tasks.c.created_at >= filter.created_after, tasks.c.id >= least_id(filter.created_after)]
     if filter.created_before is not None:
         conditions.append(tasks.c.created_at < filter.created_before)
     states = _codes(filter.states)
@@ -90,6 +94,11 @@ def page(connection: Connection, tenant: Tenant, filter: Filter, limit: int, bef
         query = union_all(*newest) if len(newest) > 1 else newest[0]
     query = _ordered(query, limit)
     return [row_of(row).record for row in connection.execute(query)]
+
+
+def least_id(at: float) -> str:
+    """No task that was submitted at this time or later has an id before this one. See `intake.Ids`."""
+    return f"{max(0, int(at * 1000)) << COUNTER_BITS:020x}"
 
 
 def _ordered(query: Any, limit: int) -> Any:
@@ -116,8 +125,7 @@ def counts(connection: Connection, tenant: Tenant) -> dict[TaskState, int]:
 
 
 def waiting_count(connection: Connection, lane: LaneId, most: int) -> int:
-    tasks = schema.tasks
-    some = select(tasks.c.id).where(tasks.c.lane_id == lane, schema.STARTABLE).limit(most).subquery()
+    some = select(schema.tasks.c.id).where(*in_lane(lane)).order_by(*FIRST_IN_LANE).limit(most).subquery()
     return int(connection.execute(select(func.count()).select_from(some)).scalar_one())
 
 
@@ -126,9 +134,15 @@ def last_event_id(connection: Connection) -> int:
 
 
 def events(
-    connection: Connection, tenant: Tenant, after: int, limit: int, task_id: TaskId | None, filter: Filter | None
+    connection: Connection,
+    tenant: Tenant,
+    after: int,
+    limit: int,
+    task_id: TaskId | None,
+    filter: Filter | None,
+    typed: bool = False,
 ) -> tuple[list[EventRecord], int]:
-    """Events after a position, and the position up to which was looked.
+    """Events after a position, and the position up to which was looked. `typed`: with the kind of work.
 
     Raises UNKNOWN_TASK if a task is named that is not there.
     """
@@ -143,7 +157,11 @@ def events(
         query = query.where(table.c.id <= end)
     if filter is not None:
         query = _filtered(query, filter)
-    found = [_event(row) for row in connection.execute(query)]
+    if typed:
+        tasks = schema.tasks
+        kind = select(tasks.c.task_type).where(tasks.c.id == table.c.task_id).scalar_subquery()
+        query = query.add_columns(kind.label("task_type"))
+    found = [_event(row, typed) for row in connection.execute(query)]
     return found, found[-1].id if len(found) == limit and found else max(after, end)
 
 
@@ -183,7 +201,7 @@ def _attempt(row: Any) -> AttemptRecord:
     )
 
 
-def _event(row: Any) -> EventRecord:
+def _event(row: Any, typed: bool = False) -> EventRecord:
     return EventRecord(
         id=row.id,
         task_id=TaskId(row.task_id),
@@ -198,4 +216,5 @@ def _event(row: Any) -> EventRecord:
         reason=row.reason,
         message=row.message,
         group=row.group_name,
+        task_type=TaskType(row.task_type) if typed and row.task_type is not None else None,
     )

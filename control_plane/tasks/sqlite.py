@@ -34,10 +34,7 @@ T = TypeVar("T")
 _READERS = 3
 _OURS = frozenset({tasks.name, payloads.name, lanes.name})
 """Tables of every schema."""
-_ANOTHER_FILE = (
-    "a file of their own (--tasks.store sqlite:///OTHER, for `modelyard up` the environment variable "
-    "MODELYARD_CONTROL_PLANE_TASKS__STORE)"
-)
+_ANOTHER_FILE = "a file of their own (--tasks.store sqlite:///OTHER, for `modelyard up` --store sqlite:///OTHER)"
 _OLDEST = (3, 35, 0)
 """UPDATE FROM, RETURNING."""
 

@@ -15,7 +15,7 @@ from control_plane.tasks import bulk, lane_rows, reading, schema
 from control_plane.tasks import transitions as happen
 from control_plane.tasks.database import Database
 from control_plane.tasks.intake import ClaimCommand, Ids, Intake
-from control_plane.tasks.lane_rows import Lanes
+from control_plane.tasks.lane_rows import Floors, Lanes
 from control_plane.tasks.lanes import from_json
 from control_plane.tasks.model import (
     Changes,
@@ -58,7 +58,10 @@ class SqlTaskStore:
     def __init__(self, database: Database, policy: StorePolicy, last: TaskId | None) -> None:
         self.database = database
         self._policy = policy
-        self._intake = Intake(database.owner, Lanes(), Ids(last), policy.max_lost)
+        floors = Floors() if database.shared else None
+        self._intake = Intake(database.owner, Lanes(), Ids(last), policy.max_lost, floors)
+        if floors:
+            database.listen(lambda changes: floors.drop(changes.returned))
         self._sweeper = Sweeper(self._intake, policy.retention)
         self._submit = Batch("submit", 10, self._intake.submit)
         self._change = Batch("change", 20, self._apply_changes)
@@ -100,10 +103,17 @@ class SqlTaskStore:
         return await self.database.read(lambda connection: reading.page(connection, tenant, filter, limit, before))
 
     async def events(
-        self, tenant: Tenant, after: int, limit: int, task_id: TaskId | None = None, filter: Filter | None = None
+        self,
+        tenant: Tenant,
+        after: int,
+        limit: int,
+        task_id: TaskId | None = None,
+        filter: Filter | None = None,
+        *,
+        typed: bool = False,
     ) -> tuple[list[EventRecord], int]:
         return await self.database.read(
-            lambda connection: reading.events(connection, tenant, after, limit, task_id, filter)
+            lambda connection: reading.events(connection, tenant, after, limit, task_id, filter, typed)
         )
 
     async def last_event_id(self) -> int:

@@ -38,13 +38,21 @@ class ChangeSet:
     """Changes, while they are being collected."""
 
     lanes: set[LaneId] = field(default_factory=set)
+    returned: set[LaneId] = field(default_factory=set)
     ended: set[tuple[TaskId, int]] = field(default_factory=set)
     events: bool = False
     deliveries: bool = False
     beliefs: bool = False
 
     def frozen(self) -> Changes:
-        return Changes(frozenset(self.lanes), frozenset(self.ended), self.events, self.deliveries, self.beliefs)
+        return Changes(
+            frozenset(self.lanes),
+            frozenset(self.returned),
+            frozenset(self.ended),
+            self.events,
+            self.deliveries,
+            self.beliefs,
+        )
 
     def __bool__(self) -> bool:
         return bool(self.lanes or self.ended or self.events or self.deliveries or self.beliefs)
@@ -72,6 +80,11 @@ class Transaction:
     ) -> None:
         """Write a fact when the transaction ends; the last of several for one key holds. `value` is JSON."""
         self.beliefs[tenant, key] = (tenant, key, value, confidence, source, deleted)
+
+    def comes_back(self, lane: LaneId) -> None:
+        """A task of this lane, which is not new, can start now."""
+        self.changes.lanes.add(lane)
+        self.changes.returned.add(lane)
 
     def forget(self, task_id: TaskId) -> None:
         """Drop what was to be written about a task that is deleted in the same transaction."""

@@ -219,7 +219,7 @@ def ripen(row: TaskRow, work: Work) -> None:
     """The time that it waited for has come."""
     row.state, row.ready_at = TaskState.QUEUED, None
     work.changed[row.id] = row
-    work.transaction.changes.lanes.add(_lane(row))
+    work.transaction.comes_back(_lane(row))
 
 
 # ---------------------------------------------------------------- parts ---
@@ -240,7 +240,7 @@ def _queue(row: TaskRow, work: Work, ready_at: float | None = None) -> None:
     if ready_at is not None and ready_at > work.now:
         row.state, row.ready_at = LATER, ready_at
     else:
-        work.transaction.changes.lanes.add(_lane(row))
+        work.transaction.comes_back(_lane(row))
 
 
 def _end_attempt(

@@ -4,15 +4,17 @@
 
 Everything runs on loopback with real processes. Submissions are driven by h2load (C, from Debian's nghttp2-client):
 64 at a time, each acknowledged only when its task is on disk; that every one is there is counted afterwards. No model
-server is attached then: what is measured is accepting tasks. Then one model server with the simulated engine in its
-instant mode attaches and the tasks run. `--deep N` fills the queue with N tasks first (1,000,000 takes some minutes),
-and submits, claims and memory are measured again on top of them.
+server is attached then: what is measured is accepting tasks. The same is done over streams that calls share, as the
+SDK makes them, by an asyncio client. Then one model server with the simulated engine in its instant mode attaches and
+the tasks run. `--deep N` fills the queue with N tasks first (1,000,000 takes some minutes), and submits, claims and
+memory are measured again on top of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import shutil
 import statistics
@@ -24,9 +26,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from modelyard.rpc.calls import SharedChannel
 from modelyard.rpc.channels import channel
 from modelyard.v1 import task_queue_pb2 as pb
 from modelyard.v1.task_queue_pb2_grpc import TaskQueueStub
+from tests.benchmarks.calls import joined, turn
 from tests.benchmarks.relay import SLOTS, cpu_seconds, h2load, request, rss
 from tests.harness.postgres import postgres
 from tests.harness.programs import Program, control_plane, simulated_server, until
@@ -80,16 +84,38 @@ async def submit(plane: Program, calls: int, concurrency: int) -> tuple[float, f
 async def submitting(plane: Program, stub: TaskQueueStub, calls: int) -> tuple[float, float]:
     """Medians of turns; the first turn warms up. Raises if a task that was acknowledged is not there."""
     turns = []
-    for turn in range(4):
+    for number in range(4):
         before = sum((await counts(stub)).values())
         measured = await submit(plane, calls, CONCURRENCY)
         added = sum((await counts(stub)).values()) - before
         if added != calls:
             raise RuntimeError(f"{calls} submissions were acknowledged, {added} tasks are there")
-        if turn:
+        if number:
             turns.append(measured)
     rates, cpu = zip(*turns, strict=True)
     return statistics.median(rates), statistics.median(cpu)
+
+
+async def sharing(plane: Program, stub: TaskQueueStub, calls: int, connections: int) -> tuple[float, float]:
+    """As `submitting`, by 64 clients of the SDK's kind, whose SubmitTask calls share a stream per connection. They take
+    their part of the machine."""
+    links = [SharedChannel(channel(plane.address, own_connection=True)) for _ in range(connections)]
+    for link in links:
+        await joined(link)
+    stubs = itertools.cycle([TaskQueueStub(link) for link in links])
+    request = pb.SubmitTaskRequest(spec=spec())
+    turns = []
+    for number in range(4):
+        before = sum((await counts(stub)).values())
+        made = await turn(lambda: next(stubs).SubmitTask(request, timeout=60), calls, CONCURRENCY, plane.pid)
+        added = sum((await counts(stub)).values()) - before
+        if added != calls:
+            raise RuntimeError(f"{calls} submissions were acknowledged, {added} tasks are there")
+        if number:
+            turns.append(made)
+    for link in links:
+        await link.close()
+    return statistics.median(each.rate for each in turns), statistics.median(each.server for each in turns)
 
 
 async def streaming(plane: Program, stub: TaskQueueStub, calls: int) -> float:
@@ -159,6 +185,11 @@ async def run(store: str, deep: int, quick: bool) -> list[Row]:
         shallow, cpu = await submitting(plane, stub, calls)
         rows.append(Row(f"durable submits, {CONCURRENCY} clients", shallow, "1/s", wanted=f">= {wanted}"))
         rows.append(Row("control plane CPU per submit", cpu * 1e6, "µs"))
+        for connections in (1, 4):
+            rate, cpu = await sharing(plane, stub, calls, connections)
+            over = f"{connections} shared stream{'s' if connections > 1 else ''}"
+            rows.append(Row(f"durable submits, {CONCURRENCY} clients, {over}", rate, "1/s", wanted=f">= {wanted}"))
+            rows.append(Row(f"control plane CPU per submit, {over}", cpu * 1e6, "µs"))
         await streaming(plane, stub, calls // 10)
         cpu = cpu_seconds(plane.pid)
         streamed = await streaming(plane, stub, calls)

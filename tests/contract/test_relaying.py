@@ -52,6 +52,17 @@ def test_a_whole_answer_has_the_numbers_of_a_stream(suffix) -> None:
     assert shapes[0] == shapes[1]
 
 
+def test_a_request_for_a_whole_answer_is_that_for_a_stream() -> None:
+    stream, whole = (
+        [(each.number, each.name, each.type, each.message_type, each.enum_type) for each in message.DESCRIPTOR.fields]
+        for message in (orchestrator_pb2.GenerateRequest, orchestrator_pb2.CompleteRequest)
+    )
+    assert stream == whole
+    ends = orchestrator_pb2.GenerateResponse.DESCRIPTOR, orchestrator_pb2.CompleteResponse.DESCRIPTOR
+    for name in ("delta", "summary"):
+        assert len({(end.fields_by_name[name].number, end.fields_by_name[name].message_type) for end in ends}) == 1
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.DESCRIPTOR.name)
 def test_package(file) -> None:
     assert file.DESCRIPTOR.package == "modelyard.v1"

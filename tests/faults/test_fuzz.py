@@ -20,7 +20,7 @@ from tests.harness.front_door import ask, attached, front_door
 from tests.harness.model_servers import model_server, request
 
 PER_METHOD = 150
-AT_ONCE = 16
+AT_ONCE = 50
 BUGS = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
 LOST_STATUS = "Internal error from Core"
 """What the client's own library says, whatever the server said, where a write meets the end of its stream."""

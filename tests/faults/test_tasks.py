@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.faults import scenarios
 from tests.faults.scenarios import Database, real_postgres, sqlite
+from tests.harness.postgres import Postgres
 
 pytestmark = pytest.mark.timeout(180)
 
 
+@pytest.fixture
+def shared(postgres_server: Postgres) -> Database:
+    """A database of the server that all tests share: for those that do it no harm."""
+
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[tuple[str, Postgres]]:
+        yield await postgres_server.tables(), postgres_server
+
+    return opened
+
+
 @pytest.fixture(params=["sqlite", "postgres"])
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> Database:
-    return sqlite(tmp_path) if request.param == "sqlite" else real_postgres()
+    return sqlite(tmp_path) if request.param == "sqlite" else request.getfixturevalue("shared")
 
 
 async def test_a_killed_control_plane_loses_no_task(database: Database) -> None:
@@ -28,19 +42,19 @@ async def test_a_killed_database_loses_no_task() -> None:
     assert not report.violations, report
 
 
-async def test_a_dispatcher_that_wakes_up_too_late_cannot_write() -> None:
-    report = await scenarios.zombie(real_postgres(), tasks=150, rounds=1, program=scenarios.UNHEEDING)
+async def test_a_dispatcher_that_wakes_up_too_late_cannot_write(shared: Database) -> None:
+    report = await scenarios.zombie(shared, tasks=150, rounds=1, program=scenarios.UNHEEDING)
     assert not report.violations, report
     assert report.figures["stale writes refused"], report  # or nothing was put to the test
 
 
-async def test_without_the_fence_the_checker_finds_stale_writes() -> None:
-    report = await scenarios.zombie(real_postgres(), tasks=150, rounds=1, program=(*scenarios.UNHEEDING, "--unfenced"))
+async def test_without_the_fence_the_checker_finds_stale_writes(shared: Database) -> None:
+    report = await scenarios.zombie(shared, tasks=150, rounds=1, program=(*scenarios.UNHEEDING, "--unfenced"))
     assert report.violations, report
 
 
-async def test_replicas_never_take_the_same_task() -> None:
-    report = await scenarios.replicas(real_postgres(), tasks=200)
+async def test_replicas_never_take_the_same_task(shared: Database) -> None:
+    report = await scenarios.replicas(shared, tasks=200)
     assert not report.violations, report
 
 

@@ -21,7 +21,7 @@ import pytest
 from modelyard.rpc.errors import Refusal, Violation
 from modelyard.rpc.reasons import Reason
 from modelyard.testing import FakeOrchestrator
-from tests.harness.programs import until
+from tests.harness.programs import control_plane, simulated_server, until
 
 CLI = [sys.executable, "-m", "modelyard.cli"]
 FAST = "simulated:id=fast,models=[swift],decode_tokens_per_second=400,answer_tokens=20"
@@ -53,7 +53,7 @@ class Up:
         while line := self.process.stdout.readline():
             event = json.loads(line)
             self.events.append(event)
-            if event.get("event") == kind and name in (None, event.get("name")):
+            if kind in event or (event.get("event") == kind and name in (None, event.get("name"))):
                 return event
         raise AssertionError(f"no {kind} of {name}; status {self.process.wait()}; events {self.events}")
 
@@ -63,7 +63,7 @@ class Up:
 
     @property
     def children(self) -> set[int]:
-        return {event["pid"] for event in self.events if event["event"] == "starting"}
+        return {event["pid"] for event in self.events if event.get("event") == "starting"}
 
     def __call__(self, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         return modelyard("--address", self.address, *arguments, stdin=stdin)
@@ -392,6 +392,31 @@ async def test_text_before_a_failure_stays_and_the_failure_is_told() -> None:
     assert json.loads(told.stdout)["error"]["partial_text"] == "Hello"
 
 
+async def test_a_connection_that_is_cut_is_told_in_our_words_alone() -> None:
+    """gRPC's library has a line of its own for it, which would end up on the terminal."""
+    slow = {"decode_tokens_per_second": 5, "answer_tokens": 1000}
+    async with control_plane("--drain-grace", "0.2") as plane:
+        async with simulated_server("one", plane.address, **slow) as server:
+            await until(lambda: _attached(plane.address))
+            asking = await asyncio.create_subprocess_exec(
+                *CLI, "--address", plane.address, "generate", "--no-direct", "x",
+                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=environment(),
+            )  # fmt: skip
+            assert asking.stdout
+            await asyncio.wait_for(asking.stdout.read(1), 30)
+            await plane.stop()
+            _, said = await asyncio.wait_for(asking.communicate(), 30)
+            await server.stop()
+    assert asking.returncode == 5
+    assert said.count(b"\n") == 1 and said.startswith(b"modelyard: "), said
+    assert b".cc:" not in server.log, server.log.decode()
+
+
+async def _attached(address: str) -> bool:
+    done = await asyncio.to_thread(modelyard, "--address", address, "servers", "--json")
+    return bool(json.loads(done.stdout)["servers"])
+
+
 def test_no_control_plane_is_told_with_its_cure(tmp_path: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
     (tmp_path / "modelyard.yaml").write_text(f"client: {{address: '{address}'}}")
@@ -446,6 +471,41 @@ def test_a_running_answer_is_finished_before_the_end(tmp_path: Path) -> None:
         assert running.process.wait(30) == 0
         watching.communicate(timeout=30)
         assert watching.returncode in (3, 5)  # the control plane said that it drains, or was gone
+
+
+def test_a_control_plane_that_dies_is_started_again_where_it_was(tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path}/kept.db"
+    with up("--server", FAST, "--store", store, cwd=tmp_path) as running:
+        first = running.address
+        later = running("tasks", "submit", "--not-before", "2", "Hello").stdout.strip()
+        os.kill(pid_of(running, "control-plane"), signal.SIGKILL)
+        ended = running.until("exited", "control-plane")
+        assert ended["restart_in"] == 0.5 and "SIGKILL" in ended["message"]
+        again = running.until("ready", "control-plane")
+        assert again["address"] == first
+        done = running("tasks", "get", later, "--wait", "--json")  # accepted before, run after
+        assert json.loads(done.stdout)["state"] == "succeeded", done.stderr
+        assert running("generate", "Hello").returncode == 0
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(30) == 0
+        assert_gone(running.children)
+
+
+def test_a_control_plane_that_cannot_come_back_ends_the_fleet(tmp_path: Path) -> None:
+    with up("--server", FAST, "--store", "", cwd=tmp_path) as running, socket.socket() as thief:
+        host, port = running.address.split(":")
+        os.kill(pid_of(running, "control-plane"), signal.SIGKILL)
+        running.until("exited", "control-plane")
+        thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        thief.bind((host, int(port)))
+        thief.listen(1)
+        assert "is in use" in running.until("error")["error"]["message"]
+        assert running.process.wait(30) == 1
+        assert_gone(running.children)
+
+
+def pid_of(running: Up, name: str) -> int:
+    return next(int(e["pid"]) for e in reversed(running.events) if e["event"] == "starting" and e["name"] == name)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -523,11 +583,11 @@ def test_a_task_store_in_use_is_told_once(tmp_path: Path) -> None:
     with (tmp_path / "tasks.db.lock").open("rb+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         ports = ("--port", "0", "--metrics-port", "-1", "--gateway-port", "-1")
-        store = {"MODELYARD_CONTROL_PLANE_TASKS__STORE": "sqlite:///tasks.db"}
-        done = modelyard("up", *ports, "--no-servers", cwd=tmp_path, **store)
+        done = modelyard("up", *ports, "--no-servers", "--store", "sqlite:///tasks.db", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("is in use by another control plane") == 1
-    assert "a file of their own (--tasks.store sqlite:///OTHER" in done.stderr.splitlines()[-1]
+    last = done.stderr.splitlines()[-1]
+    assert "a file of their own (--tasks.store sqlite:///OTHER, for `modelyard up` --store sqlite:///OTHER)" in last
 
 
 def test_wrong_settings_of_a_server_are_told(tmp_path: Path) -> None:

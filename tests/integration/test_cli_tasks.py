@@ -178,6 +178,17 @@ def test_what_fails_is_told_and_can_be_done_again(fleet: Up, tmp_path: Path) -> 
     assert [result["state"] for result in results_of(out)] == ["succeeded", "succeeded"]
 
 
+def test_a_server_that_is_not_there_is_told_of(fleet: Up) -> None:
+    done = fleet("tasks", "submit", "--server", "nope", "--group", "absent", "Hello")
+    assert done.returncode == 0, done.stderr
+    assert "no model server 'nope' is known now (known: mlx-1)" in done.stderr
+    assert fleet("tasks", "cancel", done.stdout.strip()).returncode == 0
+    there = fleet("tasks", "submit", "--wait", "--server", "mlx-1", "--max-tokens", "2", "Hello")
+    assert there.returncode == 0 and "known now" not in there.stderr
+    refused = fleet("generate", "--server", "nope", "Hello")
+    assert refused.returncode in (4, 5) and "nope" in refused.stderr
+
+
 def test_a_batch_from_a_pipe_to_a_pipe(fleet: Up) -> None:
     lines = "".join(json.dumps({"id": n, "prompt": "What is a lease?", "max_tokens": 3}) + "\n" for n in range(3))
     done = fleet("tasks", "batch", "-", "--priority", "high", stdin=lines)

@@ -20,6 +20,7 @@ from modelyard.client import (
     StreamBroken,
     UnknownModel,
     Unsupported,
+    _direct,
 )
 from tests.harness.front_door import PATIENCE, front_door
 from tests.harness.model_servers import model_server
@@ -31,8 +32,8 @@ WORSE = {"models": [{"name": "sim", "capabilities": {"chat": 0.1}}]}
 PRICED = {"models": [{"name": "sim", "price": {"prompt": 1.0, "completion": 2.0}}]}
 
 
-def generated(door) -> float:
-    labels = {"method": "Generate", "outcome": "ok"}
+def generated(door, method="Complete") -> float:
+    labels = {"method": method, "outcome": "ok"}
     return door.plane.metrics.registry.get_sample_value("modelyard_requests_total", labels) or 0.0
 
 
@@ -90,7 +91,8 @@ async def test_the_blocking_client_too():
 # ------------------------------------------------------------- falling back ---
 
 
-async def test_who_cannot_be_reached_is_asked_through_the_control_plane():
+async def test_who_cannot_be_reached_is_asked_through_the_control_plane(monkeypatch):
+    monkeypatch.setattr(_direct, "_MUST_CONNECT_SECONDS", 0.5)
     # The first one holds a lease, and nobody listens at its endpoint.
     async with front_door(fleet=QUICK, limits={"ticket_lifetime": 60}) as door, scripted(
         door, "a-gone"
@@ -155,7 +157,7 @@ async def test_a_fleet_without_tickets_is_not_asked_each_time():
         assert (await client.generate("Hello")).text == "Hello, world"
         with pytest.raises(Unsupported):
             await client.generate("Hello", direct="always")
-        assert [call.method for call in fake.calls] == ["Generate", "Generate"]
+        assert [call.method for call in fake.calls] == ["Complete", "Complete"]
 
 
 # ------------------------------------------------------------- in mid-stream ---
@@ -174,6 +176,48 @@ async def test_a_server_that_dies_under_a_direct_stream():
             assert broken.value.metadata["server_id"] == "a" and "a broke off" in str(broken.value)
             await until_counted(door, "lost", 1)
             assert (await door.server("a")).in_flight == 0
+
+
+@pytest.mark.parametrize("direct", ["auto", "never"])
+async def test_a_whole_answer_survives_a_server_that_fails_in_the_middle(direct):
+    """Nobody has seen the beginning: another server gives the whole of it."""
+    fails = {"faults": [{"kind": "error", "tokens": 2}]}
+    async with front_door() as door, model_server(
+        server_id="a", orchestrators=(door.address,), engine_settings=fails
+    ), model_server(
+        server_id="b", orchestrators=(door.address,), engine_settings=WORSE
+    ), AsyncClient(door.address) as client:  # fmt: skip
+        await until_direct(door, "a", "b")
+        with pytest.raises(StreamBroken) as broken:
+            await client.stream("Hello", max_tokens=5, direct=direct).collect()
+        assert broken.value.partial.usage.completion_tokens == 0 and broken.value.partial.text
+        result = await client.generate("Hello", max_tokens=5, direct=direct)
+        assert result.usage.completion_tokens == 5 and result.server_id == "b"
+        assert [(each.server_id, each.failure_reason) for each in result.attempts] == [
+            ("a", "ENGINE_FAILED"),
+            ("b", ""),
+        ]
+        if direct == "auto":
+            await until_counted(door, "ENGINE_FAILED", 2)
+        assert (await door.server("a")).in_flight == 0
+
+
+async def test_a_whole_answer_survives_a_server_that_dies_in_the_middle():
+    hangs = {"faults": [{"kind": "hang", "tokens": 2}]}
+    async with front_door(fleet={"report_interval": 0.1, "lease_duration": 0.5}) as door, model_server(
+        server_id="b", orchestrators=(door.address,), engine_settings=WORSE
+    ), AsyncClient(door.address) as client, simulated_server("a", door.address, **hangs) as server:  # fmt: skip
+        await until_direct(door, "a", "b")
+        asking = asyncio.create_task(client.generate("Hello", max_tokens=5))
+
+        async def at_work() -> bool:
+            return (await door.server("a")).report.load.running > 0
+
+        await until(at_work, PATIENCE)
+        server.kill()
+        result = await asyncio.wait_for(asking, PATIENCE)
+        assert result.usage.completion_tokens == 5
+        assert [each.server_id for each in result.attempts] == ["a", "b"] and result.attempts[0].failure_reason
 
 
 async def test_whoever_leaves_stops_the_model():
@@ -231,8 +275,8 @@ async def test_the_command_line_goes_either_way():
         assert (await run_cli(door.address, "--direct"))["server_id"] == "a"
         await until_counted(door, "ok", 1)
         assert (await run_cli(door.address, "--no-direct", MODELYARD_DIRECT="always"))["server_id"] == "a"
-        assert generated(door) == 1
+        assert generated(door, "Generate") == 1
         assert (await run_cli(door.address, MODELYARD_DIRECT="never"))["server_id"] == "a"
-        assert generated(door) == 2
+        assert generated(door, "Generate") == 2
         told = await run_cli(door.address, MODELYARD_DIRECT="sometimes")
         assert "MODELYARD_DIRECT" in told["error"]["message"]

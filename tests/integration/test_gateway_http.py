@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -260,3 +263,44 @@ async def test_a_bug_is_told_with_an_incident_and_nothing_more(caplog: pytest.Lo
         assert CANARY not in answer.error["message"]
         incident = answer.error["message"].rsplit(" ", 1)[1]
         assert incident in caplog.text
+
+
+IDLE = """
+import asyncio, sys, urllib.request
+from control_plane.app import running
+from control_plane.config import ControlPlaneSettings
+
+HEAVY = ("uvicorn", "starlette", "httptools", "alembic", "asyncpg", "greenlet", "httpx", "control_plane.gateway.routes")
+
+def loaded():
+    return sorted(name for name in HEAVY if name in sys.modules)
+
+async def main():
+    settings = ControlPlaneSettings.model_validate(
+        {"port": 0, "gateway": {"port": 0}, "tasks": {"store": "sqlite:///" + sys.argv[1]}}
+    )
+    async with running(settings) as (plane, _):
+        await asyncio.sleep(0.5)  # heartbeats, sweeps
+        print(loaded())
+        def health():
+            with urllib.request.urlopen(plane.gateway.url + "/health") as answer:
+                return answer.status
+        print(await asyncio.gather(*(asyncio.to_thread(health) for _ in range(3))))
+        print("uvicorn" in loaded())
+    async with running(settings) as (plane, _):  # nobody comes
+        pass
+
+asyncio.run(main())
+"""
+
+
+def test_an_idle_control_plane_has_loaded_neither_the_http_stack_nor_other_databases(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IDLE, str(tmp_path / "tasks.db")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout.split("\n")[:3] == ["[]", "[200, 200, 200]", "True"], done.stderr
+    assert done.returncode == 0, done.stderr

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from statistics import median_low
 from typing import Any
 
 import pytest
@@ -293,18 +294,20 @@ async def test_those_who_wait_are_served_in_order_and_can_leave() -> None:
 
 @pytest.mark.parametrize("slots", [1, 3])
 async def test_slots_are_inferred_from_real_timings(slots: int) -> None:
-    async with both(standin={"parallel": slots, "token_seconds": 0.002}) as (standin, engine):
+    async with both(standin={"parallel": slots, "token_seconds": 0.004}) as (standin, engine):
+        found: list[int] = []
 
         async def client() -> float:
             queued = 0.0
             for _ in range(5):
                 finished = (await answer(engine, asking(sampling=Sampling(max_tokens=30)))).finished
                 queued += finished.queued if finished else 0
+                found.append(engine.status().load.slots)
             return queued
 
         queued = await asyncio.gather(*(client() for _ in range(slots + 2)))
-        # One more than there are is tried when the last ones were calm.
-        assert engine.status().load.slots in (slots, slots + 1)
+        # One more than there are is tried when the last ones were calm; on a busy machine a time may mislead.
+        assert median_low(found[len(found) // 2 :]) in (slots, slots + 1)
         assert standin.most_at_once == slots and min(queued) > 0
 
 

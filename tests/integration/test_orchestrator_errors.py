@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import grpc
 import pytest
 
 from control_plane.app import ControlPlane, SystemClock
+from modelyard.client import AsyncClient, ModelyardError
 from modelyard.rpc.errors import Refusal, from_rpc_error
 from modelyard.rpc.reasons import CODES, Reason
 from modelyard.testing import FakeModelServer, model_info
@@ -78,6 +80,14 @@ async def test_a_refusal_carries_the_request_id_unless_that_is_malformed_itself(
             reply = await door.generate(ask(request_id=unfit))
             check(reply.refused, Reason.INVALID_REQUEST)
             assert "modelyard-request-id" not in reply.trailing
+
+
+async def test_the_sdk_tells_the_id_that_the_control_plane_gave_to_what_it_refused():
+    async with front_door() as door, AsyncClient(door.address) as sdk:
+        for call in (sdk.generate("hi", model="nope"), sdk.embed("hi", model="nope")):
+            with pytest.raises(ModelyardError) as caught:
+                await call
+            assert re.fullmatch(r"[0-9a-f]{32}", caught.value.request_id)
 
 
 async def test_malformed_unary_requests_name_the_field():

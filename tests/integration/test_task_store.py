@@ -269,6 +269,27 @@ async def test_many_claims_of_one_lane_at_once_share_its_tasks(store: SqlTaskSto
     assert len(flat) == 30 and set(flat) == ids
 
 
+async def test_a_claim_says_whether_its_lane_has_more(store: SqlTaskStore) -> None:
+    for _ in range(4):
+        await store.submit(new_task())
+    (lane,) = await store.waiting_lanes()
+    assert [claimed.more for claimed in await store.claim(lane.id, [PLACE])] == [True]
+    together = await asyncio.gather(*(store.claim(lane.id, [PLACE]) for _ in range(2)))
+    assert [claimed.more for claims in together for claimed in claims] == [True, True]
+    (last,) = await store.claim(lane.id, [PLACE])
+    assert not last.more
+    assert await store.claim(lane.id, [PLACE]) == []
+
+
+async def test_one_that_is_over_does_not_hide_those_behind_it(store: SqlTaskStore) -> None:
+    over = [(await store.submit(new_task(deadline=store.now()))).record.id for _ in range(3)]
+    ids = [(await store.submit(new_task())).record.id for _ in range(3)]
+    (lane,) = await store.waiting_lanes()
+    claims = await store.claim(lane.id, [PLACE] * 2)
+    assert [claimed.id for claimed in claims] == ids[:2] and claims[-1].more
+    assert {(await store.get(TENANT, id)).record.state for id in over} == {TaskState.EXPIRED}
+
+
 async def test_lanes_are_told_with_their_oldest_task(store: SqlTaskStore) -> None:
     low = (await store.submit(new_task(priority=Priority.LOW))).record
     await store.submit(new_task(priority=Priority.LOW))

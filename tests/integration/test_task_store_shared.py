@@ -7,9 +7,11 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
+import asyncpg
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import event, select, update
 
 from control_plane.domain.errors import DomainError
 from control_plane.tasks import schema
@@ -26,6 +28,63 @@ from tests.harness.task_store import PLACE, TENANT, claim, new_task, opened
 @pytest.fixture
 async def url(postgres_server: Postgres) -> str:
     return await postgres_server.tables()
+
+
+async def test_a_task_that_another_replica_gives_back_keeps_its_place(url: str) -> None:
+    async with opened(url) as a, opened(url) as b:
+        ids = [(await a.submit(new_task())).record.id for _ in range(6)]
+        (lane,) = await a.waiting_lanes()
+        (first,) = await b.claim(lane.id, [PLACE])
+        assert [claimed.id for claimed in await a.claim(lane.id, [PLACE] * 2)] == ids[1:3]
+        heard = asyncio.Event()
+        a.listen(lambda changes: heard.set() if lane.id in changes.returned else None)
+        assert await b.give_back(first.id, first.epoch, "DRAINING")
+        async with asyncio.timeout(10):
+            await heard.wait()
+        assert [claimed.id for claimed in await a.claim(lane.id, [PLACE] * 2)] == [ids[0], ids[3]]
+
+
+async def test_a_task_that_came_back_unheard_is_found_when_nothing_else_is_there(url: str) -> None:
+    async with opened(url) as a:
+        ids = [(await a.submit(new_task())).record.id for _ in range(3)]
+        (lane,) = await a.waiting_lanes()
+        (first, _) = await a.claim(lane.id, [PLACE] * 2)
+        connection = await asyncpg.connect(url)
+        await connection.execute("UPDATE tasks SET state = 1, owner = NULL, epoch = epoch + 1 WHERE id = $1", first.id)
+        await connection.close()
+        assert [claimed.id for claimed in await a.claim(lane.id, [PLACE] * 2)] == [ids[0], ids[2]]
+
+
+async def test_what_claims_read_does_not_grow_with_what_is_done(url: str) -> None:
+    """The plans of the real statements, where statistics say that every task can start."""
+    async with opened(url) as store:
+        await asyncio.gather(*(store.submit(new_task()) for _ in range(3000)))
+        (lane,) = await store.waiting_lanes()
+        connection = await asyncpg.connect(url)
+        try:
+            await connection.execute("ANALYZE tasks")
+            await connection.execute(
+                "UPDATE tasks SET state = 4 WHERE id IN (SELECT id FROM tasks ORDER BY id LIMIT 2000)"
+            )
+            asked: list[tuple[str, Any]] = []
+            for engine in (store.database._readers, store.database._writer):  # type: ignore[attr-defined]
+                event.listen(
+                    engine.sync_engine,
+                    "before_cursor_execute",
+                    lambda _c, _k, statement, parameters, *_: asked.append((statement, parameters)),
+                )
+            assert len(await store.waiting_lanes([lane.id])) == 1
+            assert await store.waiting_count(lane.id, 10) == 10
+            assert len(await store.claim(lane.id, [PLACE])) == 1
+            about = [(said, given) for said, given in asked if "FROM tasks" in said and said.startswith("SELECT")]
+            assert len(about) >= 3
+            for said, given in about:
+                plan = await connection.fetch(f"EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF) {said}", *given)
+                lines = "\n".join(row[0] for row in plan)
+                assert "Seq Scan on tasks" not in lines and "tasks_pkey" not in lines, lines
+                assert "Rows Removed" not in lines, lines
+        finally:
+            await connection.close()
 
 
 async def test_replicas_never_claim_the_same_epoch(url: str) -> None:

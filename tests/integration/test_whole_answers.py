@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import grpc
@@ -18,11 +18,12 @@ from modelyard.rpc.channels import MAX_MESSAGE_BYTES
 from modelyard.rpc.errors import Refusal, from_rpc_error
 from modelyard.rpc.reasons import Reason
 from modelyard.testing import FakeModelServer
-from modelyard.v1 import generation_pb2, model_server_pb2
+from modelyard.v1 import generation_pb2, model_server_pb2, orchestrator_pb2
 from modelyard.v1.generation_pb2 import GenerationDelta
 from modelyard.v1.orchestrator_pb2 import GenerateRequest, GenerationSummary
-from tests.harness.front_door import FrontDoor, ask, attached, attempts_of, front_door
+from tests.harness.front_door import PATIENCE, FrontDoor, ask, attached, attempts_of, front_door
 from tests.harness.model_servers import model_server, request
+from tests.harness.programs import until
 from tests.integration.test_model_server import OddEngine
 
 FIRST, SECOND = "a", "b"  # of equals the lesser id is tried first
@@ -70,6 +71,17 @@ class Old(FakeModelServer):
     async def Complete(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
         self.asked += 1
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+
+
+class Sharing(FakeModelServer):
+    shares_streams = True
+
+
+async def joined(door: FrontDoor, fake: FakeModelServer) -> None:
+    """The control plane's next call of a server that offers it shares a stream."""
+    async with asyncio.timeout(10):
+        while not door.plane.upstreams.get(fake.address).channel.shared:
+            await whole(door)
 
 
 @asynccontextmanager
@@ -190,28 +202,76 @@ async def test_a_server_cannot_claim_what_did_not_happen(told: float) -> None:
         assert timings.HasField("tpot") == (told > 0)
 
 
-async def test_a_lease_that_runs_out_ends_the_wait() -> None:
-    fake, other = FakeModelServer(FIRST), FakeModelServer(SECOND)
-    gate = fake.gate("Complete")
+@pytest.mark.parametrize("kind", [FakeModelServer, Sharing])
+async def test_a_lease_that_runs_out_ends_the_wait(kind: type[FakeModelServer]) -> None:
+    fake, other = kind(FIRST), FakeModelServer(SECOND)
     async with fleet(fake, other, fleet={"report_interval": 0.1, "lease_duration": 1.5}) as door:
+        if fake.shares_streams:
+            await joined(door, fake)
+        gate = fake.gate("Complete")
         waiting = asyncio.create_task(whole(door))
         await gate.arrived.wait()
         await fake.detach()
         got = await waiting
         assert attempts_of(got.summary) == [(FIRST, "SERVERS_AWAY"), (SECOND, "")]
-        await fake.until(lambda: fake.calls_of("Complete")[0].outcome == "cancelled")
+        await fake.until(lambda: fake.calls_of("Complete")[-1].outcome == "cancelled")
 
 
-async def test_who_leaves_stops_the_work() -> None:
-    fake = FakeModelServer(FIRST)
-    gate = fake.gate("Complete")
+@pytest.mark.parametrize("kind", [FakeModelServer, Sharing])
+async def test_who_leaves_stops_the_work(kind: type[FakeModelServer]) -> None:
+    fake = kind(FIRST)
     async with fleet(fake) as door:
+        if fake.shares_streams:
+            await joined(door, fake)
+        gate = fake.gate("Complete")
         waiting = asyncio.create_task(whole(door))
         await gate.arrived.wait()
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
-        await fake.until(lambda: fake.calls_of("Complete")[0].outcome == "cancelled")
+        await fake.until(lambda: fake.calls_of("Complete")[-1].outcome == "cancelled")
         await door.until_idle()
+
+
+@pytest.mark.parametrize("dies", [True, False])
+async def test_servers_that_come_and_go_fail_nobody(dies: bool) -> None:
+    """Those that wait over the stream of a server that dies are answered elsewhere; one that stops answers them."""
+    first = Sharing(FIRST)
+    async with AsyncExitStack() as stack:
+        door = await stack.enter_async_context(front_door())
+        second = await stack.enter_async_context(
+            model_server(server_id=SECOND, orchestrators=(door.address,), engine_settings={"answer_tokens": 3})
+        )
+        await stack.enter_async_context(attached(door, first))
+        await door.until_ready(FIRST, SECOND)
+        ended = asyncio.Event()
+
+        async def caller() -> int:
+            made = 0
+            while not ended.is_set():
+                assert (await whole(door)).text
+                made += 1
+            return made
+
+        upstreams = door.plane.upstreams
+        callers = [asyncio.create_task(caller()) for _ in range(12)]
+        await until(lambda: as_task(upstreams.get(first.address).channel.shared), PATIENCE)
+        if dies:
+            await first.stop()
+            await first.start(first.port)
+            await first.attach(door.address)
+        else:
+            await until(lambda: as_task(upstreams.get(second.address).channel.shared), PATIENCE)
+            second.stopping.set()
+            await second.task
+        before = len(first.calls_of("Complete"))
+        await until(lambda: as_task(len(first.calls_of("Complete")) > before + 50), PATIENCE)
+        ended.set()
+        assert min(await asyncio.gather(*callers)) > 0
+        await door.until_idle()
+
+
+async def as_task(holds: bool) -> bool:
+    return holds
 
 
 # ------------------------------------------------------------- model server ---
@@ -269,3 +329,67 @@ async def test_a_stall_ends_a_whole_answer() -> None:
             await server.stub.Complete(complete(request(max_tokens=40)), timeout=20)
     refusal = from_rpc_error(caught.value)
     assert refusal.reason is Reason.ENGINE_FAILED and "stopped working" in refusal.message
+
+
+# ------------------------------------------------------------- Complete itself ---
+
+
+def complete_request(**fields: Any) -> orchestrator_pb2.CompleteRequest:
+    return orchestrator_pb2.CompleteRequest.FromString(ask(**fields).SerializeToString())
+
+
+async def test_complete_tells_all_of_it_in_one_message() -> None:
+    first, second = FakeModelServer(FIRST), Old(SECOND)
+    first.inject_error("Complete", Refusal(Reason.ENGINE_FAILED, "it broke"))
+    second.answer(
+        GenerationDelta(reasoning_text="Hm. ", tokens=1),
+        "Hel",
+        "lo",
+        GenerationDelta(tool_calls=[generation_pb2.ToolCallDelta(index=1, id="c", name="n", arguments_json='{"a":')]),
+        GenerationDelta(tool_calls=[generation_pb2.ToolCallDelta(index=1, arguments_json="1}")], tokens=1),
+    )
+    async with fleet(first, second) as door:
+        asked = complete_request(explain=True, request_id="mine")
+        call = door.stub.Complete(asked, timeout=10)
+        response = await call
+        assert response.delta == GenerationDelta(
+            text="Hello",
+            reasoning_text="Hm. ",
+            tokens=4,
+            tool_calls=[generation_pb2.ToolCallDelta(index=1, id="c", name="n", arguments_json='{"a":1}')],
+        )
+        assert attempts_of(response.summary) == [(FIRST, "ENGINE_FAILED"), (SECOND, "")]
+        assert [decision.server_id for decision in response.decisions] == [FIRST, SECOND]
+        assert response.summary.request_id == "mine"
+        assert ("modelyard-request-id", "mine") in tuple(await call.trailing_metadata())
+        first.answer(GenerationDelta())
+        assert not (await door.stub.Complete(orchestrator_pb2.CompleteRequest(input=asked.input))).decisions
+
+
+async def test_complete_is_refused_as_generate_is() -> None:
+    async with fleet(FakeModelServer(FIRST), limits={"max_request_bytes": 1024}) as door:
+        for asked, reason in (
+            (orchestrator_pb2.CompleteRequest(), Reason.INVALID_REQUEST),
+            (orchestrator_pb2.CompleteRequest(preset="x" * 2000), Reason.INVALID_REQUEST),
+            (
+                orchestrator_pb2.CompleteRequest.FromString(ask(model="nowhere").SerializeToString()),
+                Reason.UNKNOWN_MODEL,
+            ),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await door.stub.Complete(asked, timeout=10)
+            refusal = from_rpc_error(caught.value)
+            assert refusal.reason is reason and not refusal.transport
+
+
+async def test_whoever_leaves_a_complete_stops_the_model() -> None:
+    fake = FakeModelServer(FIRST)
+    async with fleet(fake) as door:
+        gate = fake.gate("Complete")
+        call = door.stub.Complete(complete_request())
+        waiting = asyncio.ensure_future(call)
+        await gate.arrived.wait()
+        call.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await fake.until(lambda: fake.calls[0].outcome == "cancelled")
+        assert (await door.server(FIRST)).in_flight == 0

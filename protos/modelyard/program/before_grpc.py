@@ -10,4 +10,6 @@ from __future__ import annotations
 
 import os
 
+# A peer that ends is no news for people: its connections are told of in our words. Whoever sets it keeps the say.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener,-event_engine_callback_cq")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
 import logging
@@ -25,6 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 _UNREAD = "takes_unread"
+_MESSAGE = "reads_as"
 
 M = TypeVar("M")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -56,6 +58,16 @@ def takes_unread(method: F) -> F:
     return method
 
 
+def reads_as(message: type[Message]) -> Callable[[F], F]:
+    """Mark a method of a servicer: its requests are read as another message, which has the same fields and numbers."""
+
+    def mark(method: F) -> F:
+        setattr(method, _MESSAGE, message)
+        return method
+
+    return mark
+
+
 def service_handler(
     service: ServiceDescriptor, servicer: object, *, max_request_bytes: int | None = None
 ) -> grpc.GenericRpcHandler:
@@ -67,6 +79,9 @@ def service_handler(
     for streams a coroutine that calls `context.write`. Wherever a message is sent, its
     serialised bytes may be given instead; they pass unread. Methods that are missing are
     answered with UNIMPLEMENTED. A method that is marked `takes_unread` gets an `Unread` message.
+
+    When the caller goes away, a method is cancelled where it waits, writes included. A generator whose message is just
+    being sent is closed, as Python does with generators: it sees GeneratorExit at its `yield`. Clean up in `finally`.
 
     A Refusal becomes its rich status. Of any other exception type and stack are logged with an incident id and
     answered as INTERNAL with that id alone. A request that does not parse, or that is larger than
@@ -88,7 +103,8 @@ def _method_handler(
     method: MethodDescriptor, behaviour: Callable[..., Any], max_request_bytes: int | None
 ) -> grpc.RpcMethodHandler:
     name = f"{method.containing_service.name}.{method.name}"
-    parse = _parser(GetMessageClass(method.input_type), max_request_bytes)
+    message = getattr(behaviour, _MESSAGE, None) or GetMessageClass(method.input_type)
+    parse = _parser(message, max_request_bytes)
     incoming: Callable[[Any], Any] = parse
     if method.client_streaming:
         incoming = partial(_Requests, parse=parse)
@@ -103,13 +119,13 @@ def _method_handler(
 
     async def written(request: Any, context: ServicerContext) -> None:
         try:
-            await behaviour(incoming(request), context)
+            await behaviour(incoming(request), _Context(context))
         except Exception as error:
             await _abort(context, name, error)
 
     async def generated(request: Any, context: ServicerContext) -> None:
         try:
-            write = context.write
+            write = _Context(context).write
             # Closed here and now: a generator left to the garbage collector frees its slot late.
             async with contextlib.aclosing(behaviour(incoming(request), context)) as answers:
                 async for answer in answers:
@@ -148,6 +164,27 @@ def _parser(message: type[Message], max_request_bytes: int | None) -> Callable[[
     return parse
 
 
+class _Context:
+    """gRPC's context, but a write to a caller who has gone is cancelled, whatever gRPC noticed first."""
+
+    __slots__ = ("_context",)
+
+    def __init__(self, context: ServicerContext) -> None:
+        self._context = context
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    async def write(self, message: Any) -> None:
+        try:
+            await self._context.write(message)
+        except (grpc.aio.AbortError, grpc.aio.UsageError):
+            raise
+        except grpc.aio.BaseError as error:
+            # The batch failed before its end was told, or the server was stopped.
+            raise asyncio.CancelledError("the caller has gone") from error
+
+
 class _Requests:
     """A client stream, parsed as it is read."""
 
@@ -171,7 +208,7 @@ class _Requests:
 async def _abort(context: ServicerContext, method: str, error: Exception) -> None:
     """Turn what a handler raised into a status. Always raises. Cancellation never comes here."""
     if isinstance(error, grpc.aio.BaseError):
-        # The handler aborted by itself, or the call ended under a write: gRPC knows what to do.
+        # The handler aborted by itself, or the server was stopped: gRPC knows what to do.
         raise error
     if isinstance(error, Refusal):
         refusal = error

@@ -23,7 +23,7 @@ from types import TracebackType
 import grpc.aio
 
 from modelyard.rpc.channels import Option
-from modelyard.rpc.handlers import Unread, service_handler, takes_unread
+from modelyard.rpc.handlers import Unread, reads_as, service_handler, takes_unread
 from modelyard.rpc.health import HealthHandle, enable_standard_services
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "create_server",
     "drain",
     "enable_standard_services",
+    "reads_as",
     "service_handler",
     "takes_unread",
 ]

@@ -13,7 +13,7 @@ from grpc.aio import ServicerContext
 from modelyard.rpc.channels import channel
 from modelyard.rpc.errors import Refusal
 from modelyard.rpc.reasons import Reason
-from modelyard.testing.server import FakeServer, ScriptItem, play
+from modelyard.testing.server import FakeServer, ScriptItem, append, play
 from modelyard.v1 import fleet_pb2, generation_pb2, model_server_pb2, orchestrator_pb2_grpc, task_pb2
 
 
@@ -195,11 +195,7 @@ class FakeModelServer(FakeServer):
             asked = model_server_pb2.ModelServerGenerateRequest.FromString(request.SerializeToString())
             answer = model_server_pb2.ModelServerCompleteResponse()
             async for delta in play(self._script if self.on_generate is None else self.on_generate(asked)):
-                text = answer.delta.text + delta.text
-                reasoning = answer.delta.reasoning_text + delta.reasoning_text
-                tokens = answer.delta.tokens + delta.tokens
-                answer.delta.MergeFrom(delta)
-                answer.delta.text, answer.delta.reasoning_text, answer.delta.tokens = text, reasoning, tokens
+                append(answer.delta, delta)
             if self._result:
                 answer.result.CopyFrom(self._end(request.input, answer.delta.tokens))
             return answer

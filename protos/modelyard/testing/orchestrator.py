@@ -10,14 +10,14 @@ from grpc.aio import ServicerContext
 
 from modelyard.rpc.errors import Refusal
 from modelyard.rpc.reasons import Reason
-from modelyard.testing.server import FakeServer, ScriptItem, play
+from modelyard.testing.server import FakeServer, ScriptItem, append, play
 from modelyard.v1 import fleet_pb2, generation_pb2, orchestrator_pb2, selection_pb2
 
 REQUEST_ID_KEY = "modelyard-request-id"
 
 
 class FakeOrchestrator(FakeServer):
-    """Answers Generate by script, embeds a text as (length, 1), keeps what Attach reports."""
+    """Answers Generate and Complete by script, embeds a text as (length, 1), keeps what Attach reports."""
 
     service = orchestrator_pb2.DESCRIPTOR.services_by_name["Orchestrator"]
 
@@ -30,7 +30,7 @@ class FakeOrchestrator(FakeServer):
         self.decision = selection_pb2.Decision(
             verdict=selection_pb2.VERDICT_CHOSEN, server_id="fake-1", model="fake", provider="fake"
         )
-        """Answer of ExplainSelection, and of Generate where it is asked to explain."""
+        """Answer of ExplainSelection, and of Generate and Complete where they are asked to explain."""
         self.summary = orchestrator_pb2.GenerationSummary(
             finish_reason=generation_pb2.FINISH_REASON_STOP,
             usage=generation_pb2.Usage(prompt_tokens=3),
@@ -61,7 +61,7 @@ class FakeOrchestrator(FakeServer):
         self._epoch = 0
 
     def answer(self, *items: ScriptItem, summary: bool = True) -> None:
-        """Script of all Generate calls from now on; without `summary` the stream just ends."""
+        """Script of all Generate and Complete calls from now on; without `summary` the answer just ends."""
         self._script, self._summary = items, summary
 
     def publish(self, change: orchestrator_pb2.WatchFleetResponse) -> None:
@@ -90,7 +90,7 @@ class FakeOrchestrator(FakeServer):
         self, request: orchestrator_pb2.GenerateRequest, context: ServicerContext
     ) -> AsyncIterator[orchestrator_pb2.GenerateResponse]:
         request_id = request.request_id or f"fake-{len(self.calls)}"
-        await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+        context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
         async with self._received("Generate", context, request):
             script = self._script if self.on_generate is None else self.on_generate(request)
             if request.explain:
@@ -105,6 +105,23 @@ class FakeOrchestrator(FakeServer):
                 end.summary.usage.completion_tokens = tokens
                 yield end
 
+    async def Complete(
+        self, request: orchestrator_pb2.CompleteRequest, context: ServicerContext
+    ) -> orchestrator_pb2.CompleteResponse:
+        request_id = request.request_id or f"fake-{len(self.calls)}"
+        await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+        async with self._received("Complete", context, request):
+            asked = orchestrator_pb2.GenerateRequest.FromString(request.SerializeToString())
+            script = self._script if self.on_generate is None else self.on_generate(asked)
+            response = orchestrator_pb2.CompleteResponse(decisions=[self.decision] if request.explain else [])
+            async for delta in play(script):
+                append(response.delta, delta)
+            if self._summary:
+                response.summary.CopyFrom(self.summary)
+                response.summary.request_id = request_id
+                response.summary.usage.completion_tokens = response.delta.tokens
+            return response
+
     async def Assign(
         self, request: orchestrator_pb2.AssignRequest, context: ServicerContext
     ) -> orchestrator_pb2.AssignResponse:
@@ -117,7 +134,7 @@ class FakeOrchestrator(FakeServer):
         self, request: orchestrator_pb2.EmbedRequest, context: ServicerContext
     ) -> orchestrator_pb2.EmbedResponse:
         request_id = request.request_id or f"fake-{len(self.calls)}"
-        await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+        context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
         async with self._received("Embed", context, request):
             return orchestrator_pb2.EmbedResponse(
                 embeddings=[generation_pb2.Embedding(values=[len(text), 1]) for text in request.inputs],

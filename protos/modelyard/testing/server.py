@@ -12,6 +12,7 @@ from typing import Any, Self
 import grpc.aio
 from google.protobuf.descriptor import ServiceDescriptor
 
+from modelyard.rpc.calls_server import add_services
 from modelyard.rpc.errors import Refusal
 from modelyard.rpc.server import HealthHandle, bind, create_server, enable_standard_services, service_handler
 from modelyard.v1 import generation_pb2
@@ -59,6 +60,8 @@ class FakeServer:
     """Base of the fakes; an async context manager that serves on 127.0.0.1 and a free port."""
 
     service: ServiceDescriptor
+    shares_streams = False
+    """Whether `modelyard.v1.Calls` is served too: nobody need have it."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -78,7 +81,11 @@ class FakeServer:
     async def start(self, port: int = 0) -> None:
         """Serve; give an earlier port to come back at the same address."""
         self._server = create_server()
-        self._server.add_generic_rpc_handlers((service_handler(self.service, self),))
+        handler = service_handler(self.service, self)
+        if self.shares_streams:
+            add_services(self._server, handler)
+        else:
+            self._server.add_generic_rpc_handlers((handler,))
         self.health = enable_standard_services(self._server, [self.service.full_name])
         self.port = bind(self._server, "127.0.0.1", port)
         await self._server.start()
@@ -158,6 +165,14 @@ class FakeServer:
             raise
         finally:
             self._tell()
+
+
+def append(answer: generation_pb2.GenerationDelta, delta: generation_pb2.GenerationDelta) -> None:
+    """Add the next piece to an answer that is told whole."""
+    text, reasoning = answer.text + delta.text, answer.reasoning_text + delta.reasoning_text
+    tokens = answer.tokens + delta.tokens
+    answer.MergeFrom(delta)
+    answer.text, answer.reasoning_text, answer.tokens = text, reasoning, tokens
 
 
 async def play(items: tuple[ScriptItem, ...]) -> AsyncIterator[generation_pb2.GenerationDelta]:

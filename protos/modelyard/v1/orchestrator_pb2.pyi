@@ -44,6 +44,38 @@ class GenerateResponse(_message.Message):
     summary: GenerationSummary
     def __init__(self, decision: _Optional[_Union[_selection_pb2.Decision, _Mapping]] = ..., delta: _Optional[_Union[_generation_pb2.GenerationDelta, _Mapping]] = ..., summary: _Optional[_Union[GenerationSummary, _Mapping]] = ...) -> None: ...
 
+class CompleteRequest(_message.Message):
+    __slots__ = ("input", "task_type", "priority", "requirements", "explain", "request_id", "preset", "unused_ticket", "failed_server_ids")
+    INPUT_FIELD_NUMBER: _ClassVar[int]
+    TASK_TYPE_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    REQUIREMENTS_FIELD_NUMBER: _ClassVar[int]
+    EXPLAIN_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PRESET_FIELD_NUMBER: _ClassVar[int]
+    UNUSED_TICKET_FIELD_NUMBER: _ClassVar[int]
+    FAILED_SERVER_IDS_FIELD_NUMBER: _ClassVar[int]
+    input: _generation_pb2.GenerationInput
+    task_type: _task_pb2.TaskType
+    priority: _task_pb2.TaskPriority
+    requirements: _selection_pb2.Requirements
+    explain: bool
+    request_id: str
+    preset: str
+    unused_ticket: bytes
+    failed_server_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, input: _Optional[_Union[_generation_pb2.GenerationInput, _Mapping]] = ..., task_type: _Optional[_Union[_task_pb2.TaskType, str]] = ..., priority: _Optional[_Union[_task_pb2.TaskPriority, str]] = ..., requirements: _Optional[_Union[_selection_pb2.Requirements, _Mapping]] = ..., explain: bool = ..., request_id: _Optional[str] = ..., preset: _Optional[str] = ..., unused_ticket: _Optional[bytes] = ..., failed_server_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class CompleteResponse(_message.Message):
+    __slots__ = ("decisions", "delta", "summary")
+    DECISIONS_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    decisions: _containers.RepeatedCompositeFieldContainer[_selection_pb2.Decision]
+    delta: _generation_pb2.GenerationDelta
+    summary: GenerationSummary
+    def __init__(self, decisions: _Optional[_Iterable[_Union[_selection_pb2.Decision, _Mapping]]] = ..., delta: _Optional[_Union[_generation_pb2.GenerationDelta, _Mapping]] = ..., summary: _Optional[_Union[GenerationSummary, _Mapping]] = ...) -> None: ...
+
 class GenerationSummary(_message.Message):
     __slots__ = ("request_id", "finish_reason", "usage", "timings", "server_id", "model", "provider", "attempts", "cost_nano_usd")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]

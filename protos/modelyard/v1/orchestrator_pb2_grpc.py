@@ -30,7 +30,8 @@ class OrchestratorStub(object):
     """The control plane: one front door for clients, one meeting point for model
     servers.
 
-    Metadata: `modelyard-request-id` is returned with every Generate and Embed.
+    Trailing metadata: `modelyard-request-id`, with every Generate, Complete and
+    Embed.
     """
 
     def __init__(self, channel):
@@ -43,6 +44,11 @@ class OrchestratorStub(object):
                 '/modelyard.v1.Orchestrator/Generate',
                 request_serializer=modelyard_dot_v1_dot_orchestrator__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=modelyard_dot_v1_dot_orchestrator__pb2.GenerateResponse.FromString,
+                _registered_method=True)
+        self.Complete = channel.unary_unary(
+                '/modelyard.v1.Orchestrator/Complete',
+                request_serializer=modelyard_dot_v1_dot_orchestrator__pb2.CompleteRequest.SerializeToString,
+                response_deserializer=modelyard_dot_v1_dot_orchestrator__pb2.CompleteResponse.FromString,
                 _registered_method=True)
         self.Assign = channel.unary_unary(
                 '/modelyard.v1.Orchestrator/Assign',
@@ -115,7 +121,8 @@ class OrchestratorServicer(object):
     """The control plane: one front door for clients, one meeting point for model
     servers.
 
-    Metadata: `modelyard-request-id` is returned with every Generate and Embed.
+    Trailing metadata: `modelyard-request-id`, with every Generate, Complete and
+    Embed.
     """
 
     def Generate(self, request, context):
@@ -137,6 +144,21 @@ class OrchestratorServicer(object):
         Errors: INVALID_REQUEST, UNKNOWN_MODEL, NO_CAPABLE_SERVER, QUEUE_FULL,
         SLOW_READER, FLEET_WARMING_UP, SERVERS_AWAY, DRAINING, ATTEMPTS_EXHAUSTED,
         STREAM_BROKEN, QUEUE_TIMEOUT, DEADLINE_EXCEEDED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Complete(self, request, context):
+        """Generates as Generate does, and returns the whole answer in one message, for
+        callers to whom pieces are of no use: it costs a fraction of a stream, and as
+        the caller sees nothing before the end, an attempt that fails in the middle
+        of the answer is repeated elsewhere, too.
+
+        One message holds at most 64 MiB, unless the caller's library sets less: an
+        answer with many log-probabilities may need Generate.
+
+        Not idempotent. Errors: as Generate, without SLOW_READER and STREAM_BROKEN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -305,6 +327,11 @@ def add_OrchestratorServicer_to_server(servicer, server):
                     request_deserializer=modelyard_dot_v1_dot_orchestrator__pb2.GenerateRequest.FromString,
                     response_serializer=modelyard_dot_v1_dot_orchestrator__pb2.GenerateResponse.SerializeToString,
             ),
+            'Complete': grpc.unary_unary_rpc_method_handler(
+                    servicer.Complete,
+                    request_deserializer=modelyard_dot_v1_dot_orchestrator__pb2.CompleteRequest.FromString,
+                    response_serializer=modelyard_dot_v1_dot_orchestrator__pb2.CompleteResponse.SerializeToString,
+            ),
             'Assign': grpc.unary_unary_rpc_method_handler(
                     servicer.Assign,
                     request_deserializer=modelyard_dot_v1_dot_orchestrator__pb2.AssignRequest.FromString,
@@ -382,7 +409,8 @@ class Orchestrator(object):
     """The control plane: one front door for clients, one meeting point for model
     servers.
 
-    Metadata: `modelyard-request-id` is returned with every Generate and Embed.
+    Trailing metadata: `modelyard-request-id`, with every Generate, Complete and
+    Embed.
     """
 
     @staticmethod
@@ -402,6 +430,33 @@ class Orchestrator(object):
             '/modelyard.v1.Orchestrator/Generate',
             modelyard_dot_v1_dot_orchestrator__pb2.GenerateRequest.SerializeToString,
             modelyard_dot_v1_dot_orchestrator__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Complete(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modelyard.v1.Orchestrator/Complete',
+            modelyard_dot_v1_dot_orchestrator__pb2.CompleteRequest.SerializeToString,
+            modelyard_dot_v1_dot_orchestrator__pb2.CompleteResponse.FromString,
             options,
             channel_credentials,
             insecure,

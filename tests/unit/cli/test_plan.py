@@ -125,3 +125,9 @@ def test_what_is_wrong_in_the_file_is_named(text: str, words: str, tmp_path: Pat
 
 def test_an_empty_file_says_nothing(tmp_path: Path) -> None:
     assert len(plan(written(tmp_path, "")).servers) == 1
+
+
+def test_the_store_is_the_control_planes_setting() -> None:
+    assert plan(None, store="sqlite:///tasks.db").control_plane[-2:] == ("--tasks.store", "sqlite:///tasks.db")
+    assert plan(None, store="").control_plane[-2:] == ("--tasks.store", "")
+    assert "--tasks.store" not in plan(None).control_plane

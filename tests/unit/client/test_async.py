@@ -2,8 +2,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+import time
+from collections.abc import Coroutine
 from datetime import UTC, datetime
+from typing import Any
 
+import grpc
 import pytest
 
 from modelyard.client import (
@@ -213,7 +218,7 @@ async def test_closing_the_client_tells_its_readers(fake: FakeOrchestrator) -> N
 @pytest.mark.parametrize("reason", Reason)
 async def test_every_reason_is_its_exception(fake: FakeOrchestrator, client: AsyncClient, reason: Reason) -> None:
     refusal = Refusal(reason, "why", [Violation("f", "d")], retry_after=2, metadata={"k": "v"})
-    fake.inject_error("Generate", refusal)
+    fake.inject_error("Complete", refusal)
     fake.inject_error("ListModels", refusal)
     for call in (client.generate("hi", request_id="me"), client.models()):
         with pytest.raises(ModelyardError) as caught:
@@ -228,16 +233,45 @@ async def test_every_reason_is_its_exception(fake: FakeOrchestrator, client: Asy
 
 
 async def test_request_id_of_a_failure_is_the_control_planes(fake: FakeOrchestrator, client: AsyncClient) -> None:
-    fake.inject_error("Generate", Refusal(Reason.INTERNAL, "bug"))
+    fake.inject_error("Complete", Refusal(Reason.INTERNAL, "bug"))
     with pytest.raises(InternalError) as caught:
         await client.generate("hi")
     assert caught.value.request_id == "fake-0"
 
 
+async def test_request_id_of_a_failure_that_is_there_before_it_is_waited_for() -> None:
+    """gRPC learns the status of a stream before it asks for its initial metadata, and has none then."""
+    loop, served = asyncio.new_event_loop(), FakeOrchestrator()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    def there(work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, loop).result(10)
+
+    there(served.start())
+    try:
+        async with AsyncClient(served.address) as client:
+            await client.generate("connected")
+            for number in range(1, 11):
+                served.inject_error("Generate", Refusal(Reason.INTERNAL, "bug"))
+                asking = asyncio.create_task(client.generate("hi"))
+                while len(served.calls) <= number:
+                    await asyncio.sleep(0)
+                time.sleep(0.01)  # this loop is busy, the answer comes meanwhile
+                with pytest.raises(InternalError) as caught:
+                    await asking
+                assert caught.value.request_id == f"fake-{number}"
+    finally:
+        there(served.stop())
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
 async def test_answer_that_breaks_off_keeps_what_came(fake: FakeOrchestrator, client: AsyncClient) -> None:
     fake.answer("a", "b", Refusal(Reason.STREAM_BROKEN, "died"))
     with pytest.raises(StreamBroken) as caught:
-        await client.generate("hi", request_id="me", retries=5)
+        await client.stream("hi", request_id="me", retries=5).collect()
     assert caught.value.partial and caught.value.partial.text == "ab"
     assert caught.value.partial.finish_reason == ""
     assert len(fake.calls) == 1
@@ -246,8 +280,10 @@ async def test_answer_that_breaks_off_keeps_what_came(fake: FakeOrchestrator, cl
 async def test_stream_without_a_summary_has_failed(fake: FakeOrchestrator, client: AsyncClient) -> None:
     fake.answer("a", summary=False)
     with pytest.raises(StreamBroken, match="without a summary") as caught:
-        await client.generate("hi")
+        await client.stream("hi").collect()
     assert caught.value.partial and caught.value.partial.text == "a"
+    with pytest.raises(StreamBroken, match="without a summary"):
+        await client.generate("hi")
 
 
 async def test_control_plane_that_dies_mid_answer(fake: FakeOrchestrator, client: AsyncClient) -> None:
@@ -289,12 +325,17 @@ async def test_something_else_answers() -> None:
 async def test_timeout_reaches_the_server_and_ends_the_call(fake: FakeOrchestrator, client: AsyncClient) -> None:
     fake.answer("a", asyncio.Event())
     with pytest.raises(DeadlineExceeded) as caught:
-        await client.generate("hi", timeout=0.2)
+        await client.stream("hi", timeout=0.2).collect()
     assert caught.value.partial and caught.value.partial.text == "a"
     assert 0 < (fake.calls[0].time_remaining or 0) < 0.5
     fake.answer("a")
     await client.generate("hi", timeout=float("inf"))
     assert fake.calls[1].time_remaining is None
+    fake.answer("a", asyncio.Event())
+    with pytest.raises(DeadlineExceeded) as whole:
+        await client.generate("hi", timeout=0.2)
+    assert whole.value.partial is None and fake.calls[2].method == "Complete"
+    await fake.until(lambda: fake.calls[2].outcome == "cancelled")
 
 
 async def test_timeout_of_the_client_is_the_default(fake: FakeOrchestrator) -> None:
@@ -309,7 +350,7 @@ async def test_timeout_of_the_client_is_the_default(fake: FakeOrchestrator) -> N
 
 
 async def test_retries_what_was_never_started(fake: FakeOrchestrator, client: AsyncClient) -> None:
-    for method in ("Generate", "Embed"):
+    for method in ("Complete", "Embed"):
         fake.inject_error(method, Refusal(Reason.FLEET_WARMING_UP, "wait", retry_after=0.01), 2)
     assert (await client.generate("hi", retries=2)).text == "Hello, world"
     assert (await client.embed("hi", retries=2)).vectors
@@ -317,7 +358,7 @@ async def test_retries_what_was_never_started(fake: FakeOrchestrator, client: As
 
 
 async def test_gives_up_after_its_retries(fake: FakeOrchestrator, client: AsyncClient) -> None:
-    fake.inject_error("Generate", Refusal(Reason.QUEUE_FULL, "full", retry_after=0.01), 5)
+    fake.inject_error("Complete", Refusal(Reason.QUEUE_FULL, "full", retry_after=0.01), 5)
     with pytest.raises(QueueFull):
         await client.generate("hi", retries=2)
     assert len(fake.calls) == 3
@@ -327,16 +368,86 @@ async def test_gives_up_after_its_retries(fake: FakeOrchestrator, client: AsyncC
 
 
 async def test_never_waits_beyond_the_timeout(fake: FakeOrchestrator, client: AsyncClient) -> None:
-    fake.inject_error("Generate", Refusal(Reason.FLEET_WARMING_UP, "wait", retry_after=60))
+    fake.inject_error("Complete", Refusal(Reason.FLEET_WARMING_UP, "wait", retry_after=60))
     with pytest.raises(FleetWarmingUp):
         await client.generate("hi", retries=1, timeout=5)
 
 
 async def test_never_retries_a_wrong_request(fake: FakeOrchestrator, client: AsyncClient) -> None:
-    fake.inject_error("Generate", Refusal(Reason.INVALID_REQUEST, "no"))
+    fake.inject_error("Complete", Refusal(Reason.INVALID_REQUEST, "no"))
     with pytest.raises(InvalidRequest):
         await client.generate("hi", retries=5)
     assert len(fake.calls) == 1
+
+
+# ------------------------------------------------------------- whole answers ---
+
+
+class Older(FakeOrchestrator):
+    """Knows no Complete, and answers as gRPC itself does."""
+
+    asked = 0
+
+    async def Complete(self, request, context):
+        self.asked += 1
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+
+
+async def test_a_whole_answer_is_that_of_the_stream(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    call = generation_pb2.ToolCallDelta(index=0, id="c1", name="add", arguments_json='{"a":')
+    rest = generation_pb2.ToolCallDelta(index=0, arguments_json="1}")
+    fake.answer(
+        generation_pb2.GenerationDelta(reasoning_text="Hm. ", tokens=1),
+        "Hel",
+        "lo",
+        generation_pb2.GenerationDelta(tool_calls=[call], tokens=1),
+        generation_pb2.GenerationDelta(tool_calls=[rest], tokens=1),
+    )
+    asked = {"request_id": "me", "explain": True, "max_tokens": 9, "preset": "p"}
+    whole = await client.generate("hi", **asked)  # type: ignore[arg-type]
+    streamed = await client.stream("hi", **asked).collect()  # type: ignore[arg-type]
+    assert whole == streamed
+    assert whole.text == "Hello" and whole.tool_calls[0].arguments_json == '{"a":1}' and whole.decisions
+    assert [call.method for call in fake.calls] == ["Complete", "Generate"]
+    sent = [call.request.SerializeToString(deterministic=True) for call in fake.calls]
+    assert sent[0] == sent[1]
+
+
+async def test_an_older_control_plane_is_asked_by_stream_and_remembered() -> None:
+    async with Older() as fake, AsyncClient(fake.address, timeout=10) as client:
+        for _ in range(3):
+            assert (await client.generate("hi")).text == "Hello, world"
+        assert fake.asked == 1
+        assert [call.method for call in fake.calls] == ["Generate"] * 3
+        assert all(0 < (call.time_remaining or 0) < 12 for call in fake.calls)
+
+
+async def test_log_probabilities_come_in_a_stream(fake: FakeOrchestrator, client: AsyncClient) -> None:
+    assert (await client.generate("hi", logprobs=True)).text == "Hello, world"
+    assert [call.method for call in fake.calls] == ["Generate"]
+
+
+async def test_a_control_plane_that_dies_is_asked_again_where_that_is_wished(fake: FakeOrchestrator) -> None:
+    async with AsyncClient(fake.address, retries=20) as client:
+        gate = fake.gate("Complete")
+        asking = asyncio.create_task(client.generate("hi"))
+        await gate.arrived.wait()
+        await fake.stop()
+        gate.open()
+        await fake.start(fake.port)
+        assert (await asking).text == "Hello, world"
+
+
+@pytest.mark.parametrize("kind", [FakeOrchestrator, Older])
+async def test_messages_that_grpc_refuses_are_told_in_our_words(kind: type[FakeOrchestrator]) -> None:
+    async with kind() as fake, AsyncClient(fake.address) as client:
+        for size in (10 << 20, 65 << 20):  # more than the control plane takes, more than one message may have
+            for call in (client.generate("x" * size), client.stream("x" * size).collect(), client.embed("x" * size)):
+                with pytest.raises(InvalidRequest) as caught:
+                    await call
+                said = str(caught.value)
+                assert "larger than max" not in said and f"{size:,}"[:3] in said
+                assert ("limits.max_request_bytes" in said) == (size == 10 << 20), said
 
 
 # -------------------------------------------------------------------- fleet ---
@@ -551,6 +662,9 @@ class Garbled(FakeOrchestrator):
         yield self.GARBAGE
         yield orchestrator_pb2.GenerateResponse(summary=self.summary)
 
+    async def Complete(self, request, context):
+        return self.GARBAGE
+
     async def Embed(self, request, context):
         return b"\x0a\x02\xff\xff"
 
@@ -564,13 +678,13 @@ class Garbled(FakeOrchestrator):
 async def test_an_answer_that_does_not_parse_is_a_typed_failure() -> None:
     async with Garbled() as fake, AsyncClient(fake.address) as client:
         with pytest.raises(InternalError, match="does not parse") as first:
-            await client.generate("hi")
+            await client.stream("hi").collect()
         assert first.value.partial is None
         fake.before = 2
         with pytest.raises(StreamBroken, match="does not parse") as broken:
-            await client.generate("hi")
+            await client.stream("hi").collect()
         assert broken.value.partial is not None
         assert broken.value.partial.text == "good good "
-        for call in (client.embed("abc"), client.models(), anext(client.watch_fleet())):
+        for call in (client.generate("hi"), client.embed("abc"), client.models(), anext(client.watch_fleet())):
             with pytest.raises(InternalError, match="does not parse"):
                 await call

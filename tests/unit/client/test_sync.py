@@ -109,7 +109,7 @@ async def test_leaving_an_order_stops_it(fake: FakeOrchestrator) -> None:
 
 
 async def test_errors(fake: FakeOrchestrator) -> None:
-    fake.inject_error("Generate", Refusal(Reason.INVALID_REQUEST, "no"))
+    fake.inject_error("Complete", Refusal(Reason.INVALID_REQUEST, "no"))
     fake.inject_error("Embed", Refusal(Reason.QUEUE_FULL, "full"))
     fake.inject_error("LoadModel", Refusal(Reason.OUT_OF_MEMORY, "too large"))
 
@@ -218,6 +218,9 @@ async def test_what_does_not_parse_is_a_typed_failure() -> None:
     class Garbled(FakeOrchestrator):
         async def Generate(self, request, context):
             yield b"\x12\x02\xff\xff"
+
+        async def Complete(self, request, context):
+            return b"\x12\x02\xff\xff"
 
         async def ListModels(self, request, context):
             return b"\x0a\x02\xff\xff"

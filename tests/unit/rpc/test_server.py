@@ -238,7 +238,7 @@ async def test_cancellation_reaches_the_handler_and_is_not_logged(style: str, ca
             try:
                 yield DELTA
                 await asyncio.Event().wait()
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, GeneratorExit):  # the latter where the write had not returned yet
                 ended.set()
                 raise
 
@@ -257,6 +257,48 @@ async def test_cancellation_reaches_the_handler_and_is_not_logged(style: str, ca
         assert await call.read() == DELTA
         call.cancel()
         await asyncio.wait_for(ended.wait(), 5)
+    assert not [record for record in caplog.records if record.name.startswith(("modelyard", "grpc"))]
+
+
+@pytest.mark.parametrize("style", ["generator", "write"])
+async def test_cancellation_reaches_a_handler_that_is_writing(style: str, caplog) -> None:
+    """The reader takes one message of many: the writer stands in a write, sooner or later, when it is cancelled."""
+    large = orchestrator_pb2.GenerateResponse(delta=generation_pb2.GenerationDelta(text="x" * 1_000_000))
+    ended: asyncio.Future[type[BaseException]] = asyncio.get_running_loop().create_future()
+    written = 0
+
+    class Generator:
+        async def Generate(self, request, context):
+            nonlocal written
+            try:
+                while True:
+                    yield large
+                    written += 1
+            except BaseException as error:
+                ended.set_result(type(error))
+                raise
+
+    class Write:
+        async def Generate(self, request, context):
+            nonlocal written
+            try:
+                while True:
+                    await context.write(large)
+                    written += 1
+            except BaseException as error:
+                ended.set_result(type(error))
+                raise
+
+    async with serving(Generator() if style == "generator" else Write()) as link:
+        call = stub(link).Generate(orchestrator_pb2.GenerateRequest())
+        await call.read()
+        before = -1
+        while before != written:  # until nothing more fits between the two
+            before = written
+            await asyncio.sleep(0.05)
+        call.cancel()
+        how = await asyncio.wait_for(ended, 5)
+    assert how is (GeneratorExit if style == "generator" else asyncio.CancelledError)
     assert not [record for record in caplog.records if record.name.startswith(("modelyard", "grpc"))]
 
 

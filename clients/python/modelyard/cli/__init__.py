@@ -6,6 +6,7 @@ answered with its cure instead of a traceback, and `modelyard --help` does not w
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if problem:
         print(f"modelyard: {problem}", file=sys.stderr)
         return 1
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # what ends is told in our words
     from modelyard.cli._root import run
 
     return run(arguments)

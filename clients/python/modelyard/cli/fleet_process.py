@@ -8,8 +8,10 @@ Ctrl-C in a terminal reaches us alone, and we drain in order, the control plane 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import re
 import signal
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -24,7 +26,7 @@ CONTROL_PLANE = "control-plane"
 _LAST_LINES = 12
 _LINE_BYTES = 1 << 16
 _SETTLED = 60.0
-"""Seconds after which a model server that ends is not counted as failing at its start."""
+"""Seconds after which a child that ends is not counted as failing at its start."""
 _MOST_FAILURES = 6
 _MOST_FALSE_STARTS = 2
 """For a server that never came up: its settings or its host are at fault, not chance."""
@@ -220,6 +222,21 @@ async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
         yield rest.decode(errors="replace")
 
 
+def _pause(failures: int) -> float:
+    """Seconds until a child that has failed so often is started again."""
+    return min(30.0, 0.5 * 2.0 ** (failures - 1))
+
+
+def _ports(facts: Mapping[str, Any]) -> list[str]:
+    """Flags for a control plane that takes the place of one with these facts: where others know it to be."""
+    flags = {"address": "--port", "gateway": "--gateway.port", "metrics": "--metrics-port"}
+    ports: list[str] = []
+    for name, flag in flags.items():
+        if found := re.search(r":(\d+)(/|$)", str(facts.get(name, "")).removeprefix("http://")):
+            ports += [flag, found[1]]
+    return ports
+
+
 class FleetProcess:
     """A control plane and its model servers. Leaving the context ends whatever still runs."""
 
@@ -227,6 +244,7 @@ class FleetProcess:
         self._listener = _tolerant(listener)
         self._environment = dict(os.environ if environment is None else environment)
         self._control_plane: Child | None = None
+        self._arguments: tuple[str, ...] = ()
         self._servers: dict[str, Child] = {}
         self._supervisors: dict[str, asyncio.Task[Child]] = {}
         self._stopping = False
@@ -249,20 +267,37 @@ class FleetProcess:
 
     async def start_control_plane(self, arguments: Sequence[str]) -> Mapping[str, Any]:
         """Start it and return the facts of its ready line. Raises CliError if it does not get there."""
-        self._control_plane = Child(
-            Program(CONTROL_PLANE, "control_plane", ("--watch-parent", "true", *arguments)),
-            self._listener,
-            self._environment,
-            hold_log=True,
-        )
-        await self._control_plane.start()
-        return await self._control_plane.until_ready()
+        self._arguments = ("--watch-parent", "true", *arguments)
+        child = self._control_plane = self._new_control_plane()
+        await child.start()
+        return await child.until_ready()
+
+    def _new_control_plane(self, ports: Sequence[str] = ()) -> Child:
+        program = Program(CONTROL_PLANE, "control_plane", (*self._arguments, *ports))
+        return Child(program, self._listener, self._environment, hold_log=True)
 
     async def control_plane_end(self) -> str:
-        """Wait until the control plane ends; how it did."""
-        if self._control_plane is None:
+        """Keep the control plane running, at the same ports, and wait until it has ended for good; how it did."""
+        child, failures = self._control_plane, 0
+        if child is None:
             return ""
-        return self._control_plane.obituary(await self._control_plane.wait())
+        ports = _ports(child.facts or {})
+        loop = asyncio.get_running_loop()
+        while True:
+            begun = loop.time()
+            status = await child.wait()
+            failures = 1 if loop.time() - begun > _SETTLED else failures + 1
+            if self._stopping or status in (0, _USAGE) or not ports:
+                return child.obituary(status)
+            if failures >= _MOST_FAILURES:
+                return f"{child.obituary(status)}\nIt was started {failures} times and does not stay."
+            pause = _pause(failures)
+            self._listener(Event("exited", CONTROL_PLANE, text=child.obituary(status), status=status, restart_in=pause))
+            await asyncio.sleep(pause)
+            child = self._control_plane = self._new_control_plane(ports)
+            await child.start()
+            with contextlib.suppress(CliError):  # its end is told by the next turn
+                await child.until_ready()
 
     def start_server(self, program: Program) -> asyncio.Task[Child]:
         """Start a model server and keep it running.
@@ -291,7 +326,7 @@ class FleetProcess:
             if hopeless or failures >= (_MOST_FAILURES if came_up else _MOST_FALSE_STARTS):
                 self._listener(Event("given_up", program.name, text=child.obituary(status), status=status))
                 return child
-            pause = min(30.0, 0.5 * 2 ** (failures - 1))
+            pause = _pause(failures)
             self._listener(Event("exited", program.name, text=child.obituary(status), status=status, restart_in=pause))
             await asyncio.sleep(pause)
 

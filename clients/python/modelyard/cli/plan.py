@@ -60,6 +60,7 @@ def make_plan(
     wanted: Sequence[str] = (),
     pulls: Sequence[str] = (),
     gateway_port: int | None = None,
+    store: str | None = None,
 ) -> Plan:
     """The plan of `up`. Raises CliError naming what does not fit.
 
@@ -73,6 +74,8 @@ def make_plan(
         arguments += ["--metrics-port", str(metrics_port)]
     if gateway_port is not None:
         arguments += ["--gateway.port", str(gateway_port)]
+    if store is not None:
+        arguments += ["--tasks.store", store]
     remarks: tuple[str, ...] = ()
     if no_servers:
         entries: list[dict[str, Any]] = []

@@ -107,6 +107,7 @@ def submit(
     asked, given = request(read_prompt(prompt), **options)
 
     async def work(client: AsyncClient) -> Task:
+        await _tell_of_absent(client, given.get("server_id"))
         task = await client.tasks.submit(asked, task_labels=notes, **given)
         if not wait:
             return task
@@ -121,6 +122,16 @@ def submit(
     elif not wait:
         print(task.id)
     return _status(task) if wait else 0
+
+
+async def _tell_of_absent(client: AsyncClient, server_id: str | None) -> None:
+    """A task may wait for a server that has yet to come, so one that is not there is no error; but worth a word."""
+    if not server_id:
+        return
+    known = [server.server_id for server in await client.servers()]
+    if server_id not in known:
+        there = f"known: {', '.join(known)}" if known else "none has attached"
+        output.note(f"no model server {server_id!r} is known now ({there}): what is for it waits until it comes")
 
 
 async def _wait(client: AsyncClient, id: str, timeout: float | None) -> Task:
@@ -200,6 +211,7 @@ def batch(
     """
     from modelyard.cli import batch_file
     from modelyard.cli.batch import run
+    from modelyard.client import ModelyardError
 
     common = {name: value for name, value in options.items() if value not in (None, (), False)}
     if results is not None and file != Path("-") and results.exists() and file.exists() and results.samefile(file):
@@ -209,10 +221,13 @@ def batch(
     group = group or ("stdin" if piped else file.name)
     text = read_prompt("-") if piped else batch_file.read_text(file)
     entries = batch_file.read_entries(name, text, group, common)
-    counts = call(
-        session,
-        lambda client: run(client, entries, results, group, retry_failed=retry_failed, quiet=session.json),
-    )
+
+    async def work(client: AsyncClient) -> dict[str, Any]:
+        with contextlib.suppress(ModelyardError):  # the batch tells of it, or waits
+            await _tell_of_absent(client, common.get("server_id"))
+        return await run(client, entries, results, group, retry_failed=retry_failed, quiet=session.json)
+
+    counts = call(session, work)
     failed = counts["failed"]
     if session.json:
         if results is not None:

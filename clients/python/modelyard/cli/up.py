@@ -33,6 +33,11 @@ _LAST_WORDS = 1.0
 @click.option("--metrics-port", type=click.IntRange(-1, 65535), help="Port of /metrics; 0: a free one, -1: none.")
 @click.option("--gateway-port", type=click.IntRange(-1, 65535), help="Port of OpenAI's API; 0: a free one, -1: none.")
 @click.option(
+    "--store",
+    metavar="URL",
+    help="Database of durable tasks: sqlite:///PATH or postgresql://USER@HOST/NAME; empty: none.",
+)
+@click.option(
     "--server",
     "servers",
     multiple=True,
@@ -63,6 +68,7 @@ def up(
     port: int | None,
     metrics_port: int | None,
     gateway_port: int | None,
+    store: str | None,
     servers: tuple[str, ...],
     no_servers: bool,
     no_discover: bool,
@@ -87,6 +93,7 @@ def up(
         port=port,
         metrics_port=metrics_port,
         gateway_port=gateway_port,
+        store=store,
         servers=servers,
         no_servers=no_servers,
         offers=tuple if no_discover else discover,
@@ -174,7 +181,7 @@ async def _attached(
 
 
 async def _serve(fleet: FleetProcess, plan: Plan, view: UpView) -> str:
-    """Start everything and wait for the end of the control plane; how it ended."""
+    """Start everything and wait until the control plane has ended for good; how it ended."""
     for remark in plan.remarks:
         view.remark(remark)
     facts = await fleet.start_control_plane(plan.control_plane)

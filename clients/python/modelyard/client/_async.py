@@ -33,6 +33,8 @@ from modelyard.client._types import (
     Preset,
     ServerStatus,
 )
+from modelyard.client._whole import WholeAnswers
+from modelyard.rpc.calls import SharedChannel
 from modelyard.rpc.channels import channel
 from modelyard.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 
@@ -91,8 +93,9 @@ class AsyncClient:
         self._retries = retries
         self._direct = direct_mode(direct or os.environ.get(DIRECT_VARIABLE) or "auto")
         self._hosts = Hosts(self.address)
-        self._channel: grpc.aio.Channel | None = None
+        self._channel: SharedChannel | None = None
         self._stub: Any = None
+        self._whole: WholeAnswers | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self._metadata = _tenant_metadata(tenant or os.environ.get(TENANT_VARIABLE))
@@ -148,8 +151,14 @@ class AsyncClient:
         direct: Direct | None = None,
         **options: Unpack[GenerateOptions],
     ) -> GenerationResult:
-        """Generate a whole answer. Arguments as `stream`."""
-        return await self.stream(input, timeout=timeout, retries=retries, direct=direct, **options).collect()
+        """Generate a whole answer. Arguments as `stream`.
+
+        A model server that fails in the middle of the answer costs time only: the control plane asks another one. So
+        there is no part of an answer that failed; `stream(...).collect()` keeps it, and asks nobody else.
+        """
+        stream = self.stream(input, timeout=timeout, retries=retries, direct=direct, **options)
+        stream.whole = True
+        return await stream.collect()
 
     async def embed(
         self,
@@ -249,7 +258,7 @@ class AsyncClient:
         # grpc.health.v1 by hand: two one-field messages are not worth another dependency.
         self._connected()
         assert self._channel is not None
-        check = self._channel.unary_unary("/grpc.health.v1.Health/Check")
+        check = self._channel.plain.unary_unary("/grpc.health.v1.Health/Check")
         name = service.encode()
         request = b"\x0a" + bytes([len(name)]) + name if name else b""
         try:
@@ -269,7 +278,7 @@ class AsyncClient:
         loop = asyncio.get_running_loop()
         if self._channel is None:
             # Not earlier: a grpc.aio channel binds to the loop that runs when it is made.
-            self._channel = channel(self.address)
+            self._channel = SharedChannel(channel(self.address))
             self._stub = orchestrator_pb2_grpc.OrchestratorStub(self._channel)  # type: ignore[no-untyped-call]
             self._loop = loop
         elif self._loop is not loop:
@@ -277,12 +286,16 @@ class AsyncClient:
         return self._stub
 
     def _generating(
-        self, request: orchestrator_pb2.GenerateRequest, timeout: float | None, direct: Direct | None
+        self, request: orchestrator_pb2.GenerateRequest, timeout: float | None, direct: Direct | None, whole: bool
     ) -> Any:
-        """A Generate call, direct where that is wanted."""
+        """A Generate call, direct where that is wanted; `whole`: pieces of the answer are of no use."""
         stub, mode = self._connected(), direct or self._direct
+        if whole:
+            if self._whole is None:
+                self._whole = WholeAnswers(stub)
+            stub = self._whole
         if mode == "always" or (mode == "auto" and self._hosts.assigned):
-            return DirectCall(stub, self._hosts, request, timeout, must=mode == "always")
+            return DirectCall(stub, self._hosts, request, timeout, must=mode == "always", whole=whole)
         return stub.Generate(request, timeout=timeout)
 
     def _patience(self, timeout: float | None, retries: int | None) -> Patience:

@@ -130,13 +130,22 @@ class DirectCall:
     cancelled like the relayed call; besides AioRpcError, reading raises ModelyardError."""
 
     def __init__(
-        self, stub: Any, hosts: Hosts, request: orchestrator_pb2.GenerateRequest, timeout: float | None, *, must: bool
+        self,
+        stub: Any,
+        hosts: Hosts,
+        request: orchestrator_pb2.GenerateRequest,
+        timeout: float | None,
+        *,
+        must: bool,
+        whole: bool = False,
     ) -> None:
-        """`must`: there is no relay to fall back to."""
+        """`must`: there is no relay to fall back to. `whole`: pieces of the answer are of no use, so none are given
+        before its end, and what fails in the middle is done again by the relay."""
         self._stub = stub
         self._hosts = hosts
         self._request = request
         self._must = must
+        self._whole = whole and not must
         self._began = time.monotonic()
         self._end = math.inf if timeout is None else self._began + timeout
         self._call: Any = None
@@ -222,6 +231,7 @@ class DirectCall:
             host.generate(direct_request(self._request, assigned), timeout=limit if left is None else min(left, limit))
         )
         first = last = 0.0
+        kept: list[orchestrator_pb2.GenerateResponse] = []
         host.calls += 1
         try:
             while True:
@@ -234,24 +244,29 @@ class DirectCall:
                     first = first or last
                     response.delta.CopyFrom(message.delta)
                 if message.HasField("result"):
+                    for piece in kept:
+                        yield piece
                     self._sum_up(response.summary, message.result, assigned, attempt, first, last)
                     yield response
                     with contextlib.suppress(grpc.aio.AioRpcError):  # the answer is whole, whatever becomes of it
                         await call.read()
                     return
-                yield response
+                if self._whole:
+                    kept.append(response)
+                else:
+                    yield response
         except (grpc.aio.AioRpcError, Refusal) as error:
             refusal = error if isinstance(error, Refusal) else from_rpc_error(error)
             if refusal.reason in _FINAL:
                 raise
-            if first:
+            if first and not self._whole:
                 raise StreamBroken(
                     f"{assigned.server_id} broke off the answer: {refusal.message}",
                     request_id=assigned.request_id,
                     metadata={"server_id": assigned.server_id, "cause": refusal.reason},
                 ) from error
-            self._used = not refusal.transport and refusal.reason is not Reason.TICKET_REFUSED
-            if not self._used:
+            self._used = bool(first) or (not refusal.transport and refusal.reason is not Reason.TICKET_REFUSED)
+            if refusal.transport or not self._used:
                 host.failed()
             if self._must:
                 if isinstance(error, Refusal) or refusal.transport:

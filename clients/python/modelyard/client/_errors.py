@@ -44,12 +44,14 @@ before anything is sent.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import grpc
 
+from modelyard.rpc.channels import MAX_MESSAGE_BYTES
 from modelyard.rpc.errors import Refusal, from_rpc_error
 from modelyard.rpc.reasons import Reason
 
@@ -64,6 +66,9 @@ FOREIGN_PEER = "no control plane"
 
 _LOST_STATUS = "Internal error from Core"
 """What gRPC's library says, whatever the peer said, where a write meets the end of its stream."""
+
+_TOO_LARGE = re.compile(r"message larger than max \((\d+) vs\. (\d+)\)")
+"""gRPC's own words, after "Sent" or "Received"."""
 
 T = TypeVar("T")
 
@@ -380,7 +385,7 @@ def parsed(message: T | None) -> T:
 def from_call(error: grpc.RpcError, *, address: str, request_id: str = "", started: bool = False) -> ModelyardError:
     """The exception for a failed call; `started` if some of its answer had arrived."""
     refusal = from_rpc_error(error)
-    request_id = refusal.metadata.get("request_id") or _initial_request_id(error) or request_id
+    request_id = refusal.metadata.get("request_id") or _request_id(error) or request_id
     if refusal.transport and (unanswered := _unanswered(refusal, address, started)):
         unanswered.request_id = request_id
         return unanswered
@@ -396,6 +401,8 @@ def from_call(error: grpc.RpcError, *, address: str, request_id: str = "", start
 def _unanswered(refusal: Refusal, address: str, started: bool) -> ModelyardError | None:
     """Failures of which the transport tells less than we know; None for the others."""
     code = refusal.code
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and (sizes := _TOO_LARGE.search(refusal.message)):
+        return _too_large(int(sizes[1]), int(sizes[2]))
     if refusal.message == _LOST_STATUS:
         return StreamBroken(f"the connection to {address} broke")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -414,9 +421,23 @@ def _unanswered(refusal: Refusal, address: str, started: bool) -> ModelyardError
     return None
 
 
-def _initial_request_id(error: Any) -> str:
-    initial = getattr(error, "initial_metadata", None)
-    for key, value in (initial() if initial is not None else None) or ():
+def _too_large(size: int, most: int) -> ModelyardError:
+    """Of a message that gRPC refused before anybody has seen it."""
+    if most == MAX_MESSAGE_BYTES:  # the limit of both directions on this side
+        return InvalidRequest(
+            f"a message of {size:,} bytes is too large, one may have {most:,}: ask for less at once, or for the answer "
+            "with `stream`"
+        )
+    return InvalidRequest(
+        f"the request has {size:,} bytes, and the control plane takes about {most >> 20} MiB (its setting "
+        "limits.max_request_bytes): shorten the prompt, or send less with it"
+    )
+
+
+def _request_id(error: Any) -> str:
+    """From the trailing metadata, which come with the status: grpc.aio forgets the initial ones of a stream where the
+    status is dealt with first."""
+    for key, value in error.trailing_metadata() or ():
         if key == REQUEST_ID_KEY:
             return str(value)
     return ""

@@ -26,7 +26,7 @@ _SOUND = 5.0
 class Service:
     """Base: the stub of one service, and how its calls are made."""
 
-    def __init__(self, client: AsyncClient, stub: Callable[[grpc.aio.Channel], Any]) -> None:
+    def __init__(self, client: AsyncClient, stub: Callable[[Any], Any]) -> None:
         self._client = client
         self._make_stub = stub
         self._made: Any = None

@@ -53,6 +53,8 @@ class GenerationStream:
         self._request = request
         self._make_patience = patience
         self._direct = direct
+        self.whole = False
+        """Nobody wants the pieces: they may come together at the end."""
         self._patience: Patience | None = None
         self._call: Any = None
         self._answer = answers.Answer()
@@ -153,7 +155,9 @@ class GenerationStream:
                 if self._cancelled:
                     raise asyncio.CancelledError
                 if self._call is None:
-                    self._call = self._client._generating(self._request, self._patience.left(), self._direct)
+                    self._call = self._client._generating(
+                        self._request, self._patience.left(), self._direct, self.whole
+                    )
                 message = await self._call.read()
                 if message is not grpc.aio.EOF:
                     return parsed(message)  # type: ignore[no-any-return]
