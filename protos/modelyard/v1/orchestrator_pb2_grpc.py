@@ -31,6 +31,8 @@ class OrchestratorStub(object):
     servers.
 
     Metadata: `modelyard-request-id` is returned with every Generate and Embed.
+    `modelyard-tenant` says who asks, whose budgets hold and whose usage it is (see
+    accounting.proto); "default" without it.
     """
 
     def __init__(self, channel):
@@ -116,6 +118,8 @@ class OrchestratorServicer(object):
     servers.
 
     Metadata: `modelyard-request-id` is returned with every Generate and Embed.
+    `modelyard-tenant` says who asks, whose budgets hold and whose usage it is (see
+    accounting.proto); "default" without it.
     """
 
     def Generate(self, request, context):
@@ -135,7 +139,7 @@ class OrchestratorServicer(object):
 
         Not idempotent: each call generates anew.
         Errors: INVALID_REQUEST, UNKNOWN_MODEL, NO_CAPABLE_SERVER, QUEUE_FULL,
-        SLOW_READER, FLEET_WARMING_UP, SERVERS_AWAY, DRAINING, ATTEMPTS_EXHAUSTED,
+        BUDGET_EXHAUSTED, SLOW_READER, FLEET_WARMING_UP, SERVERS_AWAY, DRAINING, ATTEMPTS_EXHAUSTED,
         STREAM_BROKEN, QUEUE_TIMEOUT, DEADLINE_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -155,8 +159,8 @@ class OrchestratorServicer(object):
 
         Not idempotent: each call reserves anew.
         Errors: INVALID_REQUEST, UNKNOWN_MODEL, NO_CAPABLE_SERVER, UNSUPPORTED,
-        QUEUE_FULL, FLEET_WARMING_UP, SERVERS_AWAY, DRAINING, QUEUE_TIMEOUT,
-        DEADLINE_EXCEEDED.
+        QUEUE_FULL, BUDGET_EXHAUSTED, FLEET_WARMING_UP, SERVERS_AWAY, DRAINING,
+        QUEUE_TIMEOUT, DEADLINE_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -383,6 +387,8 @@ class Orchestrator(object):
     servers.
 
     Metadata: `modelyard-request-id` is returned with every Generate and Embed.
+    `modelyard-tenant` says who asks, whose budgets hold and whose usage it is (see
+    accounting.proto); "default" without it.
     """
 
     @staticmethod

@@ -14,6 +14,7 @@ from modelyard.client._belief_types import Belief, CallbackDelivery
 from modelyard.client._beliefs import AsyncBeliefs, AsyncCallbacks
 from modelyard.client._errors import (
     AttemptsExhausted,
+    BudgetExhausted,
     Cancelled,
     ConnectionFailed,
     ContentRefused,
@@ -109,6 +110,7 @@ __all__ = [
     "AttemptsExhausted",
     "Belief",
     "Beliefs",
+    "BudgetExhausted",
     "CallbackDelivery",
     "Callbacks",
     "Cancelled",

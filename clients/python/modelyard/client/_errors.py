@@ -15,6 +15,7 @@
     +-- Unsupported                choose another model
     +-- TryAgain                   nothing was generated; waiting may help (see .retry_after)
     |   +-- QueueFull
+    |   +-- BudgetExhausted        free models still answer
     |   +-- ServerBusy
     |   +-- RateLimited            the provider limits the rate
     |   +-- OutOfMemory            unload another model
@@ -195,6 +196,12 @@ class QueueFull(TryAgain):
     default_reason = "QUEUE_FULL"
 
 
+class BudgetExhausted(TryAgain):
+    """The tenant's budget is used up until its window ends, see `Client.usage`; free models still answer."""
+
+    default_reason = "BUDGET_EXHAUSTED"
+
+
 class ServerBusy(TryAgain):
     """The model server is full."""
 
@@ -347,6 +354,7 @@ BY_REASON: Mapping[Reason, type[ModelyardError]] = {
     Reason.NO_CAPABLE_SERVER: NoCapableServer,
     Reason.CONTENT_REFUSED: ContentRefused,
     Reason.QUEUE_FULL: QueueFull,
+    Reason.BUDGET_EXHAUSTED: BudgetExhausted,
     Reason.SLOW_READER: SlowReader,
     Reason.SERVER_BUSY: ServerBusy,
     Reason.RATE_LIMITED: RateLimited,
