@@ -18,6 +18,10 @@ from control_plane.scheduling.budgets import Ledger, Reservation, Shortage
 from control_plane.scheduling.usage import HOUR, Tally, UsageBook, UsageKey
 from control_plane.selection.table import CandidateTable
 
+_MOST_NANO_USD = 10**13
+"""That one attempt is believed to have cost: 10,000 US dollars. Prices come from servers and may be absurd; sums of
+them must fit into 64 bits."""
+
 _PATIENCE = 1.0
 """Seconds that a request waits at most for a share of its tenant's budget before it is decided with what is there."""
 
@@ -66,7 +70,8 @@ class Accounts:
         used = charge.used
         nano_usd = tokens = 0
         if used is not None:
-            nano_usd = flight.price.nano_usd(used.prompt, used.cached_prompt, used.completion)
+            price = flight.price.nano_usd(used.prompt, used.cached_prompt, used.completion)
+            nano_usd = min(price, _MOST_NANO_USD)
             tokens = used.prompt + used.completion
         reservation = charge.reservation
         if reservation is not None:
@@ -115,9 +120,13 @@ class Accounts:
         if not self.ledger.need(tenant, amounts, self.now()):
             self.on_urgent()
 
-    def exchanged(self, tenants: frozenset[str]) -> None:
-        """The store has answered, or cannot; for these tenants something has changed."""
+    def asking(self) -> list[asyncio.Future[None]]:
+        """Those who wait in `ready` for the exchange that begins now."""
         asking, self._asking = self._asking, []
+        return asking
+
+    def exchanged(self, asking: list[asyncio.Future[None]], tenants: frozenset[str]) -> None:
+        """The store has answered those, or cannot; for these tenants something has changed."""
         for waiting in asking:
             if not waiting.done():
                 waiting.set_result(None)

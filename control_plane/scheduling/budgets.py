@@ -33,11 +33,10 @@ class Unit(Enum):
 
 
 class Window(Enum):
-    """A stretch of time in UTC, by the calendar; weeks begin on Monday."""
+    """A stretch of time, by the calendar in UTC."""
 
     HOUR = "hour"
     DAY = "day"
-    WEEK = "week"
     MONTH = "month"
     TOTAL = "total"
     """From the first request on, without end."""
@@ -52,9 +51,6 @@ class Window(Enum):
         moment = moment.replace(hour=0)
         if self is Window.DAY:
             return _span(moment, moment + timedelta(days=1))
-        if self is Window.WEEK:
-            moment -= timedelta(days=moment.weekday())
-            return _span(moment, moment + timedelta(days=7))
         moment = moment.replace(day=1)
         return _span(moment, (moment + timedelta(days=32)).replace(day=1))
 
@@ -180,15 +176,16 @@ class Pot:
         self._short = max(self._short, amount)
         return False
 
-    def wish(self) -> Wish | None:
-        """What to ask the store for, at regular intervals and when it is urgent. None: nothing has changed."""
+    def wish(self, *, last: bool = False) -> Wish | None:
+        """What to ask the store for, at regular intervals and when it is urgent. None: nothing has changed. `last`:
+        give back all that is not in hand."""
         self._idle = 0 if self._taken or self._short else self._idle + 1
         self._demand = max(self._taken, self._demand // 2) if self._idle < _IDLE else 0
         if self._idle >= _IDLE:
             self._largest = 0
         ahead = max(2 * self._demand, 2 * self._largest)
         ahead = max(self._short, min(ahead, self.later // _AHEAD))
-        want = self.reserved + ahead
+        want = self.reserved + (0 if last else ahead)
         changed = self.used or self._taken or self._short or (want == self.reserved < self.share)
         if not changed:
             return None
@@ -347,12 +344,12 @@ class Ledger:
         """The store should be asked at once."""
         return any(pot.urgent for pots in self._pots.values() for pot in pots)
 
-    def wishes(self, now: float) -> tuple[Wish, ...]:
-        """What to tell the store, and to ask it for. Each must be answered, however often it has to be repeated,
-        before the next is made."""
+    def wishes(self, now: float, *, last: bool = False) -> tuple[Wish, ...]:
+        """What to tell the store, and to ask it for; the `last` ones give back all that is not in hand. They must be
+        answered, however often they have to be repeated, before others are made."""
         for tenant in [tenant for tenant, pots in self._pots.items() if any(now >= pot.ends for pot in pots)]:
             self._renewed(tenant, self._pots[tenant], now)
-        wishes = [wish for pot in self._all() if (wish := pot.wish()) is not None]
+        wishes = [wish for pot in self._all() if (wish := pot.wish(last=last)) is not None]
         for tenant in [tenant for tenant, pots in self._pots.items() if all(pot.forgettable for pot in pots)]:
             del self._pots[tenant]
             self._turned.discard(tenant)

@@ -30,7 +30,6 @@ class BudgetWindow(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     BUDGET_WINDOW_UNSPECIFIED: _ClassVar[BudgetWindow]
     BUDGET_WINDOW_HOUR: _ClassVar[BudgetWindow]
     BUDGET_WINDOW_DAY: _ClassVar[BudgetWindow]
-    BUDGET_WINDOW_WEEK: _ClassVar[BudgetWindow]
     BUDGET_WINDOW_MONTH: _ClassVar[BudgetWindow]
     BUDGET_WINDOW_TOTAL: _ClassVar[BudgetWindow]
 USAGE_DIMENSION_UNSPECIFIED: UsageDimension
@@ -46,7 +45,6 @@ BUDGET_UNIT_TOKENS: BudgetUnit
 BUDGET_WINDOW_UNSPECIFIED: BudgetWindow
 BUDGET_WINDOW_HOUR: BudgetWindow
 BUDGET_WINDOW_DAY: BudgetWindow
-BUDGET_WINDOW_WEEK: BudgetWindow
 BUDGET_WINDOW_MONTH: BudgetWindow
 BUDGET_WINDOW_TOTAL: BudgetWindow
 
