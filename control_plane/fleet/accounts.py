@@ -10,11 +10,11 @@ import asyncio
 from collections.abc import Callable
 
 from control_plane.domain.funds import Amounts, Funds, Reckoning
-from control_plane.domain.model import ModelCard, Price
+from control_plane.domain.model import ModelCard
 from control_plane.domain.request import RouteRequest
 from control_plane.fleet.charge import Charge
 from control_plane.fleet.registry import Flight
-from control_plane.scheduling.budgets import Ledger, Reservation, Shortage
+from control_plane.scheduling.budgets import Ledger, Shortage
 from control_plane.scheduling.usage import HOUR, Tally, UsageBook, UsageKey
 from control_plane.selection.table import CandidateTable
 
@@ -75,7 +75,8 @@ class Accounts:
             tokens = used.prompt + used.completion
         reservation = charge.reservation
         if reservation is not None:
-            self._settle(reservation, reservation.amounts if charge.unheard else Amounts(nano_usd, tokens))
+            spent = reservation.amounts if charge.unheard else Amounts(nano_usd, tokens)
+            self.ledger.settle(reservation, spent)
             self.on_change(charge.tenant)
         if charge.sent:
             key = UsageKey(
@@ -89,9 +90,6 @@ class Accounts:
                 sums = (used.prompt, used.cached_prompt, used.completion, nano_usd)
                 self.book.add(key, Tally(whole, 1 - whole, 1 - whole, *sums))
 
-    def _settle(self, reservation: Reservation, used: Amounts) -> None:
-        self.ledger.settle(reservation, used)
-
     # ------------------------------------------------------------- shares ---
 
     async def ready(self, request: RouteRequest, table: CandidateTable) -> None:
@@ -99,8 +97,7 @@ class Accounts:
         first request after a pause would find no money and go to a free model. Takes no time as a rule."""
         if not self.limited(request.tenant) or not len(table):
             return
-        dearest = Price(float(table.prompt_price.max()), 0.0, float(table.completion_price.max()))
-        most = self._reckoning.most(request, dearest, int(table.context_length.max()))
+        most = self._reckoning.most(request, table.dearest, table.longest)
         if self.ledger.need(request.tenant, most, self.now()):
             return
         waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()

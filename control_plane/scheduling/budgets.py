@@ -350,7 +350,9 @@ class Ledger:
         for tenant in [tenant for tenant, pots in self._pots.items() if any(now >= pot.ends for pot in pots)]:
             self._renewed(tenant, self._pots[tenant], now)
         wishes = [wish for pot in self._all() if (wish := pot.wish(last=last)) is not None]
-        for tenant in [tenant for tenant, pots in self._pots.items() if all(pot.forgettable for pot in pots)]:
+        wishing = {wish.key.tenant for wish in wishes}
+        idle = [tenant for tenant, pots in self._pots.items() if all(pot.forgettable for pot in pots)]
+        for tenant in (tenant for tenant in idle if tenant not in wishing):
             del self._pots[tenant]
             self._turned.discard(tenant)
         return tuple(sorted(wishes))

@@ -214,14 +214,23 @@ def _covered(query: Query, funds: Funds, amounts: Amounts) -> Mask:
     return np.asarray((nano_usd <= amounts.nano_usd) & (tokens <= amounts.tokens), dtype=np.bool_)
 
 
+def _all_covered(query: Query, funds: Funds, amounts: Amounts) -> bool:
+    """Whether even the dearest row is covered, which is as it is most of the time: no column need be looked at."""
+    table = query.table
+    return amounts.covers(funds.reckoning.most(query.request, table.dearest, table.longest))
+
+
 def _funded(query: Query) -> Mask | None:
-    return None if query.funds is None else _covered(query, query.funds, query.funds.later)
+    funds = query.funds
+    if funds is None or _all_covered(query, funds, funds.later):
+        return None
+    return _covered(query, funds, funds.later)
 
 
 def _funded_now(query: Query) -> Mask | None:
     funds = query.funds
-    if funds is None or funds.now.covers(funds.later):
-        return None  # `_funded` says it all
+    if funds is None or funds.now.covers(funds.later) or _all_covered(query, funds, funds.now):
+        return None
     return _covered(query, funds, funds.now) | ~_covered(query, funds, funds.later)
 
 
