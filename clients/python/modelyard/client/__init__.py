@@ -93,6 +93,7 @@ from modelyard.client._types import (
     TopLogprob,
     Usage,
 )
+from modelyard.client._usage_types import BudgetStatus, UsageReport, UsageRow
 
 __all__ = [
     "ADDRESS_VARIABLE",
@@ -111,6 +112,7 @@ __all__ = [
     "Belief",
     "Beliefs",
     "BudgetExhausted",
+    "BudgetStatus",
     "CallbackDelivery",
     "Callbacks",
     "Cancelled",
@@ -194,5 +196,7 @@ __all__ = [
     "UnknownTask",
     "Unsupported",
     "Usage",
+    "UsageReport",
+    "UsageRow",
     "WrongState",
 ]
