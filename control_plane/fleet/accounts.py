@@ -98,7 +98,7 @@ class Accounts:
         if not self.limited(request.tenant) or not len(table):
             return
         most = self._reckoning.most(request, table.dearest, table.longest)
-        if self.ledger.need(request.tenant, most, self.now()):
+        if self.ledger.need(request.tenant, most, self.now(), waits=False):
             return
         waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._asking.append(waiting)

@@ -94,6 +94,9 @@ class Wish(NamedTuple):
     """Reserved now, <= share."""
     share: int
     """Wanted; what was used is out of it."""
+    least: int
+    """A smaller share than that is of no use: who cannot have it keeps no more than is in hand, or two control planes
+    would each hold half of what the other waits for."""
 
 
 class Answer(NamedTuple):
@@ -131,8 +134,10 @@ class Pot:
     """The like of late."""
     _largest: int = 0
     """Needed at once by one request of late."""
+    _liked: int = 0
+    """Would have been good to have at once since the last wish."""
     _short: int = 0
-    """Needed at once in vain since the last wish."""
+    """Needed at once in vain since the last wish: somebody waits for it."""
     _asked_for: int = 0
     """What was short when the last wish was made."""
     _idle: int = 0
@@ -150,7 +155,7 @@ class Pot:
     @property
     def urgent(self) -> bool:
         """More should be asked for at once."""
-        return self._short > 0 and not self.denied
+        return (self._short > 0 or self._liked > 0) and not self.denied
 
     def words(self) -> str:
         """What is left, for people."""
@@ -168,31 +173,35 @@ class Pot:
         self.reserved -= reserved
         self.used += used
 
-    def need(self, amount: int) -> bool:
-        """Take note that so much is needed at once; whether it is there."""
+    def need(self, amount: int, *, waits: bool) -> bool:
+        """Take note that so much is needed at once, or would be good to have; whether it is there."""
         self._largest = max(self._largest, amount)
         if amount <= self.now:
             return True
-        self._short = max(self._short, amount)
+        if waits:
+            self._short = max(self._short, amount)
+        else:
+            self._liked = max(self._liked, amount)
         return False
 
     def wish(self, *, last: bool = False) -> Wish | None:
         """What to ask the store for, at regular intervals and when it is urgent. None: nothing has changed. `last`:
         give back all that is not in hand."""
-        self._idle = 0 if self._taken or self._short else self._idle + 1
+        self._idle = 0 if self._taken or self._short or self._liked else self._idle + 1
         self._demand = max(self._taken, self._demand // 2) if self._idle < _IDLE else 0
         if self._idle >= _IDLE:
             self._largest = 0
         ahead = max(2 * self._demand, 2 * self._largest)
-        ahead = max(self._short, min(ahead, self.later // _AHEAD))
+        ahead = max(self._short, self._liked, min(ahead, self.later // _AHEAD))
         want = self.reserved + (0 if last else ahead)
-        changed = self.used or self._taken or self._short or (want == self.reserved < self.share)
+        changed = self.used or self._taken or self._short or self._liked or (want == self.reserved < self.share)
         if not changed:
             return None
-        self._asked_for, self._taken, self._short = self._short, 0, 0
-        # What is given back must not be reserved while the wish is on its way.
-        self.share = min(self.share, max(want, self.reserved) + self.used)
-        return Wish(self.key, self.limit, self.used, self.reserved, want)
+        least = 0 if last or not self._short else self.reserved + self._short
+        self._asked_for, self._taken, self._short, self._liked = self._short, 0, 0, 0
+        # What is given back, or may be, must not be reserved while the wish is on its way.
+        self.share = min(self.share, (self.reserved if least else max(want, self.reserved)) + self.used)
+        return Wish(self.key, self.limit, self.used, self.reserved, want, least)
 
     def answered(self, wish: Wish, answer: Answer) -> None:
         self.asked = True
@@ -205,7 +214,7 @@ class Pot:
     @property
     def forgettable(self) -> bool:
         """Nothing here that the store does not know."""
-        return self._idle >= _IDLE and not (self.share or self.reserved or self.used or self._short)
+        return self._idle >= _IDLE and not (self.share or self.reserved or self.used or self._short or self._liked)
 
 
 @dataclass(slots=True, eq=False)
@@ -322,14 +331,14 @@ class Ledger:
         """End a reservation of which nothing was used."""
         self.settle(reservation, Amounts())
 
-    def need(self, tenant: str, amounts: Amounts, now: float) -> bool:
-        """Take note that so much is needed at once. False: not all of it is there, and asking the store for more may
-        help."""
+    def need(self, tenant: str, amounts: Amounts, now: float, *, waits: bool = True) -> bool:
+        """Take note that so much is needed at once, by somebody who waits for it, or would be good to have. False: not
+        all of it is there, and asking the store for more may help."""
         there = True
         for pot in self.pots(tenant, now):
             # What can never be paid for needs no share, but a pot that nobody has asked about may hold anything.
             wanted = min(pot.unit.of(amounts), pot.later)
-            if wanted and not pot.need(wanted):
+            if wanted and not pot.need(wanted, waits=waits):
                 there = there and pot.denied
         return there
 
@@ -368,6 +377,11 @@ class Ledger:
             pot.answered(wish, answer)
         self._past = [pot for pot in self._past if pot.share or pot.reserved or pot.used]
         return frozenset(told)
+
+    @property
+    def denied(self) -> bool:
+        """Somebody waits for what others hold."""
+        return any(pot.denied for pot in self._all())
 
     def ask_again(self) -> None:
         """An interval has passed: what was denied may be there now."""

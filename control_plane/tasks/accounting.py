@@ -193,6 +193,8 @@ class Accounting:
             present = max(0, int(row.share) - wish.used) if row is not None else 0
             room = max(0, wish.limit - spent[key] - others[key] - present)
             share = min(wish.share, present + room)
+            if share < wish.least:
+                share = min(wish.in_hand, present)
             answers[key] = Answer(spent[key], share)
             shares.append((*key, owner, share, min(wish.in_hand, share), 0))
         if corrections:

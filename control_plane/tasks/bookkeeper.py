@@ -13,8 +13,8 @@ from control_plane.tasks.accounting import Accounting, Exchange
 
 log = logging.getLogger(__name__)
 
-# Seconds between two exchanges, and after one that failed.
-_INTERVAL, _PAUSE = 1.0, 1.0
+# Seconds between two exchanges, while somebody waits for what others hold, and after one that failed.
+_INTERVAL, _DENIED, _PAUSE = 1.0, 0.2, 1.0
 
 # Seconds between two looks for control planes that are gone, as a share of the lease; between two purges.
 _LOST_SHARE, _PURGE_INTERVAL = 0.5, 3600.0
@@ -55,7 +55,7 @@ class Bookkeeper:
             if failed:
                 await asyncio.sleep(_PAUSE)
             try:
-                async with asyncio.timeout(_INTERVAL):
+                async with asyncio.timeout(_DENIED if self.accounts.ledger.denied else _INTERVAL):
                     await self._wake.wait()
             except TimeoutError:
                 self.accounts.ledger.ask_again()

@@ -46,6 +46,8 @@ class Store:
             present = max(0, self.shares.get((key, owner), 0) - wish.used)
             others = sum(share for (pot, who), share in self.shares.items() if pot == key and who != owner)
             share = min(wish.share, present + max(0, wish.limit - spent - others - present))
+            if share < wish.least:
+                share = min(wish.in_hand, present)
             self.shares[key, owner] = share
             answers[key] = Answer(spent, share)
         return answers
