@@ -64,8 +64,7 @@ class Reckoning:
         return Amounts(price.nano_usd(prompt, 0, output), prompt + output)
 
 
-@dataclass(frozen=True, slots=True)
-class Funds:
+class Funds(NamedTuple):
     """What a tenant with budgets may spend on one request at this moment."""
 
     now: Amounts

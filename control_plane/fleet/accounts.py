@@ -140,7 +140,7 @@ class Accounts:
         now = self.now()
         pots = self.ledger.blocking(tenant, amounts or Amounts(), now)
         words = ", ".join(pot.words() for pot in pots)
-        helps = pots and amounts and all(pot.unit.of(amounts) <= pot.limit and pot.ends < float("inf") for pot in pots)
+        helps = pots and amounts and all(amounts[pot.index] <= pot.limit and pot.ends < float("inf") for pot in pots)
         return words, max(pot.ends for pot in pots) - now if helps else None
 
 

@@ -28,8 +28,10 @@ class Unit(Enum):
     NANO_USD = "nano_usd"
     TOKENS = "tokens"
 
-    def of(self, amounts: Amounts) -> int:
-        return amounts.nano_usd if self is Unit.NANO_USD else amounts.tokens
+    @property
+    def index(self) -> int:
+        """In `Amounts`."""
+        return Amounts._fields.index(self.value)
 
 
 class Window(Enum):
@@ -113,7 +115,8 @@ class Pot:
     """One budget in one window, as it stands in this process."""
 
     key: PotKey
-    unit: Unit
+    index: int
+    """Of its unit in `Amounts`."""
     limit: int
     ends: float
     """Seconds since 1970."""
@@ -160,14 +163,15 @@ class Pot:
     def words(self) -> str:
         """What is left, for people."""
         window = "" if self.key.window == Window.TOTAL.value else f" this {self.key.window}"
-        if self.unit is Unit.TOKENS:
+        if self.key.unit == Unit.TOKENS.value:
             return f"{self.later} of {self.limit} tokens left{window}"
         return f"{self.later * 1e-9:.6f} of {self.limit * 1e-9:.6f} US dollars left{window}"
 
     def reserve(self, amount: int) -> None:
         self.reserved += amount
         self._taken += amount
-        self._largest = max(self._largest, amount)
+        if amount > self._largest:
+            self._largest = amount
 
     def settle(self, reserved: int, used: int) -> None:
         self.reserved -= reserved
@@ -298,23 +302,27 @@ class Ledger:
         valid = now < self.valid_until
         money = money_later = tokens = tokens_later = UNLIMITED
         for pot in pots:
-            free = pot.share - pot.reserved - pot.used
-            at_once = free if valid and free > 0 else 0
-            if pot.unit is Unit.NANO_USD:
-                money, money_later = min(money, at_once), min(money_later, pot.later)
+            free = pot.share - pot.reserved - pot.used if valid else 0
+            later = pot.limit - pot.spent - pot.used
+            if pot.index == 0:
+                money = free if free < money else money
+                money_later = later if later < money_later else money_later
             else:
-                tokens, tokens_later = min(tokens, at_once), min(tokens_later, pot.later)
-        return Amounts(money, tokens), Amounts(max(money, money_later), max(tokens, tokens_later))
+                tokens = free if free < tokens else tokens
+                tokens_later = later if later < tokens_later else tokens_later
+        now_, later_ = Amounts(max(0, money), max(0, tokens)), Amounts(max(0, money_later), max(0, tokens_later))
+        return now_, later_ if later_.covers(now_) else Amounts(*map(max, now_, later_))
 
     def reserve(self, tenant: str, most: Amounts, now: float) -> Reservation | Shortage:
         """Set aside the most that a request can come to, in all budgets of its tenant or in none."""
         pots = self.pots(tenant, now)
+        valid = now < self.valid_until
         for pot in pots:
-            needed = pot.unit.of(most)
-            if needed > 0 and (needed > pot.now or now >= self.valid_until):
+            needed = most[pot.index]
+            if needed > 0 and not (valid and needed <= pot.share - pot.reserved - pot.used):
                 return Shortage(pot, needed)
         for pot in pots:
-            pot.reserve(pot.unit.of(most))
+            pot.reserve(most[pot.index])
         return Reservation(most, pots)
 
     def settle(self, reservation: Reservation, used: Amounts) -> None:
@@ -325,7 +333,7 @@ class Ledger:
         if reservation.open:
             reservation.open = False
             for pot in reservation.pots:
-                pot.settle(pot.unit.of(reservation.amounts), pot.unit.of(used))
+                pot.settle(reservation.amounts[pot.index], used[pot.index])
 
     def release(self, reservation: Reservation) -> None:
         """End a reservation of which nothing was used."""
@@ -337,14 +345,14 @@ class Ledger:
         there = True
         for pot in self.pots(tenant, now):
             # What can never be paid for needs no share, but a pot that nobody has asked about may hold anything.
-            wanted = min(pot.unit.of(amounts), pot.later)
+            wanted = min(amounts[pot.index], pot.later)
             if wanted and not pot.need(wanted, waits=waits):
                 there = there and pot.denied
         return there
 
     def blocking(self, tenant: str, amounts: Amounts, now: float) -> tuple[Pot, ...]:
         """The pots in which there is less than that, for as long as their windows last."""
-        return tuple(pot for pot in self.pots(tenant, now) if pot.unit.of(amounts) > pot.later)
+        return tuple(pot for pot in self.pots(tenant, now) if amounts[pot.index] > pot.later)
 
     # ------------------------------------------------------------- exchange ---
 
@@ -405,4 +413,4 @@ def _after(pot: Pot, wish: Wish, answer: Answer) -> tuple[int, int]:
 def _pot(tenant: str, budget: Budget, now: float) -> Pot:
     starts, ends = budget.window.around(now)
     key = PotKey(tenant, budget.unit.value, budget.window.value, starts)
-    return Pot(key, budget.unit, budget.limit, ends)
+    return Pot(key, budget.unit.index, budget.limit, ends)

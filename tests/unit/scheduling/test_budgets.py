@@ -254,7 +254,7 @@ class ManyControlPlanes(RuleBasedStateMachine):
         used = Amounts(data.draw(st.integers(0, most.nano_usd)), data.draw(st.integers(0, most.tokens)))
         self.ledgers[number].settle(reservation, used)
         for pot in reservation.pots:
-            self.used[pot.key] = self.used.get(pot.key, 0) + pot.unit.of(used)
+            self.used[pot.key] = self.used.get(pot.key, 0) + used[pot.index]
 
     @rule(number=which)
     def ask(self, number: int) -> None:
@@ -281,7 +281,7 @@ class ManyControlPlanes(RuleBasedStateMachine):
         totals = dict(self.used)
         for _, reservation in self.open:
             for pot in reservation.pots:
-                totals[pot.key] = totals.get(pot.key, 0) + pot.unit.of(reservation.amounts)
+                totals[pot.key] = totals.get(pot.key, 0) + reservation.amounts[pot.index]
         assert all(total <= self.LIMITS[key.unit] for key, total in totals.items())
 
     @invariant()
