@@ -13,9 +13,9 @@
     +-- TaskFailed                 a durable task did not succeed; .task says why
     +-- NoCapableServer            relax what the nearest miss names
     +-- Unsupported                choose another model
+    +-- BudgetExhausted            until .retry_after only free models answer
     +-- TryAgain                   nothing was generated; waiting may help (see .retry_after)
     |   +-- QueueFull
-    |   +-- BudgetExhausted        free models still answer
     |   +-- ServerBusy
     |   +-- RateLimited            the provider limits the rate
     |   +-- OutOfMemory            unload another model
@@ -196,8 +196,9 @@ class QueueFull(TryAgain):
     default_reason = "QUEUE_FULL"
 
 
-class BudgetExhausted(TryAgain):
-    """The tenant's budget is used up until its window ends, see `Client.usage`; free models still answer."""
+class BudgetExhausted(ModelyardError):
+    """The tenant's budget is used up; free models still answer. `retry_after` is when its window ends, which may be
+    weeks: nothing is tried again by itself. See `Client.usage`."""
 
     default_reason = "BUDGET_EXHAUSTED"
 
