@@ -34,6 +34,10 @@ class RouteRequest:
     """That the server must have."""
     preset: str = ""
     """Whose weights hold; empty: the selector's own."""
+    tenant: str = "default"
+    """Whose budgets it is paid from."""
+    more_prompt_tokens: int = 0
+    """Estimated, of further prompts that are sent along: texts to embed beside the longest."""
 
     @property
     def context_needed(self) -> int:

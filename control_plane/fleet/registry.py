@@ -18,6 +18,7 @@ from control_plane.domain.learned import Learned
 from control_plane.domain.lease import Lease
 from control_plane.domain.model import ModelCard, ModelName, Price, Provider, ServerId
 from control_plane.domain.server import BreakerState, Failed, Health, LeaseState, Report
+from control_plane.fleet.charge import Charge
 from control_plane.scheduling.breaker import Breaker, BreakerPolicy
 from control_plane.scheduling.stats import RuntimeStats, StatsPolicy
 from control_plane.selection.table import CandidateRow, CandidateTable
@@ -83,6 +84,8 @@ class Flight:
     """Its client calls the server itself."""
     on_lost: Callable[[], None] | None = None
     """Called when the server's lease runs out: nothing will come any more."""
+    charge: Charge = field(default_factory=Charge)
+    """Who pays for it."""
 
     @property
     def server_id(self) -> ServerId:
@@ -190,6 +193,8 @@ class Fleet:
         self._listeners: list[Callable[[ServerId, bool], None]] = []
         self._without_tickets: frozenset[Failed] | None = None
         self.on_capacity: Callable[[], None] = lambda: None
+        self.on_end: Callable[[Flight], None] = lambda flight: None
+        """Told of each flight once, when it ends."""
         self.table = CandidateTable([])
 
     # ------------------------------------------------------------- reading ---
@@ -391,6 +396,7 @@ class Fleet:
         if flight not in server.flights:
             return
         server.flights.discard(flight)
+        self.on_end(flight)
         key, pair = (flight.model, flight.provider), flight.pair
         if outcome.kind is OutcomeKind.SUCCESS:
             ttft, service = (None, None) if flight.cold else (outcome.ttft, now - flight.began)

@@ -17,6 +17,7 @@ from enum import Enum
 from control_plane.domain.decision import DecisionRecord, Verdict
 from control_plane.domain.errors import (
     DomainError,
+    budget_exhausted,
     fleet_warming_up,
     no_capable_server,
     queue_timeout,
@@ -27,6 +28,7 @@ from control_plane.domain.ports import Clock
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Failed, Health, LeaseState
 from control_plane.domain.task import Priority
+from control_plane.fleet.accounts import Accounts, no_accounts
 from control_plane.fleet.registry import Fleet, Flight, Outcome, OutcomeKind
 from control_plane.scheduling.queue import FairQueue, KindKey, Waiting
 from control_plane.selection.filters import PERMANENT, TRANSIENT, Query, passing
@@ -140,8 +142,17 @@ class Scheduler:
         self._hoping = False
         """Somebody waits for a server whose models are not known yet."""
         self._later: asyncio.Handle | None = None
+        self._short: set[str] = set()
+        """Tenants of whom somebody may wait for money."""
+        self.pay_from(no_accounts())
         fleet.on_capacity = self._pump
         fleet.listen(self._note)
+
+    def pay_from(self, accounts: Accounts) -> None:
+        """Whose budgets hold, and who takes down what is used. To be called before any request."""
+        self._accounts = accounts
+        self._fleet.on_end = accounts.close
+        accounts.on_change = self._funds_changed
 
     def depth(self) -> Mapping[Priority, int]:
         """Waiting requests per class."""
@@ -149,7 +160,7 @@ class Scheduler:
 
     def explain(self, request: RouteRequest, avoid: frozenset[Failed] = frozenset()) -> DecisionRecord:
         """What would be decided now."""
-        return explain(self._fleet.table, request, self._policy_for(request), self._avoided(avoid))
+        return self._explained(request, self._avoided(avoid))
 
     def take_place(self, *, background: bool = False) -> int:
         """The place in the queue of a request that arrives now; it keeps it through all its attempts. One in the
@@ -173,7 +184,7 @@ class Scheduler:
         known yet.
 
         Raises DomainError: NO_CAPABLE_SERVER, FLEET_WARMING_UP, SERVERS_AWAY, QUEUE_FULL,
-        QUEUE_TIMEOUT. Cancelling gives up the place in the queue.
+        QUEUE_TIMEOUT, BUDGET_EXHAUSTED. Cancelling gives up the place in the queue.
         """
         now = self._clock.monotonic()
         if place is None:
@@ -228,10 +239,11 @@ class Scheduler:
 
     def outlook(self, request: RouteRequest, avoid: frozenset[Failed] = frozenset()) -> Outlook:
         """Whether waiting for a server is of use."""
-        choice = select(self._fleet.table, request, self._policy_for(request), self._avoided(avoid))
-        if choice.verdict is Verdict.IMPOSSIBLE:
+        funds = self._accounts.funds(request.tenant)
+        choice = select(self._fleet.table, request, self._policy_for(request), self._avoided(avoid), funds=funds)
+        if choice.verdict is Verdict.IMPOSSIBLE and not choice.unaffordable:
             return Outlook.NONE
-        return Outlook.AWAY if choice.all_away else Outlook.HERE
+        return Outlook.AWAY if choice.all_away or choice.unaffordable else Outlook.HERE
 
     def release(self, flight: Flight, outcome: Outcome) -> None:
         """Give the slot back. A second call does nothing."""
@@ -262,20 +274,27 @@ class Scheduler:
             self._granted, self._ticked = 0, now
         expired = self._queue.expire(now)
         for entry in expired:
-            record = explain(
-                self._fleet.table, entry.request, self._policy_for(entry.request), self._avoided(entry.avoid)
-            )
+            record = self._explained(entry.request, self._avoided(entry.avoid))
             _fail(entry, queue_timeout(now - entry.enqueued_at, record.summary))
         if expired:
             self._known = None  # the next of their lanes may need less
         if self._hoping:
             self._hoping, self._picture_changed = False, True
+        for tenant in [tenant for tenant in self._short if self._accounts.renewed(tenant)]:
+            self._funds_changed(tenant)
         self._pump()
 
     # -------------------------------------------------------------- events ---
 
     def _note(self, server_id: ServerId, urgent: bool) -> None:
         self._picture_changed |= urgent
+
+    def _funds_changed(self, tenant: str) -> None:
+        """A tenant may have more to spend, or nothing left to wait for."""
+        if tenant in self._short:
+            self._short.discard(tenant)
+            self._known, self._picture_changed = None, True
+            self._pump()
 
     def _pump(self) -> None:
         """Start every waiting request that can start, refuse those for whom waiting is of no use any more."""
@@ -423,8 +442,8 @@ class Scheduler:
 
     def _suits(self, entry: Waiting[_Waiter], choices: list[tuple[ServerId, int]], *, priced: bool = False) -> bool:
         """Whether one of these servers, which can serve its kind, can serve this very request; `priced`: for certain,
-        where the price is limited."""
-        if priced and entry.request.max_cost_nano_usd:
+        where the price or what its tenant may spend is limited."""
+        if priced and (entry.request.max_cost_nano_usd or self._accounts.limited(entry.request.tenant)):
             return False  # looked at more closely
         needed, excluded, avoided = entry.request.context_needed, entry.request.excluded, self._avoided(entry.avoid)
         return any(
@@ -472,17 +491,28 @@ class Scheduler:
         `patient` also waits for servers whose models are not known yet; `queued` wait behind it."""
         table, policy, avoided = self._fleet.table, self._policy_for(request), self._avoided(avoid)
         started = self._clock.monotonic()
-        choice = select(table, request, policy, avoided, queued)
+        funds = self._accounts.funds(request.tenant)
+        choice = select(table, request, policy, avoided, queued, funds)
         self._on_selected(self._clock.monotonic() - started)
         if choice.verdict is Verdict.CHOSEN:
             if not overtake:
                 return None
-            record = explain(table, request, policy, avoided, queued) if with_record else None
+            # What it may cost is set aside in the same step in which it was seen to be there.
+            charge = self._accounts.open(request, table.rows[choice.row].card)
+            if charge is None:
+                self._short.add(request.tenant)
+                return None
+            record = explain(table, request, policy, avoided, queued, funds) if with_record else None
             flight = self._fleet.begin(choice.row, now)
+            flight.charge = charge
             self._granted += 1
             if not background:
                 self._on_granted(request.priority, now - since)
             return Grant(flight, now - since, record)
+        if funds is not None:
+            self._short.add(request.tenant)
+            if choice.verdict is Verdict.WAIT and choice.lacking is not None:
+                self._accounts.want(request.tenant, choice.lacking)
         if choice.verdict is Verdict.IMPOSSIBLE or (choice.all_away and not self._may_return()):
             if patient and self._fleet.warming_up(now):
                 self._hoping = True
@@ -492,6 +522,10 @@ class Scheduler:
 
     def _policy_for(self, request: RouteRequest) -> Policy:
         return self.policies.get(request.preset, self._policy) if request.preset else self._policy
+
+    def _explained(self, request: RouteRequest, avoid: frozenset[ServerId]) -> DecisionRecord:
+        funds = self._accounts.funds(request.tenant)
+        return explain(self._fleet.table, request, self._policy_for(request), avoid, funds=funds)
 
     def _may_return(self) -> bool:
         """Whether some server is expected back at any moment."""
@@ -505,7 +539,10 @@ class Scheduler:
         left = self._fleet.warming_up(now)
         if left and not avoid:
             return fleet_warming_up(left)
-        summary = explain(self._fleet.table, request, self._policy_for(request), avoid).summary
+        summary = self._explained(request, avoid).summary
+        if choice.unaffordable:
+            there, retry_after = self._accounts.wait(request.tenant, choice.lacking)
+            return budget_exhausted(request.tenant, there, summary, retry_after)
         if choice.verdict is Verdict.IMPOSSIBLE:
             return no_capable_server(summary)
         return servers_away(summary, 1.0)

@@ -14,9 +14,10 @@ from control_plane.domain.decision import (
     ScorePart,
     Verdict,
 )
+from control_plane.domain.funds import Amounts, Funds
 from control_plane.domain.model import ServerId
 from control_plane.domain.request import RouteRequest
-from control_plane.selection.filters import AVOIDED, PERMANENT, TRANSIENT, Query, passing
+from control_plane.selection.filters import AVOIDED, FUNDED, PERMANENT, TRANSIENT, Query, cheapest, passing
 from control_plane.selection.loading import outrun
 from control_plane.selection.policy import Policy
 from control_plane.selection.scorers import SCORERS, parts, weigh
@@ -37,6 +38,11 @@ class Choice:
     """With WAIT: every server that could serve the request is not ready, draining or has lost its model."""
     all_failed: bool = False
     """With IMPOSSIBLE: servers can serve such a request, but each of them failed in an earlier attempt of this one."""
+    unaffordable: bool = False
+    """With IMPOSSIBLE: servers could serve the request if there were more left of the tenant's budget."""
+    lacking: Amounts | None = None
+    """What must be there for one more row to be paid for: with WAIT at once, with `unaffordable` at any time. None: no
+    row lacks that."""
 
 
 def select(
@@ -45,14 +51,15 @@ def select(
     policy: Policy,
     avoid: frozenset[ServerId] = NO_SERVERS,
     queued: int = 0,
+    funds: Funds | None = None,
 ) -> Choice:
     """The best row for a request as the table stands.
 
     WAIT if a row could serve it but not now, IMPOSSIBLE if none can. `avoid` names servers that failed in earlier
-    attempts of the request, `queued` counts those with the same needs that wait behind it. Of equal scores the least
-    (server, model, provider) wins.
+    attempts of the request, `queued` counts those with the same needs that wait behind it, `funds` is what its tenant
+    may spend. Of equal scores the least (server, model, provider) wins.
     """
-    query = Query(table, request, policy, avoid, queued)
+    query = Query(table, request, policy, avoid, queued, funds)
     capable = _capable(query)
     eligible = capable & passing(TRANSIENT, query)
     if table.cold is not None and (eligible & table.cold).any():
@@ -76,13 +83,14 @@ def explain(
     policy: Policy,
     avoid: frozenset[ServerId] = NO_SERVERS,
     queued: int = 0,
+    funds: Funds | None = None,
 ) -> DecisionRecord:
     """What `select` answers to the same arguments, with its reasons.
 
     The choice is `select`'s own, and scores and rejections come from the same functions: the two cannot differ.
     """
-    choice = select(table, request, policy, avoid, queued)
-    candidates = _candidates(Query(table, request, policy, avoid, queued))
+    choice = select(table, request, policy, avoid, queued, funds)
+    candidates = _candidates(Query(table, request, policy, avoid, queued, funds))
     # Sorting is stable and rows are sorted by id: equals stay in the order in which `select` prefers them.
     eligible = sorted((c for c in candidates if not c.rejections), key=lambda candidate: -candidate.score)
     rejected = [candidate for candidate in candidates if candidate.rejections]
@@ -90,24 +98,32 @@ def explain(
         verdict=choice.verdict,
         chosen=candidates[choice.row] if choice.verdict is Verdict.CHOSEN else None,
         candidates=(*eligible, *rejected),
-        summary=summarise(choice.verdict, eligible, rejected, all_failed=choice.all_failed),
+        summary=summarise(
+            choice.verdict, eligible, rejected, all_failed=choice.all_failed, unaffordable=choice.unaffordable
+        ),
     )
 
 
 def _capable(query: Query) -> Mask:
     """Rows that could serve the request, now or later."""
     capable = passing(PERMANENT, query)
-    return capable & passing(AVOIDED, query) if query.avoid else capable
+    if query.avoid:
+        capable = capable & passing(AVOIDED, query)
+    return capable if query.funds is None else capable & passing(FUNDED, query)
 
 
 def _refusal(query: Query, capable: Mask) -> Choice:
     if not capable.any():
+        if query.funds is not None:
+            dear = passing((*PERMANENT, *AVOIDED), query)
+            if dear.any():
+                return Choice(Verdict.IMPOSSIBLE, unaffordable=True, lacking=cheapest(query, dear, unpaid=False))
         all_failed = bool(query.avoid) and bool(passing(PERMANENT, query).any())
         return Choice(Verdict.IMPOSSIBLE, all_failed=all_failed)
     present = capable & query.table.ready & ~query.table.draining
     if query.table.obtainable is not None:
         present &= query.table.obtainable
-    return Choice(Verdict.WAIT, all_away=not present.any())
+    return Choice(Verdict.WAIT, all_away=not present.any(), lacking=cheapest(query, present, unpaid=True))
 
 
 def _candidates(query: Query) -> list[ScoredCandidate]:
@@ -115,7 +131,7 @@ def _candidates(query: Query) -> list[ScoredCandidate]:
     values = parts(query)
     scores = weigh(values, query).tolist()
     rejections: list[list[Rejection]] = [[] for _ in query.table.rows]
-    for condition in (*PERMANENT, *AVOIDED, *TRANSIENT):
+    for condition in (*PERMANENT, *AVOIDED, *FUNDED, *TRANSIENT):
         mask = condition.passes(query)
         if mask is not None:
             for row in (~mask).nonzero()[0].tolist():
