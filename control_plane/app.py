@@ -15,6 +15,7 @@ from prometheus_client import start_http_server
 
 from control_plane import definitions as definition_files
 from control_plane import delivery
+from control_plane.api.accounting import AccountingServicer
 from control_plane.api.assign import Assignments
 from control_plane.api.attempts import Attempts
 from control_plane.api.beliefs import BeliefsServicer
@@ -28,13 +29,16 @@ from control_plane.api.upstream import Upstreams
 from control_plane.config import ControlPlaneSettings, SelectionSettings
 from control_plane.domain.definition import Definitions
 from control_plane.domain.errors import DomainError
+from control_plane.domain.funds import Reckoning
 from control_plane.domain.ports import Clock
 from control_plane.domain.task import Priority
+from control_plane.fleet.accounts import Accounts
 from control_plane.fleet.registry import Fleet, FleetPolicy, InitialStats
 from control_plane.fleet.scheduler import Scheduler
 from control_plane.gateway.door import HttpDoor
 from control_plane.presets import compile_presets
 from control_plane.scheduling.breaker import BreakerPolicy
+from control_plane.scheduling.budgets import Ledger
 from control_plane.scheduling.queue import FairQueue
 from control_plane.scheduling.retry import RetryPolicy
 from control_plane.scheduling.stats import StatsPolicy
@@ -45,11 +49,12 @@ from modelyard.program.process import announce_ready, settle_memory, told_to_sto
 from modelyard.program.settings import SettingsError
 from modelyard.rpc.calls_server import CALLS, add_services
 from modelyard.rpc.server import bind, create_server, drain, enable_standard_services, service_handler
-from modelyard.v1 import belief_pb2, orchestrator_pb2, task_queue_pb2
+from modelyard.v1 import accounting_pb2, belief_pb2, orchestrator_pb2, task_queue_pb2
 
 if TYPE_CHECKING:
     from control_plane.gateway.server import HttpServer
     from control_plane.tasks.beliefs import Beliefs
+    from control_plane.tasks.bookkeeper import Bookkeeper
     from control_plane.tasks.deliverer import Deliverer
     from control_plane.tasks.deliveries import Deliveries
     from control_plane.tasks.store import SqlTaskStore
@@ -58,6 +63,7 @@ log = logging.getLogger(__name__)
 
 SERVICE = orchestrator_pb2.DESCRIPTOR.services_by_name["Orchestrator"]
 BELIEFS = belief_pb2.DESCRIPTOR.services_by_name["Beliefs"]
+ACCOUNTING = accounting_pb2.DESCRIPTOR.services_by_name["Accounting"]
 TASK_QUEUE = task_queue_pb2.DESCRIPTOR.services_by_name["TaskQueue"]
 
 # Leases, queue timeouts and breaker pauses end at most this many seconds late.
@@ -101,6 +107,15 @@ class ControlPlane:
             on_granted=self.metrics.granted,
         )
         self.metrics.observe(self.fleet, self.scheduler)
+        self.accounts = Accounts(
+            Ledger(
+                settings.budgets.default.budgets(),
+                {tenant: limits.budgets() for tenant, limits in settings.budgets.tenants.items()},
+            ),
+            Reckoning(settings.budgets.prompt_factor, settings.budgets.max_output_tokens),
+            clock.wall,
+        )
+        self.scheduler.pay_from(self.accounts)
         self._orchestrator_id = orchestrator_id = uuid.uuid4().hex
         retry = settings.retry
         attempts = Attempts(
@@ -118,6 +133,7 @@ class ControlPlane:
             clock,
             self.metrics,
             self.scheduler.release,
+            self.accounts,
         )
         self._generation = generation
         assignments = Assignments(
@@ -148,11 +164,14 @@ class ControlPlane:
         self.beliefs: Beliefs | None = None
         self.deliveries: Deliveries | None = None
         self.deliverer: Deliverer | None = None
+        self.bookkeeper: Bookkeeper | None = None
 
     async def open_tasks(self) -> None:
         """Open the store of durable tasks, if the settings want one. Raises SettingsError."""
         tasks = self.settings.tasks
         if not tasks.store:
+            if self.settings.budgets.any:
+                raise SettingsError("budgets need a database to be kept in: set tasks.store")
             return
         delivery.check(tasks.callbacks, os.environ)
         # Imported only where it is wanted: the database layer takes memory and time.
@@ -195,6 +214,7 @@ class ControlPlane:
         )
         self.metrics.observe_tasks(self.dispatcher)
         self._open_deliveries(store)
+        self._open_accounts(store)
 
     def _open_deliveries(self, store: SqlTaskStore) -> None:
         """What is told to others of tasks, and beliefs."""
@@ -213,6 +233,20 @@ class ControlPlane:
             lambda outcome: self.metrics.callbacks.labels(outcome).inc(),
         )
 
+    def _open_accounts(self, store: SqlTaskStore) -> None:
+        """What tenants have used, and their budgets."""
+        from control_plane.tasks.accounting import Accounting
+        from control_plane.tasks.bookkeeper import Bookkeeper
+
+        self.accounts.now = store.now
+        kept = Accounting(store.database, self.settings.tasks.lease)
+        self.bookkeeper = Bookkeeper(self.accounts, kept, self.settings.budgets.usage_retention)
+
+    async def keep_books(self) -> None:
+        """Write down usage and share budgets with other control planes."""
+        if self.bookkeeper:
+            await self.bookkeeper.run()
+
     async def deliver_callbacks(self) -> None:
         """Tell receivers of tasks that have ended, until the drain is over."""
         if self.deliverer:
@@ -221,6 +255,8 @@ class ControlPlane:
     async def close_tasks(self) -> None:
         """Close the store, when nothing runs any more."""
         if self.store is not None:
+            if self.bookkeeper is not None:
+                await self.bookkeeper.close()
             await self._keep_learned(self.store)
             await self.store.close()
 
@@ -296,20 +332,22 @@ class ControlPlane:
             deliveries=self.deliveries,
         )
         self._beliefs = BeliefsServicer(self.beliefs, self.metrics)
+        self._accounting = AccountingServicer(self.bookkeeper, self.metrics)
         self._calls = add_services(
             server,
             service_handler(SERVICE, self.servicer, max_request_bytes=limit),
             service_handler(TASK_QUEUE, self._task_queue, max_request_bytes=limit),
             service_handler(BELIEFS, self._beliefs, max_request_bytes=limit),
+            service_handler(ACCOUNTING, self._accounting, max_request_bytes=limit),
         )
         self._health = enable_standard_services(
-            server, [service.full_name for service in (SERVICE, TASK_QUEUE, BELIEFS, CALLS)]
+            server, [service.full_name for service in (SERVICE, TASK_QUEUE, BELIEFS, ACCOUNTING, CALLS)]
         )
         port = bind(server, settings.host, settings.port)
         await server.start()
         for service in (SERVICE, CALLS):
             await self._health.set_serving(service.full_name, True)
-        for service in (TASK_QUEUE, BELIEFS):
+        for service in (TASK_QUEUE, BELIEFS, ACCOUNTING):
             await self._health.set_serving(service.full_name, self.store is not None)
         self._server = server
         return f"{settings.host}:{port}"
@@ -337,6 +375,7 @@ class ControlPlane:
         self.servicer.stop_accepting()
         self._task_queue.stop_accepting()
         self._beliefs.stop_accepting()
+        self._accounting.stop_accepting()
         self._calls.stop()
         if self.gateway:
             self.gateway.stop_accepting()
@@ -384,6 +423,7 @@ async def running(
                 group.create_task(plane.watch_definitions(), name="definitions"),
                 group.create_task(plane.run_tasks(), name="tasks"),
                 group.create_task(plane.keep_learned(), name="learned"),
+                group.create_task(plane.keep_books(), name="books"),
                 group.create_task(plane.deliver_callbacks(), name="callbacks"),
             ]
             try:

@@ -12,8 +12,10 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from control_plane import initial_stats
+from control_plane.scheduling.budgets import Budget, Unit, Window
 from control_plane.tasks.callbacks import Pattern
 from modelyard.program.settings import Settings
+from modelyard.rpc.validation import check_tenant
 
 SECTION = "control_plane"
 PROGRAM = "modelyard control-plane"
@@ -201,6 +203,65 @@ class TaskSettings(Settings):
     callbacks: CallbackSettings = CallbackSettings()
 
 
+Usd = Annotated[float, Field(ge=0, le=9e9, allow_inf_nan=False)]
+TokenCount = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class BudgetLimits(Settings):
+    usd_per_hour: Usd | None = Field(None, description="US dollars in an hour; empty: no limit.")
+    usd_per_day: Usd | None = Field(None, description="US dollars in a day (UTC).")
+    usd_per_month: Usd | None = Field(None, description="US dollars in a calendar month (UTC).")
+    usd_total: Usd | None = Field(None, description="US dollars for all time.")
+    tokens_per_hour: TokenCount | None = Field(None, description="Tokens of prompts and answers in an hour.")
+    tokens_per_day: TokenCount | None = Field(None, description="Tokens in a day (UTC).")
+    tokens_per_month: TokenCount | None = Field(None, description="Tokens in a calendar month (UTC).")
+    tokens_total: TokenCount | None = Field(None, description="Tokens for all time.")
+
+    def budgets(self) -> tuple[Budget, ...]:
+        """The limits that are given."""
+        units = {"usd": (Unit.NANO_USD, 1e9), "tokens": (Unit.TOKENS, 1)}
+        return tuple(
+            Budget(units[unit][0], Window(period.removeprefix("per_")), round(given * units[unit][1]))
+            for name in type(self).model_fields
+            if (given := getattr(self, name)) is not None
+            for unit, _, period in [name.partition("_")]
+        )
+
+
+class BudgetSettings(Settings):
+    default: BudgetLimits = BudgetLimits()
+    tenants: dict[str, BudgetLimits] = Field(
+        default_factory=dict,
+        description="Limits of single tenants, with the keys of `budgets.default`, which does not hold for them: "
+        "`{team-a: {usd_per_day: 5}, internal: {}}`.",
+    )
+    max_output_tokens: int = Field(
+        4096,
+        ge=1,
+        description="Most tokens of an answer whose request sets no max_tokens, for tenants with a budget: what is set "
+        "aside for it must be enough.",
+    )
+    prompt_factor: Annotated[float, Field(ge=1, le=100)] = Field(
+        4.0,
+        description="Tokens set aside per estimated token of a prompt; 4 is one per byte, which no tokenizer exceeds. "
+        "Less lets more requests run at once where a budget is nearly used up, and may exceed it.",
+    )
+    usage_retention: PositiveSeconds = Field(400 * 86400.0, description="Seconds that usage is kept.")
+
+    @field_validator("tenants")
+    @classmethod
+    def _are_tenants(cls, given: dict[str, BudgetLimits]) -> dict[str, BudgetLimits]:
+        for name in given:
+            if violations := check_tenant(name):
+                raise ValueError(f"{name!r}: {violations[0].description}")
+        return given
+
+    @property
+    def any(self) -> bool:
+        """Whether anybody has a budget."""
+        return any(limits.budgets() for limits in (self.default, *self.tenants.values()))
+
+
 ALIASES = {"MODELS_DIR": "models_dir", "DEFAULT_MODEL_CONFIG": "default_preset", "LLM_PROVIDER": "default_provider"}
 """Environment variables without modelyard's prefix, and the settings that they mean."""
 
@@ -245,6 +306,7 @@ class ControlPlaneSettings(Settings):
     retry: RetrySettings = RetrySettings()
     limits: LimitSettings = LimitSettings()
     tasks: TaskSettings = TaskSettings()
+    budgets: BudgetSettings = BudgetSettings()
     model_initial_stats: dict[str, initial_stats.InitialStats] = Field(
         default_factory=dict,
         description='What is assumed per model ("name" or "provider/name") until it is measured: `success` 0 to 1, '

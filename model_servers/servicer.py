@@ -299,6 +299,7 @@ class ModelServerServicer:
             )
             await outlet.end(finished, timing, use)
         finally:
+            use.tokens = tokens
             if finished is None or timing is None:
                 self._recorder.end(request.model, None)
             else:

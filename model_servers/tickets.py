@@ -108,12 +108,19 @@ class Ledger:
         if not ticket.relayed:
             self._in_use.add(ticket.id)
 
-    def settle(self, number: int, result: GenerationResult | None, failure: str) -> None:
-        """Keep an outcome until it is acknowledged, and have it reported."""
+    def settle(self, number: int, result: GenerationResult | None, failure: str, tokens: int) -> None:
+        """Keep an outcome until it is acknowledged, and have it reported. `tokens` had been generated when it
+        failed."""
         self._in_use.discard(number)
         self._sequence += 1
         self._outcomes.append(
-            TicketOutcome(sequence=self._sequence, ticket_id=number, result=result, failure_reason=failure)
+            TicketOutcome(
+                sequence=self._sequence,
+                ticket_id=number,
+                result=result,
+                failure_reason=failure,
+                tokens_until_failure=tokens,
+            )
         )
         self._news.tell()
 
@@ -121,13 +128,15 @@ class Ledger:
 class Use:
     """A request at work, with a ticket or without."""
 
-    __slots__ = ("_settle", "orchestrator_id")
+    __slots__ = ("_settle", "orchestrator_id", "tokens")
 
     def __init__(
-        self, orchestrator_id: str, settle: Callable[[GenerationResult | None, str], None] | None = None
+        self, orchestrator_id: str, settle: Callable[[GenerationResult | None, str, int], None] | None = None
     ) -> None:
         self.orchestrator_id = orchestrator_id
         """Whose load it is; empty: nobody's."""
+        self.tokens = 0
+        """Generated so far, as far as that has been noted."""
         self._settle = settle
 
     def ends_with(self, message: bytes) -> None:
@@ -140,7 +149,7 @@ class Use:
         """The request is over; what comes later does not count."""
         settle, self._settle = self._settle, None
         if settle is not None:
-            settle(result, failure)
+            settle(result, failure, 0 if result is not None else self.tokens)
 
 
 class Tickets:

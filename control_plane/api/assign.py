@@ -17,8 +17,9 @@ import grpc
 
 from control_plane.api import convert
 from control_plane.api.attempts import NEUTRAL
-from control_plane.api.generate import Generation, identify, new_request_id, out_of_time
+from control_plane.api.generate import Generation, identify, new_request_id, out_of_time, take_down
 from control_plane.api.metrics import Metrics
+from control_plane.api.tenant import tenant_of
 from control_plane.domain.errors import DomainError
 from control_plane.domain.ports import Clock
 from control_plane.fleet.registry import Fleet, Flight, Outcome, OutcomeKind, Server
@@ -97,13 +98,15 @@ class Assignments:
             raise invalid(violations)
         filled, preset = self._generation.presets.fill(asked)
         pinned = self._generation.pinned(filled.requirements)
-        route = convert.route_request(filled, request_id, pinned, more_tokens=request.prompt_tokens)
+        tenant = tenant_of(context)
+        route = convert.route_request(filled, request_id, tenant, pinned, more_tokens=request.prompt_tokens)
         limit = self._generation.time_limit(context)
         if preset is not None and preset.timeout is not None:
             limit = min(limit, preset.timeout)
         avoid = self._fleet.without_tickets()
         try:
             async with asyncio.timeout(limit):
+                await self._generation.funded(route)
                 grant = await self._scheduler.acquire(route, avoid, explain=asked.explain)
         except TimeoutError:
             raise out_of_time(limit) from None
@@ -129,6 +132,8 @@ class Assignments:
         source: GenerationInput = filled.input
         if source.HasField("sampling"):
             response.sampling.CopyFrom(source.sampling)
+        if flight.charge.output_limit is not None:
+            response.sampling.max_tokens = flight.charge.output_limit
         if source.messages:
             response.preset_messages.extend(source.messages)
         price = flight.price
@@ -145,7 +150,7 @@ class Assignments:
         self._reserved.setdefault(flight.server, {})[number] = reservation
         self.in_flight.__enter__()
         flight.assigned = True
-        flight.on_lost = partial(self._end, reservation, NEUTRAL, "lost")
+        flight.on_lost = partial(self._lose, reservation)
         return reservation
 
     def for_relay(self, flight: Flight, request_id: str) -> bytes:
@@ -201,16 +206,27 @@ class Assignments:
                     self._end(reservation, NEUTRAL, "unused")
         return told.outcomes[-1].sequence if told.outcomes else 0
 
+    def _lose(self, reservation: Reservation) -> None:
+        """The server's lease ran out. Its client may have an answer nevertheless, of which nobody will tell."""
+        reservation.flight.charge.begin()
+        reservation.flight.charge.give_up()
+        self._end(reservation, NEUTRAL, "lost")
+
     def _settle(self, reservation: Reservation, outcome: TicketOutcome) -> None:
         """Learn from an outcome what would have been learned from relaying the request."""
+        charge = reservation.flight.charge
+        charge.begin()
         if not outcome.HasField("result"):
             reason = outcome.failure_reason or Reason.ENGINE_FAILED
             known = reason in Reason.__members__
+            if outcome.tokens_until_failure or not known:
+                charge.break_off(outcome.tokens_until_failure)
             blamed = known and blames_server(reason)
             ended = Outcome(OutcomeKind.FAILURE) if blamed else NEUTRAL
             self._end(reservation, ended, reason if known else "cancelled")
             return
         result, flight = outcome.result, reservation.flight
+        take_down(charge, result.usage)
         # The server's word on times is believed as far as they can be true.
         elapsed = self._clock.monotonic() - flight.began
         timings = result.timings

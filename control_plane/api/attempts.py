@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from random import random
 from typing import TypeVar
@@ -18,6 +19,7 @@ from control_plane.domain.errors import DomainError
 from control_plane.domain.ports import Clock
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Failed
+from control_plane.fleet.charge import Charge
 from control_plane.fleet.registry import Flight, Outcome, OutcomeKind
 from control_plane.fleet.scheduler import Grant, Scheduler
 from control_plane.scheduling.retry import REQUEST_REASONS, RetryPolicy, blames_server, repeatable, retryable
@@ -48,6 +50,8 @@ class Progress:
     """How far an attempt has come; written by the attempt, read when it fails."""
 
     tokens_sent: bool = False
+    tokens: int = 0
+    """That have come, at least."""
     lost: bool = False
     """The server's lease ran out during the attempt."""
     call: UnaryCall | grpc.aio.Call | None = None
@@ -153,6 +157,21 @@ class Attempts:
                 unfit |= {server}
             self._metrics.retries.labels(reason=reason).inc()
             await asyncio.sleep(self._policy.delay(len(history), random()))
+
+
+@contextmanager
+def charged(charge: Charge, progress: Progress) -> Iterator[None]:
+    """Around the work of a server: an attempt that ends without its result is taken down with what is known of it.
+
+    A server that refuses has done nothing. One that was cut off, by its client or by the clock, has read the prompt.
+    """
+    charge.begin()
+    try:
+        yield
+    except BaseException as error:
+        if progress.tokens or isinstance(error, asyncio.CancelledError):
+            charge.break_off(progress.tokens)
+        raise
 
 
 async def judged(attempt: Awaitable[T], progress: Progress) -> T:

@@ -63,6 +63,7 @@ def feature_numbers(features: Feature) -> list[int]:
 def route_request(
     message: orchestrator_pb2.GenerateRequest,
     request_id: str,
+    tenant: str,
     model: tuple[ModelName, Provider | None] | None,
     more_tokens: int = 0,
 ) -> RouteRequest:
@@ -82,19 +83,26 @@ def route_request(
         max_tokens=sampling.max_tokens if sampling.HasField("max_tokens") else None,
         features=features,
         preset=message.preset,
+        tenant=tenant,
         **_pins(requirements, model),
     )
 
 
 def embed_route_request(
-    message: orchestrator_pb2.EmbedRequest, request_id: str, model: tuple[ModelName, Provider | None] | None
+    message: orchestrator_pb2.EmbedRequest,
+    request_id: str,
+    tenant: str,
+    model: tuple[ModelName, Provider | None] | None,
 ) -> RouteRequest:
-    longest = max((len(text.encode()) for text in message.inputs), default=0)
+    tokens = [max(len(text.encode()) // BYTES_PER_TOKEN, 1) for text in message.inputs]
+    longest = max(tokens, default=1)
     return RouteRequest(
         request_id=request_id,
         task_type=TaskType.EMBEDDING,
         priority=Priority(message.priority or Priority.NORMAL),
-        prompt_tokens=max(longest // BYTES_PER_TOKEN, 1),
+        prompt_tokens=longest,
+        more_prompt_tokens=max(0, sum(tokens) - longest),
+        tenant=tenant,
         features=Feature.EMBEDDING | feature_set(message.requirements.features),
         **_pins(message.requirements, model),
     )

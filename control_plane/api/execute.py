@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import grpc
@@ -12,8 +12,8 @@ from google.protobuf.message import DecodeError
 
 from control_plane.api import convert, task_convert
 from control_plane.api.answer import Answer, mean_tpot
-from control_plane.api.attempts import NEUTRAL, AttemptFailed, Progress, is_foreign, judged, outcome_of
-from control_plane.api.generate import Generation
+from control_plane.api.attempts import NEUTRAL, AttemptFailed, Progress, charged, is_foreign, judged, outcome_of
+from control_plane.api.generate import Generation, take_down
 from control_plane.api.metrics import Metrics
 from control_plane.api.upstream import Upstream, Upstreams
 from control_plane.api.whole import complete
@@ -91,9 +91,8 @@ class TaskExecutor:
             limit = min(limit, timeout)
             upstream = self._upstreams.get(flight.endpoint)
             async with asyncio.timeout(limit):
-                answer = await judged(
-                    self._ask(upstream, instance_id if unary else None, request, limit, progress), progress
-                )
+                asked = self._ask(upstream, instance_id if unary else None, request, limit, progress)
+                answer = await judged(self._charged(asked, flight, progress), progress)
         except AttemptFailed as failure:
             refusal = failure.refusal
             self._release(flight, outcome_of(refusal, flight, instance_id))
@@ -109,6 +108,8 @@ class TaskExecutor:
         except BaseException:
             self._release(flight, NEUTRAL)
             raise
+        assert answer.result is not None
+        take_down(flight.charge, answer.result.usage)
         ttft = answer.first - started if answer.first else None
         self._release(flight, Outcome(OutcomeKind.SUCCESS, ttft=ttft, tpot=answer.tpot()))
         return self._result(claim, flight, answer, started)
@@ -133,8 +134,14 @@ class TaskExecutor:
             request_id=_request_id(claim),
             ticket=self._generation.ticket_for(flight, _request_id(claim)),
         )
+        if flight.charge.output_limit is not None:
+            request.input.sampling.max_tokens = flight.charge.output_limit
         # Log-probabilities can make an answer larger than one message may be.
         return request.SerializeToString(), not filled.input.sampling.logprobs, limit
+
+    async def _charged(self, asked: Awaitable[_Answer], flight: Flight, progress: Progress) -> _Answer:
+        with charged(flight.charge, progress):
+            return await asked
 
     async def _ask(
         self, upstream: Upstream, instance_id: str | None, request: bytes, limit: float, progress: Progress
@@ -157,6 +164,7 @@ class TaskExecutor:
                     raise AttemptFailed(Refusal(Reason.ENGINE_FAILED, "the stream ended without a result"))
                 message = ModelServerGenerateResponse.FromString(chunk)
                 if message.HasField("delta"):
+                    progress.tokens += message.delta.tokens or 1
                     answer.take(message.delta, len(chunk), clock())
                 if message.HasField("result"):
                     answer.result = message.result

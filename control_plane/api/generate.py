@@ -5,21 +5,25 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
 
 from control_plane.api import convert
 from control_plane.api.answer import in_one_piece, mean_tpot
-from control_plane.api.attempts import AttemptFailed, Attempts, Progress
+from control_plane.api.attempts import AttemptFailed, Attempts, Progress, charged
 from control_plane.api.metrics import Metrics
+from control_plane.api.tenant import tenant_of
 from control_plane.api.upstream import Upstream, Upstreams
 from control_plane.api.whole import complete
 from control_plane.config import LimitSettings
 from control_plane.domain.errors import fleet_warming_up, unknown_model
 from control_plane.domain.model import ModelName, Provider, ServerId
 from control_plane.domain.ports import Clock
+from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Failed
+from control_plane.fleet.accounts import Accounts
+from control_plane.fleet.charge import Charge
 from control_plane.fleet.registry import Fleet, Flight, Outcome, OutcomeKind
 from control_plane.fleet.scheduler import Grant
 from control_plane.presets import Presets
@@ -27,7 +31,7 @@ from modelyard.rpc.errors import Refusal, invalid
 from modelyard.rpc.reasons import Reason
 from modelyard.rpc.server import Unread
 from modelyard.rpc.validation import check_embed_request, check_generate_request
-from modelyard.v1.generation_pb2 import GenerationDelta, GenerationResult
+from modelyard.v1.generation_pb2 import GenerationDelta, GenerationInput, GenerationResult, SamplingParams, Usage
 from modelyard.v1.model_server_pb2 import (
     ModelServerCompleteResponse,
     ModelServerEmbedRequest,
@@ -71,6 +75,10 @@ class Call(Protocol):
         """Seconds until the caller's deadline; None without one."""
         ...
 
+    def invocation_metadata(self) -> Any:
+        """Pairs of key and value that came with the request, or None."""
+        ...
+
     def set_trailing_metadata(self, trailing_metadata: tuple[tuple[str, str], ...], /) -> None:
         """What goes with the status."""
         ...
@@ -96,6 +104,7 @@ class _Whole:
         self.response = CompleteResponse()
         self.time_remaining = context.time_remaining
         self.set_trailing_metadata = context.set_trailing_metadata
+        self.invocation_metadata = context.invocation_metadata
 
     async def write(self, message: bytes) -> None:
         self.response.decisions.append(GenerateResponse.FromString(message).decision)
@@ -122,7 +131,9 @@ class Generation:
         clock: Clock,
         metrics: Metrics,
         release: Callable[..., None],
+        accounts: Accounts,
     ) -> None:
+        self._accounts = accounts
         self._orchestrator_id = orchestrator_id
         self._fleet = fleet
         self._attempts = attempts
@@ -165,7 +176,7 @@ class Generation:
         violations = check_generate_request(request)
         if violations:
             raise invalid(violations)
-        route = convert.route_request(request, request_id, self.pinned(request.requirements))
+        route = convert.route_request(request, request_id, tenant_of(context), self.pinned(request.requirements))
         limit = self.time_limit(context)
         if preset is not None and preset.timeout is not None:
             limit = min(limit, preset.timeout)
@@ -192,6 +203,7 @@ class Generation:
         del request  # it may wait for minutes now
         try:
             async with asyncio.timeout(limit):
+                await self.funded(route)
                 await self._attempts.run(route, relay.attempt, history, on_grant, body.size, avoid)
         except TimeoutError:
             raise out_of_time(limit) from None
@@ -214,7 +226,7 @@ class Generation:
         violations = check_embed_request(request)
         if violations:
             raise invalid(violations)
-        route = convert.embed_route_request(request, request_id, self.pinned(request.requirements))
+        route = convert.embed_route_request(request, request_id, tenant_of(context), self.pinned(request.requirements))
         limit = self.time_limit(context)
 
         def render(request: EmbedRequest) -> bytes:
@@ -240,7 +252,9 @@ class Generation:
                 timeout=max(0.0, arrived + limit - started),
             )
             progress.call = call
-            answer = ModelServerEmbedResponse.FromString(await call)
+            with charged(flight.charge, progress):
+                answer = ModelServerEmbedResponse.FromString(await call)
+            take_down(flight.charge, answer.usage)
             if len(answer.embeddings) != count:
                 told = f"{len(answer.embeddings)} vectors for {count} texts"
                 raise AttemptFailed(Refusal(Reason.ENGINE_FAILED, told))
@@ -259,9 +273,14 @@ class Generation:
 
         try:
             async with asyncio.timeout(limit):
+                await self.funded(route)
                 return await self._attempts.run(route, attempt, history, size=body.size)
         except TimeoutError:
             raise out_of_time(limit) from None
+
+    async def funded(self, route: RouteRequest) -> None:
+        """Return when the tenant's money is here, as far as there is any."""
+        await self._accounts.ready(route, self._fleet.table)
 
     def let_end(self, call: grpc.aio.Call) -> None:
         """Give a call that has told its result a moment for its status; dropping it would cancel it."""
@@ -379,22 +398,24 @@ class _Relay:
         if self._chosen is not None:
             self._chosen(flight, len(self._history))
         upstream = owner._upstreams.get(flight.endpoint)
-        request = (
-            self._body.read()
-            + ModelServerGenerateRequest(
-                model=flight.model, ticket=owner.ticket_for(flight, self._request_id)
-            ).SerializeToString()
-        )
+        rest = ModelServerGenerateRequest(model=flight.model, ticket=owner.ticket_for(flight, self._request_id))
+        if flight.charge.output_limit is not None:
+            # What comes later in the bytes is merged into what is there.
+            limit = SamplingParams(max_tokens=flight.charge.output_limit)
+            rest.input.CopyFrom(GenerationInput(sampling=limit))
+        request = self._body.read() + rest.SerializeToString()
         told: _Told | None = None
-        if self._unary:
-            left, instance = max(0.0, self._deadline - started), flight.server.report.identity.instance_id
-            whole = await complete(upstream, instance, request, timeout=left, progress=progress, clock=clock)
-            if whole is not None:
-                pieces = (whole.answer.delta,) if whole.answer.HasField("delta") else ()
-                told = whole.answer, pieces, whole.first, whole.last
-        if told is None:
-            told = await self._relay(upstream, request, progress)
+        with charged(flight.charge, progress):
+            if self._unary:
+                left, instance = max(0.0, self._deadline - started), flight.server.report.identity.instance_id
+                whole = await complete(upstream, instance, request, timeout=left, progress=progress, clock=clock)
+                if whole is not None:
+                    pieces = (whole.answer.delta,) if whole.answer.HasField("delta") else ()
+                    told = whole.answer, pieces, whole.first, whole.last
+            if told is None:
+                told = await self._relay(upstream, request, progress)
         answer, deltas, first, last = told
+        take_down(flight.charge, answer.result.usage)
         outcome = self._outcome(answer.result, started, first, last)
         # The slot is free now; that this client may be slow to read its summary is no concern
         # of the next request.
@@ -425,6 +446,7 @@ class _Relay:
                 if chunk and chunk[0] == _DELTA_TAG and _is_one_field(chunk):
                     last = clock()
                     first = first or last
+                    progress.tokens += 1
                     if keep:
                         kept.append(ModelServerGenerateResponse.FromString(chunk).delta)
                     else:
@@ -479,6 +501,11 @@ class _Relay:
                 owner._metrics.pace(flight.model, tpot)
         owner._metrics.used(flight.model, usage)
         return summary
+
+
+def take_down(charge: Charge, usage: Usage) -> None:
+    """A server has told what its answer took."""
+    charge.count(usage.prompt_tokens, usage.cached_prompt_tokens, usage.completion_tokens)
 
 
 def _read(source: Unread[M] | M) -> M:

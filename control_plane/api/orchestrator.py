@@ -14,6 +14,7 @@ from control_plane.api.assign import Assignments
 from control_plane.api.generate import Generation
 from control_plane.api.lifecycle import LOAD, PULL, UNLOAD, ModelLifecycle
 from control_plane.api.metrics import Metrics
+from control_plane.api.tenant import tenant_of
 from control_plane.config import FleetSettings
 from control_plane.domain.errors import DomainError, draining, unknown_model
 from control_plane.domain.ports import Clock
@@ -162,7 +163,9 @@ class OrchestratorServicer:
         violations = check_generate_request(inner, path="request.")
         if violations:
             raise invalid(violations)
-        route = convert.route_request(inner, "explain", self._generation.pinned(inner.requirements))
+        pinned = self._generation.pinned(inner.requirements)
+        route = convert.route_request(inner, "explain", tenant_of(context), pinned)
+        await self._generation.funded(route)
         return orchestrator_pb2.ExplainSelectionResponse(
             decision=convert.decision(self._scheduler.explain(route)),
             estimated_prompt_tokens=route.prompt_tokens,

@@ -79,7 +79,7 @@ def new_task(
     pin, `max_attempts` holds where it names none."""
     spec = request.spec
     # A TaskSpec has every field of a GenerateRequest that routing looks at.
-    route = convert.route_request(work, "", model)  # type: ignore[arg-type]
+    route = convert.route_request(work, "", tenant, model)  # type: ignore[arg-type]
     return NewTask(
         tenant=tenant,
         spec=raw,

@@ -1,8 +1,8 @@
-"""Whose tasks and beliefs a call means."""
+"""Whose tasks, beliefs, budgets and usage a call means."""
 
 from __future__ import annotations
 
-import grpc
+from typing import Any, Protocol
 
 from control_plane.tasks.model import Tenant
 from modelyard.rpc.errors import Violation, invalid
@@ -12,7 +12,15 @@ TENANT_KEY = "modelyard-tenant"
 DEFAULT_TENANT = Tenant("default")
 
 
-def tenant_of(context: grpc.aio.ServicerContext) -> Tenant:
+class Caller(Protocol):
+    """A gRPC context, or the gateway's own."""
+
+    def invocation_metadata(self) -> Any:
+        """Pairs of key and value, or None."""
+        ...
+
+
+def tenant_of(context: Caller) -> Tenant:
     """The tenant that the metadata name, "default" without one. Raises INVALID_REQUEST for a name that is none, and
     for two different ones: whoever forwards calls must not be talked into another tenant by an addition."""
     found: str | bytes | None = None

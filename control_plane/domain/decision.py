@@ -34,6 +34,7 @@ class RejectionReason(IntEnum):
     LOADING_TAKES_LONGER = 13
     MODEL_NOT_HERE = 14
     TOO_EXPENSIVE = 15
+    BUDGET = 16
     PREFILL_BUSY = 17
     BETTER_LATER = 18
 

@@ -32,6 +32,10 @@ def no_capable_server(summary: str) -> DomainError:
     return DomainError("NO_CAPABLE_SERVER", summary)
 
 
+def budget_exhausted(tenant: str, left: str, summary: str, retry_after: float | None) -> DomainError:
+    return DomainError("BUDGET_EXHAUSTED", f"tenant {tenant} has {left}; {summary}", retry_after)
+
+
 def queue_full(waiting: int, bound: int, retry_after: float) -> DomainError:
     return DomainError(
         "QUEUE_FULL", f"{waiting} requests are waiting, {bound} may: retry in {retry_after:.1f} s", retry_after

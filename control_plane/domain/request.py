@@ -33,12 +33,14 @@ class RouteRequest:
     features: Feature = Feature.NONE
     labels: tuple[tuple[str, str], ...] = ()
     """That the server must have."""
-    tenant: str = "default"
-    """Who shares the fleet with others."""
     blocks: Blocks | None = None
     """Of the prompt, for servers that cache prefixes. None: not known."""
     preset: str = ""
     """Whose weights hold; empty: the selector's own."""
+    tenant: str = "default"
+    """Who shares the fleet with others, and whose budgets it is paid from."""
+    more_prompt_tokens: int = 0
+    """Estimated, of further prompts that are sent along: texts to embed beside the longest."""
 
     @property
     def context_needed(self) -> int:

@@ -22,6 +22,7 @@ from control_plane.domain.model import ModelCard, ModelName, ModelState, Price, 
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import BreakerState, Failed, Health, LeaseState, Report
 from control_plane.domain.task import Feature
+from control_plane.fleet.charge import Charge
 from control_plane.prediction.features import Features, Kin, RowKey, ttft
 from control_plane.prediction.latency import LatencyModel
 from control_plane.prediction.output_length import OutputLength
@@ -122,6 +123,8 @@ class Flight:
     """Of those, seconds for which nobody else's prompt is prefilled."""
     credit: Credit | None = None
     """For what its prompt leaves in the server's prefix cache."""
+    charge: Charge = field(default_factory=Charge)
+    """Who pays for it."""
 
     @property
     def server_id(self) -> ServerId:
@@ -236,6 +239,8 @@ class Fleet:
         self._latency = LatencyModel()
         self._lengths = OutputLength()
         self._prefixes = PrefixIndex()
+        self.on_end: Callable[[Flight], None] = lambda flight: None
+        """Told of each flight once, when it ends."""
         self.table = CandidateTable([])
 
     # ------------------------------------------------------------- reading ---
@@ -448,6 +453,7 @@ class Fleet:
         server.flights.discard(flight)
         begun = flight not in server.prefilling
         self._out_of_prefill(flight, now)
+        self.on_end(flight)
         key, pair = (flight.model, flight.provider), flight.pair
         if outcome.kind is OutcomeKind.SUCCESS:
             self._learn(flight, outcome, now)

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from control_plane.domain.decision import DecisionRecord, Verdict
 from control_plane.domain.errors import (
     DomainError,
+    budget_exhausted,
     fleet_warming_up,
     no_capable_server,
     queue_timeout,
@@ -29,6 +30,7 @@ from control_plane.domain.ports import Clock
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Failed, Health, LeaseState
 from control_plane.domain.task import Priority
+from control_plane.fleet.accounts import Accounts, no_accounts
 from control_plane.fleet.registry import Fleet, Flight, Outcome, OutcomeKind
 from control_plane.scheduling.queue import FairQueue, KindKey, Reached, Waiting
 from control_plane.selection.filters import PERMANENT, TRANSIENT, Query, passing
@@ -186,8 +188,17 @@ class Scheduler:
         self._reconsider_at = math.inf
         """Somebody waits for a busy server although another is free; time may change that."""
         self._declines = 0
+        self._short: set[str] = set()
+        """Tenants of whom somebody may wait for money."""
+        self.pay_from(no_accounts())
         fleet.on_capacity = self._pump
         fleet.listen(self._note)
+
+    def pay_from(self, accounts: Accounts) -> None:
+        """Whose budgets hold, and who takes down what is used. To be called before any request."""
+        self._accounts = accounts
+        self._fleet.on_end = accounts.close
+        accounts.on_change = self._funds_changed
 
     def depth(self) -> Mapping[Priority, int]:
         """Waiting requests per class."""
@@ -195,7 +206,7 @@ class Scheduler:
 
     def explain(self, request: RouteRequest, avoid: frozenset[Failed] = frozenset()) -> DecisionRecord:
         """What would be decided now."""
-        return self._explain(request, avoid, self._clock.monotonic())
+        return self._explain(request, self._avoided(avoid), self._clock.monotonic())
 
     def take_place(self, *, background: bool = False) -> int:
         """The place in the queue of a request that arrives now; it keeps it through all its attempts. One in the
@@ -221,7 +232,7 @@ class Scheduler:
         known yet.
 
         Raises DomainError: NO_CAPABLE_SERVER, FLEET_WARMING_UP, SERVERS_AWAY, QUEUE_FULL,
-        QUEUE_TIMEOUT. Cancelling gives up the place in the queue.
+        QUEUE_TIMEOUT, BUDGET_EXHAUSTED. Cancelling gives up the place in the queue.
         """
         standing = self.enter(
             request, avoid, explain=explain, size=size, place=place, again=again, arrived=arrived
@@ -298,11 +309,13 @@ class Scheduler:
 
     def outlook(self, request: RouteRequest, avoid: frozenset[Failed] = frozenset()) -> Outlook:
         """Whether waiting for a server is of use."""
-        now = self._clock.monotonic()
-        choice = select(self._fleet.table, request, self._policy_for(request), self._avoided(avoid), now=now)
-        if choice.verdict is Verdict.IMPOSSIBLE:
+        now, funds = self._clock.monotonic(), self._accounts.funds(request.tenant)
+        choice = select(
+            self._fleet.table, request, self._policy_for(request), self._avoided(avoid), funds=funds, now=now
+        )
+        if choice.verdict is Verdict.IMPOSSIBLE and not choice.unaffordable:
             return Outlook.NONE
-        return Outlook.AWAY if choice.all_away else Outlook.HERE
+        return Outlook.AWAY if choice.all_away or choice.unaffordable else Outlook.HERE
 
     def release(self, flight: Flight, outcome: Outcome) -> None:
         """Give the slot back. A second call does nothing."""
@@ -333,7 +346,7 @@ class Scheduler:
             self._granted, self._ticked = 0, now
         expired = self._queue.expire(now)
         for entry in expired:
-            record = self._explain(entry.request, entry.avoid, now, now - entry.arrived)
+            record = self._explain(entry.request, self._avoided(entry.avoid), now, now - entry.arrived)
             _fail(entry, queue_timeout(now - entry.enqueued_at, record.summary))
         if expired:
             self._known = None  # the next of their lanes may need less
@@ -341,12 +354,21 @@ class Scheduler:
             self._hoping, self._picture_changed = False, True
         if now >= self._reconsider_at:
             self._reconsider_at, self._known = math.inf, None
+        for tenant in [tenant for tenant in self._short if self._accounts.renewed(tenant)]:
+            self._funds_changed(tenant)
         self._pump()
 
     # -------------------------------------------------------------- events ---
 
     def _note(self, server_id: ServerId, urgent: bool) -> None:
         self._picture_changed |= urgent
+
+    def _funds_changed(self, tenant: str) -> None:
+        """A tenant may have more to spend, or nothing left to wait for."""
+        if tenant in self._short:
+            self._short.discard(tenant)
+            self._known, self._picture_changed = None, True
+            self._pump()
 
     def _pump(self) -> None:
         """Start every waiting request that can start, refuse those for whom waiting is of no use any more."""
@@ -484,10 +506,10 @@ class Scheduler:
         return asyncio.get_running_loop() if self._own_loop is None else self._own_loop
 
     def _explain(
-        self, request: RouteRequest, avoid: frozenset[Failed], now: float, waited: float = 0.0
+        self, request: RouteRequest, avoid: frozenset[ServerId], now: float, waited: float = 0.0
     ) -> DecisionRecord:
         return explain(
-            self._fleet.table, request, self._policy_for(request), self._avoided(avoid),
+            self._fleet.table, request, self._policy_for(request), avoid, funds=self._accounts.funds(request.tenant),
             now=now, waited=waited, cached=self._fleet.cached(request),
         )  # fmt: skip
 
@@ -519,8 +541,8 @@ class Scheduler:
 
     def _suits(self, entry: Waiting[_Waiter], choices: list[tuple[ServerId, int]], *, priced: bool = False) -> bool:
         """Whether one of these servers, which can serve its kind, can serve this very request; `priced`: for certain,
-        where the price is limited."""
-        if priced and entry.request.max_cost_nano_usd:
+        where the price or what its tenant may spend is limited."""
+        if priced and (entry.request.max_cost_nano_usd or self._accounts.limited(entry.request.tenant)):
             return False  # looked at more closely
         needed, excluded, avoided = entry.request.context_needed, entry.request.excluded, self._avoided(entry.avoid)
         return any(
@@ -574,17 +596,23 @@ class Scheduler:
         planned = self._planned if overtake else None
         started, waited = self._clock.monotonic(), now - arrived
         cached = self._fleet.cached(request)
+        funds = self._accounts.funds(request.tenant)
         choice = select(
-            table, request, policy, avoided, queued,
+            table, request, policy, avoided, queued, funds,
             now=now, waited=waited, cached=cached, planned=planned, content=background,
         )  # fmt: skip
         self._on_selected(self._clock.monotonic() - started)
         if choice.verdict is Verdict.CHOSEN:
             if not overtake:
                 return None
+            # What it may cost is set aside in the same step in which it was seen to be there.
+            charge = self._accounts.open(request, table.rows[choice.row].card)
+            if charge is None:
+                self._short.add(request.tenant)
+                return None
             record = (
                 explain(
-                    table, request, policy, avoided, queued,
+                    table, request, policy, avoided, queued, funds,
                     now=now, waited=waited, cached=cached, planned=planned, content=background,
                 )
                 if with_record
@@ -592,10 +620,15 @@ class Scheduler:
             )  # fmt: skip
             flight = self._fleet.begin(choice.row, now, request, 0.0 if cached is None else float(cached[choice.row]))
             self._queue.charge(request.tenant, flight.work)
+            flight.charge = charge
             self._granted += 1
             if not background:
                 self._on_granted(request.priority, now - since)
             return Grant(flight, now - since, record)
+        if funds is not None:
+            self._short.add(request.tenant)
+            if choice.verdict is Verdict.WAIT and choice.lacking is not None:
+                self._accounts.want(request.tenant, choice.lacking)
         if choice.verdict is Verdict.IMPOSSIBLE or (choice.all_away and not self._may_return()):
             if patient and self._fleet.warming_up(now):
                 self._hoping = True
@@ -623,7 +656,10 @@ class Scheduler:
         left = self._fleet.warming_up(now)
         if left and not avoid:
             return fleet_warming_up(left)
-        summary = explain(self._fleet.table, request, self._policy_for(request), avoid, now=now).summary
+        summary = self._explain(request, avoid, now).summary
+        if choice.unaffordable:
+            there, retry_after = self._accounts.wait(request.tenant, choice.lacking)
+            return budget_exhausted(request.tenant, there, summary, retry_after)
         if choice.verdict is Verdict.IMPOSSIBLE:
             return no_capable_server(summary)
         return servers_away(summary, 1.0)

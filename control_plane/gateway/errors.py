@@ -36,6 +36,7 @@ _SHAPES: Mapping[Reason, _Shape] = MappingProxyType(
         Reason.CONTENT_REFUSED: _Shape(400, _BAD, "content_policy_violation"),
         Reason.UNSUPPORTED: _Shape(400, _BAD, "unsupported"),
         Reason.QUEUE_FULL: _Shape(429, _BUSY, "queue_full"),
+        Reason.BUDGET_EXHAUSTED: _Shape(429, "insufficient_quota", "insufficient_quota"),
         Reason.SERVER_BUSY: _Shape(429, _BUSY, "server_busy"),
         Reason.RATE_LIMITED: _Shape(429, _BUSY, "rate_limit_exceeded"),
         Reason.SLOW_READER: _Shape(408, _BAD, "slow_reader"),

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
+from control_plane.api.tenant import TENANT_KEY
 from control_plane.domain.errors import draining
 from control_plane.fleet.registry import Flight
 from control_plane.gateway.answers import Stream, encode
@@ -58,6 +59,10 @@ class Exchange:
         self._send = send
         given = self.headers.get(b"x-request-id", b"")
         self._bad_id = bool(given) and not _REQUEST_ID.fullmatch(given)
+        self.tenant = [
+            (TENANT_KEY, value.decode("latin-1")) for name, value in scope["headers"] if name == b"x-modelyard-tenant"
+        ]
+        """The header X-Modelyard-Tenant, as metadata."""
         self.request_id = given.decode() if given and not self._bad_id else secrets.token_hex(16)
 
     # ------------------------------------------------------------- request ---

@@ -25,6 +25,10 @@ class Sink:
         """Seconds until the caller's deadline; None without one."""
         return None if self._deadline is None else max(0.0, self._deadline - self._clock.monotonic())
 
+    def invocation_metadata(self) -> list[tuple[str, str]]:
+        """Who asks, as a header says it."""
+        return self.http.tenant
+
     def set_trailing_metadata(self, trailing_metadata: Any) -> None:
         """The request's id is sent back in a header."""
 

@@ -508,11 +508,13 @@ def lane_of(request: RouteRequest, avoid: Iterable[Hashable] = ()) -> LaneKey:
 
     Context is rounded up to a power of two, as context lengths mostly are: exact lengths would give almost every
     request a lane of its own. A shorter request may so wait behind one that needs up to twice as much. A limited price
-    depends on each token: such requests share a lane only if they are of the same size.
+    depends on each token: such requests share a lane only if they are of the same size. What one tenant's budget does
+    not allow, another's may.
     """
     unwanted: frozenset[Hashable] = frozenset(request.excluded).union(avoid)
     price = (request.max_cost_nano_usd, request.prompt_tokens, request.max_tokens) if request.max_cost_nano_usd else ()
-    return (request.tenant, kind_of(request), unwanted, (max(request.context_needed, 1) - 1).bit_length(), price)
+    context = (max(request.context_needed, 1) - 1).bit_length()
+    return (kind_of(request), unwanted, context, price, request.tenant)
 
 
 def _drop(turns: _Turns, turn: Turn) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from control_plane.domain.decision import RejectionReason
+from control_plane.domain.funds import UNLIMITED, Amounts, Funds
 from control_plane.domain.model import ModelState, ServerId
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.task import Feature
@@ -31,6 +32,8 @@ class Query:
     """Servers that failed in earlier attempts of this request."""
     queued: int = 0
     """Requests with the same needs that the control plane lets wait behind this one."""
+    funds: Funds | None = None
+    """What its tenant may spend. None: as much as it likes."""
     now: float = 0.0
     """Monotonic seconds."""
     waited: float = 0.0
@@ -219,6 +222,75 @@ def _outside(table: CandidateTable, servers: frozenset[ServerId]) -> Mask | None
 # ---------------------------------------------------------------- transient ---
 
 
+def _most(query: Query, funds: Funds) -> tuple[Floats, Floats]:
+    """The most that the request can come to in each row: 1e-9 US dollars and tokens, shape (rows,). The same as
+    `Reckoning.most`, but for the rounding of what no double holds."""
+    table, request = query.table, query.request
+    prompt = funds.reckoning.prompt(request)
+    output: Floats | int = funds.reckoning.output(request, 0)
+    if request.max_tokens is None and output:
+        left = np.maximum(table.context_length - request.prompt_tokens, 1)
+        output = np.minimum(left, funds.reckoning.output_tokens).astype(np.float64)
+    nano_usd = np.rint(1e3 * (prompt * table.prompt_price + output * table.completion_price))
+    return nano_usd, np.broadcast_to(np.asarray(prompt + output, dtype=np.float64), nano_usd.shape)
+
+
+def _covered(query: Query, funds: Funds, amounts: Amounts) -> Mask:
+    nano_usd, tokens = _most(query, funds)
+    return np.asarray((nano_usd <= amounts.nano_usd) & (tokens <= amounts.tokens), dtype=np.bool_)
+
+
+def _all_covered(query: Query, funds: Funds, amounts: Amounts) -> bool:
+    """Whether even the dearest row is covered, which is as it is most of the time: no column need be looked at."""
+    table = query.table
+    return amounts.covers(funds.reckoning.most(query.request, table.dearest, table.longest))
+
+
+def _funded(query: Query) -> Mask | None:
+    funds = query.funds
+    if funds is None or _all_covered(query, funds, funds.later):
+        return None
+    return _covered(query, funds, funds.later)
+
+
+def _funded_now(query: Query) -> Mask | None:
+    funds = query.funds
+    if funds is None or funds.now.covers(funds.later) or _all_covered(query, funds, funds.now):
+        return None
+    return _covered(query, funds, funds.now) | ~_covered(query, funds, funds.later)
+
+
+def _funded_detail(query: Query, row: int) -> str:
+    assert query.funds is not None
+    nano_usd, tokens = (float(most[row]) for most in _most(query, query.funds))
+    left, whose = query.funds.later, f"tenant {query.request.tenant}"
+    if nano_usd > left.nano_usd:
+        return f"may cost {nano_usd * 1e-9:.6f} US dollars > {left.nano_usd * 1e-9:.6f} left to {whose}"
+    if tokens > left.tokens:
+        return f"may take {tokens:.0f} tokens > {left.tokens} left to {whose}"
+    return f"may cost {nano_usd * 1e-9:.6f} US dollars or {tokens:.0f} tokens, which {whose} has set aside for others"
+
+
+def cheapest(query: Query, rows: Mask, *, unpaid: bool) -> Amounts | None:
+    """The most that the request can come to in the cheapest of these rows, or of those among them that cannot be paid
+    for at once; None if there is none."""
+    if query.funds is None:
+        return None
+    if unpaid:
+        rows = rows & ~_covered(query, query.funds, query.funds.now)
+    numbers = rows.nonzero()[0]
+    if len(numbers) == 0:
+        return None
+    nano_usd, tokens = _most(query, query.funds)
+    row = numbers[np.lexsort((tokens[numbers], nano_usd[numbers]))[0]]
+    return Amounts(_whole(nano_usd[row]), _whole(tokens[row]))
+
+
+def _whole(amount: float) -> int:
+    """Prices may be absurd."""
+    return int(amount) if amount < UNLIMITED else UNLIMITED
+
+
 def _available(query: Query) -> Mask | None:
     return query.table.success >= query.policy.availability_threshold
 
@@ -301,7 +373,11 @@ PERMANENT: tuple[Filter, ...] = (
 AVOIDED: tuple[Filter, ...] = (Filter(RejectionReason.EXCLUDED, _avoided, _avoided_detail),)
 """A row that fails this can serve such requests, but has failed this one."""
 
+FUNDED: tuple[Filter, ...] = (Filter(RejectionReason.BUDGET, _funded, _funded_detail),)
+"""A row that fails this costs more than is left to the tenant, until its budget begins anew."""
+
 PRESENT: tuple[Filter, ...] = (
+    Filter(RejectionReason.BUDGET, _funded_now, _funded_detail),
     Filter(RejectionReason.NOT_READY, _ready, _ready_detail),
     Filter(RejectionReason.DRAINING, _draining, _draining_detail),
     Filter(RejectionReason.MODEL_NOT_HERE, _here, _here_detail),

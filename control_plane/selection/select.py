@@ -14,9 +14,20 @@ from control_plane.domain.decision import (
     ScorePart,
     Verdict,
 )
+from control_plane.domain.funds import Amounts, Funds
 from control_plane.domain.model import ServerId
 from control_plane.domain.request import RouteRequest
-from control_plane.selection.filters import AVOIDED, FREE, PERMANENT, PRESENT, TRANSIENT, Query, passing
+from control_plane.selection.filters import (
+    AVOIDED,
+    FREE,
+    FUNDED,
+    PERMANENT,
+    PRESENT,
+    TRANSIENT,
+    Query,
+    cheapest,
+    passing,
+)  # fmt: skip
 from control_plane.selection.forecast import Planned
 from control_plane.selection.loading import outrun
 from control_plane.selection.patience import Better, better_later, worth_waiting_for
@@ -46,6 +57,11 @@ class Choice:
     """With WAIT: every server that could serve the request is not ready, draining or has lost its model."""
     all_failed: bool = False
     """With IMPOSSIBLE: servers can serve such a request, but each of them failed in an earlier attempt of this one."""
+    unaffordable: bool = False
+    """With IMPOSSIBLE: servers could serve the request if there were more left of the tenant's budget."""
+    lacking: Amounts | None = None
+    """What must be there for one more row to be paid for: with WAIT at once, with `unaffordable` at any time. None: no
+    row lacks that."""
 
 
 def select(
@@ -54,6 +70,7 @@ def select(
     policy: Policy,
     avoid: frozenset[ServerId] = NO_SERVERS,
     queued: int = 0,
+    funds: Funds | None = None,
     *,
     now: float = 0.0,
     waited: float = 0.0,
@@ -65,11 +82,11 @@ def select(
 
     WAIT if a row could serve it but not now, or will serve it better later than any can now; IMPOSSIBLE if none can.
     `avoid` names servers that failed in earlier attempts of the request, `queued` counts those with the same needs that
-    wait behind it; it has `waited` so many seconds, so many tokens of its prompt are `cached` on each
-    row, and servers have `planned` to serve others first. One that
-    is `content` takes what is free. Of equal scores the least (server, model, provider) wins.
+    wait behind it, `funds` is what its tenant may spend; it has `waited` so many seconds, so many tokens of its prompt
+    are `cached` on each row, and servers have `planned` to serve others first. One that is `content` takes what is
+    free. Of equal scores the least (server, model, provider) wins.
     """
-    query = Query(table, request, policy, avoid, queued, now, waited, cached, planned)
+    query = Query(table, request, policy, avoid, queued, funds, now, waited, cached, planned)
     capable = _capable(query)
     present = capable & passing(PRESENT, query)
     eligible = present & passing(FREE, query)
@@ -101,6 +118,7 @@ def explain(
     policy: Policy,
     avoid: frozenset[ServerId] = NO_SERVERS,
     queued: int = 0,
+    funds: Funds | None = None,
     *,
     now: float = 0.0,
     waited: float = 0.0,
@@ -113,9 +131,10 @@ def explain(
     The choice is `select`'s own, and scores and rejections come from the same functions: the two cannot differ.
     """
     choice = select(
-        table, request, policy, avoid, queued, now=now, waited=waited, cached=cached, planned=planned, content=content
-    )
-    candidates = _candidates(Query(table, request, policy, avoid, queued, now, waited, cached, planned), choice)
+        table, request, policy, avoid, queued, funds,
+        now=now, waited=waited, cached=cached, planned=planned, content=content,
+    )  # fmt: skip
+    candidates = _candidates(Query(table, request, policy, avoid, queued, funds, now, waited, cached, planned), choice)
     # Sorting is stable and rows are sorted by id: equals stay in the order in which `select` prefers them.
     eligible = sorted((c for c in candidates if not c.rejections), key=lambda candidate: -candidate.score)
     rejected = [candidate for candidate in candidates if candidate.rejections]
@@ -123,18 +142,26 @@ def explain(
         verdict=choice.verdict,
         chosen=candidates[choice.row] if choice.verdict is Verdict.CHOSEN else None,
         candidates=(*eligible, *rejected),
-        summary=summarise(choice.verdict, eligible, rejected, all_failed=choice.all_failed),
+        summary=summarise(
+            choice.verdict, eligible, rejected, all_failed=choice.all_failed, unaffordable=choice.unaffordable
+        ),
     )
 
 
 def _capable(query: Query) -> Mask:
     """Rows that could serve the request, now or later."""
     capable = passing(PERMANENT, query)
-    return capable & passing(AVOIDED, query) if query.avoid else capable
+    if query.avoid:
+        capable = capable & passing(AVOIDED, query)
+    return capable if query.funds is None else capable & passing(FUNDED, query)
 
 
 def _refusal(query: Query, capable: Mask, startable: Mask) -> Choice:
     if not capable.any():
+        if query.funds is not None:
+            dear = passing((*PERMANENT, *AVOIDED), query)
+            if dear.any():
+                return Choice(Verdict.IMPOSSIBLE, unaffordable=True, lacking=cheapest(query, dear, unpaid=False))
         all_failed = bool(query.avoid) and bool(passing(PERMANENT, query).any())
         return Choice(Verdict.IMPOSSIBLE, all_failed=all_failed)
     present = capable & query.table.ready & ~query.table.draining
@@ -142,7 +169,8 @@ def _refusal(query: Query, capable: Mask, startable: Mask) -> Choice:
         present &= query.table.obtainable
     later = worth_waiting_for(query, startable) if query.planned is not None else -1
     prefill = float(query.forecast.prefill[later]) if later >= 0 else 0.0
-    return Choice(Verdict.WAIT, later=later, prefill=prefill, all_away=not present.any())
+    lacking = cheapest(query, present, unpaid=True)
+    return Choice(Verdict.WAIT, later=later, prefill=prefill, all_away=not present.any(), lacking=lacking)
 
 
 def _candidates(query: Query, choice: Choice) -> list[ScoredCandidate]:
@@ -150,7 +178,7 @@ def _candidates(query: Query, choice: Choice) -> list[ScoredCandidate]:
     values = parts(query)
     scores = weigh(values, query).tolist()
     rejections: list[list[Rejection]] = [[] for _ in query.table.rows]
-    for condition in (*PERMANENT, *AVOIDED, *TRANSIENT):
+    for condition in (*PERMANENT, *AVOIDED, *FUNDED, *TRANSIENT):
         mask = condition.passes(query)
         if mask is not None:
             for row in (~mask).nonzero()[0].tolist():

@@ -16,6 +16,7 @@ _STATE = {
     RejectionReason.BREAKER_OPEN: "is paused after failures",
     RejectionReason.AVAILABILITY: "fails too often",
     RejectionReason.NO_FREE_SLOT: "has no free slot",
+    RejectionReason.BUDGET: "costs more than is left of the budget",
     RejectionReason.LOADING_TAKES_LONGER: "would have to load the model",
     RejectionReason.PREFILL_BUSY: "is busy with the prompts of others",
     RejectionReason.BETTER_LATER: "would take longer than waiting for another",
@@ -23,7 +24,12 @@ _STATE = {
 
 
 def summarise(
-    verdict: Verdict, eligible: Sequence[ScoredCandidate], rejected: Sequence[ScoredCandidate], *, all_failed: bool
+    verdict: Verdict,
+    eligible: Sequence[ScoredCandidate],
+    rejected: Sequence[ScoredCandidate],
+    *,
+    all_failed: bool,
+    unaffordable: bool = False,
 ) -> str:
     """The sentence. `eligible` has the best first, `rejected` is sorted by id."""
     if verdict is Verdict.CHOSEN:
@@ -32,6 +38,8 @@ def summarise(
         return "no model server is attached"
     if verdict is Verdict.WAIT:
         return _wait([candidate for candidate in rejected if not _permanent(candidate)])
+    if unaffordable:
+        return _unaffordable(rejected)
     if all_failed:
         return "every capable server has failed in this request"
     return _impossible(rejected)
@@ -68,6 +76,13 @@ def _impossible(rejected: Sequence[ScoredCandidate]) -> str:
     nearest = min(rejected, key=lambda candidate: (len(_permanent(candidate)), -candidate.score))
     misses = ", ".join(rejection.detail for rejection in _permanent(nearest))
     return f"no server can serve this request; nearest is {_label(nearest)}: {misses}"
+
+
+def _unaffordable(rejected: Sequence[ScoredCandidate]) -> str:
+    capable = [candidate for candidate in rejected if not _permanent(candidate)]
+    nearest = min(capable, key=lambda candidate: candidate.estimated_cost_nano_usd)
+    why = next(rejection.detail for rejection in nearest.rejections if rejection.reason is RejectionReason.BUDGET)
+    return f"the budget does not allow it; cheapest is {_label(nearest)}: {why}"
 
 
 def _permanent(candidate: ScoredCandidate) -> list[Rejection]:

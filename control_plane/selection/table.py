@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from control_plane.domain.model import ModelCard, ModelName, ModelState, Provider, ServerId
+from control_plane.domain.model import ModelCard, ModelName, ModelState, Price, Provider, ServerId
 from control_plane.domain.task import TaskType
 from control_plane.prediction.features import Coefficients
 
@@ -59,12 +59,14 @@ class CandidateTable:
         "cold",
         "completion_price",
         "context_length",
+        "dearest",
         "draining",
         "features",
         "free",
         "here",
         "lane_until",
         "load_time",
+        "longest",
         "model_code",
         "model_codes",
         "obtainable",
@@ -119,6 +121,13 @@ class CandidateTable:
         """US dollars per million tokens."""
         self.completion_price: Floats = np.array([card.price.completion for card in cards], dtype=np.float64)
         """US dollars per million tokens."""
+        self.dearest = Price(
+            max((card.price.prompt for card in cards), default=0.0),
+            completion=max((card.price.completion for card in cards), default=0.0),
+        )
+        """No row costs more."""
+        self.longest = max((card.context_length for card in cards), default=0)
+        """No row has a longer context."""
         self.offers: dict[TaskType, Mask] = {
             task: np.array([task in card.capabilities for card in cards], dtype=np.bool_) for task in TaskType
         }

@@ -36,6 +36,15 @@ def upsert(
     _execute(connection, table, tuple(columns), rows, lambda source: f"{into} {source} {over}")
 
 
+def add(connection: Connection, table: Table, columns: Sequence[str], keys: Sequence[str], rows: Sequence[Row]) -> None:
+    """Insert rows, or add their values to those that are there with the same keys. No two may have the same. Rows are
+    locked in their order: sort them."""
+    into = _into(table.name, tuple(columns))
+    sums = ", ".join(f'"{name}" = {table.name}."{name}" + excluded."{name}"' for name in columns if name not in keys)
+    over = f"ON CONFLICT ({_listed(keys)}) DO UPDATE SET {sums}"
+    _execute(connection, table, tuple(columns), rows, lambda source: f"{into} {source} {over}")
+
+
 def update(
     connection: Connection, table: Table, keys: Sequence[str], columns: Sequence[str], rows: Sequence[Row]
 ) -> None:

@@ -28,7 +28,7 @@ _ATTEMPT_TIMED_OUT = "DEADLINE_EXCEEDED"
 
 def lane_of(tenant: Tenant, route: RouteRequest) -> Lane:
     """The lane of a new task with these needs; `route.priority` is that of the task."""
-    return Lane(tenant, route.priority, replace(rounded(route), request_id=""))
+    return Lane(tenant, route.priority, replace(rounded(route), request_id="", tenant=tenant))
 
 
 def rounded(route: RouteRequest) -> RouteRequest:
@@ -125,6 +125,7 @@ def from_json(text: str) -> Lane:
             features=Feature(facts.pop("features", 0)),
             labels=tuple((key, value) for key, value in facts.pop("labels", ())),
             preset=facts.pop("preset", ""),
+            tenant=tenant,
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"not a lane: {error!r}") from None

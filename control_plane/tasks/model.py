@@ -67,7 +67,8 @@ class Lane:
     tenant: Tenant
     priority: Priority
     route: RouteRequest
-    """Needs. `request_id` is empty, `priority` that of the lane, `prompt_tokens` rounded up (`lanes.rounded`)."""
+    """Needs. `request_id` is empty, `tenant` and `priority` those of the lane, `prompt_tokens` rounded up
+    (`lanes.rounded`)."""
     unfit: frozenset[Failed] = frozenset()
     """Servers that said what they would say again."""
     failed: frozenset[Failed] = frozenset()

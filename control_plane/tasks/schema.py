@@ -25,7 +25,7 @@ from sqlalchemy import (
     text,
 )
 
-REVISION = "0001"
+REVISION = "0002"
 """Of these tables: the newest migration."""
 
 LATER = 0
@@ -203,6 +203,62 @@ statistics = Table(
     _text("fingerprint"),
     _text("data"),  # JSON
     Column("updated_at", Double, nullable=False),
+)
+
+
+_usage_sums = (
+    "requests",
+    "failed",
+    "estimated",
+    "prompt_tokens",
+    "cached_prompt_tokens",
+    "completion_tokens",
+    "nano_usd",
+)
+
+usage = Table(
+    "usage",
+    metadata,
+    _text("tenant", primary_key=True),
+    Column("hour", BigInteger, primary_key=True, autoincrement=False),  # its begin
+    _text("model", primary_key=True),
+    _text("provider", primary_key=True),
+    _text("server_id", primary_key=True),
+    Column("task_type", SmallInteger, primary_key=True, autoincrement=False),
+    *(Column(name, BigInteger, nullable=False) for name in _usage_sums),
+)
+Index("usage_hour", usage.c.hour)
+
+
+def _pot_key() -> list[Column[Any]]:
+    return [
+        _text("tenant", primary_key=True),
+        _text("unit", primary_key=True),
+        _text("period", primary_key=True),
+        Column("starts", BigInteger, primary_key=True, autoincrement=False),
+    ]
+
+
+# What was spent of a budget in one window. Whoever changes a share of it holds its row.
+budget_spending = Table("budget_spending", metadata, *_pot_key(), Column("spent", BigInteger, nullable=False))
+
+budget_shares = Table(
+    "budget_shares",
+    metadata,
+    *_pot_key(),
+    _text("owner", primary_key=True),
+    Column("share", BigInteger, nullable=False),
+    Column("in_hand", BigInteger, nullable=False),  # of it, reserved when it was last heard of
+    Column("charged", BigInteger, nullable=False),  # counted as spent since it was given up
+)
+
+# Control planes with shares, and the number of the latest exchange of each.
+accountants = Table(
+    "accountants",
+    metadata,
+    _text("id", primary_key=True),
+    Column("number", BigInteger, nullable=False),
+    Column("lease_until", Double, nullable=False),
 )
 
 

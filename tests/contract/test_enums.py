@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from control_plane.domain import decision, model, server, task
+from control_plane.scheduling import budgets
 from control_plane.tasks import model as task_model
 from model_servers import engine
+from modelyard.cli import usage as usage_command
 from modelyard.client import FEATURES, PRIORITIES, TASK_STATES, TASK_TYPES, _names
-from modelyard.v1 import fleet_pb2, generation_pb2, selection_pb2, task_pb2, task_queue_pb2
+from modelyard.v1 import accounting_pb2, fleet_pb2, generation_pb2, selection_pb2, task_pb2, task_queue_pb2
 
 
 def numbers(enum, prefix: str) -> dict[str, int]:
@@ -68,7 +70,7 @@ def test_permanent_rejections_are_those_the_contract_calls_so() -> None:
 
 
 def test_zero_is_always_unspecified() -> None:
-    for file in (fleet_pb2, generation_pb2, selection_pb2, task_pb2, task_queue_pb2):
+    for file in (accounting_pb2, fleet_pb2, generation_pb2, selection_pb2, task_pb2, task_queue_pb2):
         for enum in file.DESCRIPTOR.enum_types_by_name.values():
             assert enum.values_by_number[0].name.endswith("_UNSPECIFIED")
 
@@ -88,6 +90,9 @@ def test_names_of_the_client() -> None:
         _names.MODEL_STATE: (fleet_pb2.ModelState, "MODEL_STATE_"),
         _names.TASK_STATE: (task_queue_pb2.TaskState, "TASK_STATE_"),
         _names.TASK_EVENT_TYPE: (task_queue_pb2.TaskEventType, "TASK_EVENT_TYPE_"),
+        _names.USAGE_DIMENSION: (accounting_pb2.UsageDimension, "USAGE_DIMENSION_"),
+        _names.BUDGET_UNIT: (accounting_pb2.BudgetUnit, "BUDGET_UNIT_"),
+        _names.BUDGET_WINDOW: (accounting_pb2.BudgetWindow, "BUDGET_WINDOW_"),
         _names.BREAKER_STATE: (fleet_pb2.BreakerState, "BREAKER_STATE_"),
     }
     for table, (enum, prefix) in tables.items():
@@ -100,3 +105,6 @@ def test_names_of_the_client() -> None:
     assert PRIORITIES == ("low", "normal", "high", "critical")
     assert set(FEATURES) == {name.lower() for name in FEATURE}
     assert tuple(state.name.lower() for state in task_model.TaskState) == TASK_STATES
+    assert tuple(_names.USAGE_DIMENSION) == usage_command.DIMENSIONS
+    assert {one.value for one in budgets.Unit} == set(_names.BUDGET_UNIT)
+    assert {one.value for one in budgets.Window} == set(_names.BUDGET_WINDOW)

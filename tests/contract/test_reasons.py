@@ -35,7 +35,7 @@ def test_names_equal_values() -> None:
 
 
 def test_every_reason_named_by_an_rpc_exists() -> None:
-    for proto in ("orchestrator.proto", "model_server.proto", "task_queue.proto", "belief.proto"):
+    for proto in ("orchestrator.proto", "model_server.proto", "task_queue.proto", "belief.proto", "accounting.proto"):
         for block in re.findall(
             r"(?:Errors|Errors of the stream): (.+?)\n *(?:rpc|// buf)", (PROTOS / proto).read_text(), re.DOTALL
         ):

@@ -48,6 +48,9 @@ class Whole:
     def time_remaining(self) -> float:
         return 10.0
 
+    def invocation_metadata(self) -> None:
+        return None
+
     def set_trailing_metadata(self, trailing_metadata: Any) -> None: ...
 
     @property

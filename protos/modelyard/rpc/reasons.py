@@ -29,6 +29,7 @@ class Reason(StrEnum):
     CONTENT_REFUSED = "CONTENT_REFUSED"
     WRONG_STATE = "WRONG_STATE"
     QUEUE_FULL = "QUEUE_FULL"
+    BUDGET_EXHAUSTED = "BUDGET_EXHAUSTED"
     SLOW_READER = "SLOW_READER"
     SERVER_BUSY = "SERVER_BUSY"
     RATE_LIMITED = "RATE_LIMITED"
@@ -64,6 +65,7 @@ CODES: Mapping[Reason, grpc.StatusCode] = MappingProxyType(
         Reason.CONTENT_REFUSED: grpc.StatusCode.FAILED_PRECONDITION,
         Reason.WRONG_STATE: grpc.StatusCode.FAILED_PRECONDITION,
         Reason.QUEUE_FULL: grpc.StatusCode.RESOURCE_EXHAUSTED,
+        Reason.BUDGET_EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
         Reason.SLOW_READER: grpc.StatusCode.RESOURCE_EXHAUSTED,
         Reason.SERVER_BUSY: grpc.StatusCode.RESOURCE_EXHAUSTED,
         Reason.RATE_LIMITED: grpc.StatusCode.RESOURCE_EXHAUSTED,

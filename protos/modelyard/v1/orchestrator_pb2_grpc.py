@@ -31,7 +31,8 @@ class OrchestratorStub(object):
     servers.
 
     Trailing metadata: `modelyard-request-id`, with every Generate, Complete and
-    Embed.
+    Embed. Metadata of a request: `modelyard-tenant` says who asks, whose budgets
+    hold and whose usage it is (see accounting.proto); "default" without it.
     """
 
     def __init__(self, channel):
@@ -122,7 +123,8 @@ class OrchestratorServicer(object):
     servers.
 
     Trailing metadata: `modelyard-request-id`, with every Generate, Complete and
-    Embed.
+    Embed. Metadata of a request: `modelyard-tenant` says who asks, whose budgets
+    hold and whose usage it is (see accounting.proto); "default" without it.
     """
 
     def Generate(self, request, context):
@@ -142,7 +144,7 @@ class OrchestratorServicer(object):
 
         Not idempotent: each call generates anew.
         Errors: INVALID_REQUEST, UNKNOWN_MODEL, NO_CAPABLE_SERVER, QUEUE_FULL,
-        SLOW_READER, FLEET_WARMING_UP, SERVERS_AWAY, DRAINING, ATTEMPTS_EXHAUSTED,
+        BUDGET_EXHAUSTED, SLOW_READER, FLEET_WARMING_UP, SERVERS_AWAY, DRAINING, ATTEMPTS_EXHAUSTED,
         STREAM_BROKEN, QUEUE_TIMEOUT, DEADLINE_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -177,8 +179,8 @@ class OrchestratorServicer(object):
 
         Not idempotent: each call reserves anew.
         Errors: INVALID_REQUEST, UNKNOWN_MODEL, NO_CAPABLE_SERVER, UNSUPPORTED,
-        QUEUE_FULL, FLEET_WARMING_UP, SERVERS_AWAY, DRAINING, QUEUE_TIMEOUT,
-        DEADLINE_EXCEEDED.
+        QUEUE_FULL, BUDGET_EXHAUSTED, FLEET_WARMING_UP, SERVERS_AWAY, DRAINING,
+        QUEUE_TIMEOUT, DEADLINE_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -410,7 +412,8 @@ class Orchestrator(object):
     servers.
 
     Trailing metadata: `modelyard-request-id`, with every Generate, Complete and
-    Embed.
+    Embed. Metadata of a request: `modelyard-tenant` says who asks, whose budgets
+    hold and whose usage it is (see accounting.proto); "default" without it.
     """
 
     @staticmethod

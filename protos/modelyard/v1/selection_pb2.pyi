@@ -33,6 +33,7 @@ class RejectionReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REJECTION_REASON_LOADING_TAKES_LONGER: _ClassVar[RejectionReason]
     REJECTION_REASON_MODEL_NOT_HERE: _ClassVar[RejectionReason]
     REJECTION_REASON_TOO_EXPENSIVE: _ClassVar[RejectionReason]
+    REJECTION_REASON_BUDGET: _ClassVar[RejectionReason]
 VERDICT_UNSPECIFIED: Verdict
 VERDICT_CHOSEN: Verdict
 VERDICT_WAIT: Verdict
@@ -53,6 +54,7 @@ REJECTION_REASON_NO_FREE_SLOT: RejectionReason
 REJECTION_REASON_LOADING_TAKES_LONGER: RejectionReason
 REJECTION_REASON_MODEL_NOT_HERE: RejectionReason
 REJECTION_REASON_TOO_EXPENSIVE: RejectionReason
+REJECTION_REASON_BUDGET: RejectionReason
 
 class Requirements(_message.Message):
     __slots__ = ("model", "provider", "server_id", "excluded_server_ids", "min_context_length", "features", "labels", "max_cost_nano_usd", "excluded_models")

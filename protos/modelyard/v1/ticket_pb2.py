@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from modelyard.v1 import generation_pb2 as modelyard_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19modelyard/v1/ticket.proto\x12\x0cmodelyard.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1dmodelyard/v1/generation.proto\"\xcd\x01\n\x06Ticket\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x17\n\x0forchestrator_id\x18\x02 \x01(\t\x12\x11\n\tserver_id\x18\x03 \x01(\t\x12\x13\n\x0binstance_id\x18\x04 \x01(\t\x12\x13\n\x0blease_epoch\x18\x05 \x01(\x04\x12\r\n\x05model\x18\x06 \x01(\t\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12-\n\nexpires_at\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07relayed\x18\t \x01(\x08\"\xa2\x01\n\x0cTicketReport\x12\x10\n\x08required\x18\x01 \x01(\x08\x12\x17\n\x0forchestrator_id\x18\x02 \x01(\t\x12-\n\x08outcomes\x18\x03 \x03(\x0b\x32\x1b.modelyard.v1.TicketOutcome\x12\x0e\n\x06in_use\x18\x04 \x03(\x04\x12(\n\x05\x61s_of\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"|\n\rTicketOutcome\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x11\n\tticket_id\x18\x02 \x01(\x04\x12.\n\x06result\x18\x03 \x01(\x0b\x32\x1e.modelyard.v1.GenerationResult\x12\x16\n\x0e\x66\x61ilure_reason\x18\x04 \x01(\t\"s\n\x0fTicketDirective\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12(\n\x05\x63lock\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0c\x61\x63knowledged\x18\x03 \x01(\x04\x12\x13\n\x0bsince_epoch\x18\x04 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19modelyard/v1/ticket.proto\x12\x0cmodelyard.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1dmodelyard/v1/generation.proto\"\xcd\x01\n\x06Ticket\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x17\n\x0forchestrator_id\x18\x02 \x01(\t\x12\x11\n\tserver_id\x18\x03 \x01(\t\x12\x13\n\x0binstance_id\x18\x04 \x01(\t\x12\x13\n\x0blease_epoch\x18\x05 \x01(\x04\x12\r\n\x05model\x18\x06 \x01(\t\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12-\n\nexpires_at\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07relayed\x18\t \x01(\x08\"\xa2\x01\n\x0cTicketReport\x12\x10\n\x08required\x18\x01 \x01(\x08\x12\x17\n\x0forchestrator_id\x18\x02 \x01(\t\x12-\n\x08outcomes\x18\x03 \x03(\x0b\x32\x1b.modelyard.v1.TicketOutcome\x12\x0e\n\x06in_use\x18\x04 \x03(\x04\x12(\n\x05\x61s_of\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x9a\x01\n\rTicketOutcome\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x11\n\tticket_id\x18\x02 \x01(\x04\x12.\n\x06result\x18\x03 \x01(\x0b\x32\x1e.modelyard.v1.GenerationResult\x12\x16\n\x0e\x66\x61ilure_reason\x18\x04 \x01(\t\x12\x1c\n\x14tokens_until_failure\x18\x05 \x01(\r\"s\n\x0fTicketDirective\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12(\n\x05\x63lock\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0c\x61\x63knowledged\x18\x03 \x01(\x04\x12\x13\n\x0bsince_epoch\x18\x04 \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,8 +37,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TICKET']._serialized_end=312
   _globals['_TICKETREPORT']._serialized_start=315
   _globals['_TICKETREPORT']._serialized_end=477
-  _globals['_TICKETOUTCOME']._serialized_start=479
-  _globals['_TICKETOUTCOME']._serialized_end=603
-  _globals['_TICKETDIRECTIVE']._serialized_start=605
-  _globals['_TICKETDIRECTIVE']._serialized_end=720
+  _globals['_TICKETOUTCOME']._serialized_start=480
+  _globals['_TICKETOUTCOME']._serialized_end=634
+  _globals['_TICKETDIRECTIVE']._serialized_start=636
+  _globals['_TICKETDIRECTIVE']._serialized_end=751
 # @@protoc_insertion_point(module_scope)

@@ -45,16 +45,18 @@ class TicketReport(_message.Message):
     def __init__(self, required: bool = ..., orchestrator_id: _Optional[str] = ..., outcomes: _Optional[_Iterable[_Union[TicketOutcome, _Mapping]]] = ..., in_use: _Optional[_Iterable[int]] = ..., as_of: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class TicketOutcome(_message.Message):
-    __slots__ = ("sequence", "ticket_id", "result", "failure_reason")
+    __slots__ = ("sequence", "ticket_id", "result", "failure_reason", "tokens_until_failure")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TICKET_ID_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
     FAILURE_REASON_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_UNTIL_FAILURE_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     ticket_id: int
     result: _generation_pb2.GenerationResult
     failure_reason: str
-    def __init__(self, sequence: _Optional[int] = ..., ticket_id: _Optional[int] = ..., result: _Optional[_Union[_generation_pb2.GenerationResult, _Mapping]] = ..., failure_reason: _Optional[str] = ...) -> None: ...
+    tokens_until_failure: int
+    def __init__(self, sequence: _Optional[int] = ..., ticket_id: _Optional[int] = ..., result: _Optional[_Union[_generation_pb2.GenerationResult, _Mapping]] = ..., failure_reason: _Optional[str] = ..., tokens_until_failure: _Optional[int] = ...) -> None: ...
 
 class TicketDirective(_message.Message):
     __slots__ = ("key", "clock", "acknowledged", "since_epoch")

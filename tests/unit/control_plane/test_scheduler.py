@@ -13,15 +13,18 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from control_plane.domain.decision import Verdict
 from control_plane.domain.errors import DomainError
+from control_plane.domain.funds import Amounts, Reckoning
 from control_plane.domain.model import ModelName, ModelState, Price, ServerId
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Failed, Health
 from control_plane.domain.task import Priority
+from control_plane.fleet.accounts import Accounts
 from control_plane.fleet.registry import Fleet, Outcome, OutcomeKind
-from control_plane.fleet.scheduler import Grant, Scheduler, Standing
+from control_plane.fleet.scheduler import Grant, Outlook, Scheduler, Standing
+from control_plane.scheduling.budgets import Answer, Budget, Ledger, Unit, Window
 from control_plane.scheduling.queue import FairQueue
 from control_plane.selection.policy import Policy
-from tests.unit.control_plane.builders import ManualClock, card, fleet, report
+from tests.unit.control_plane.builders import POLICY, ManualClock, card, fleet, report
 
 NEUTRAL = Outcome(OutcomeKind.NEUTRAL)
 NOBODY: frozenset[Failed] = frozenset()
@@ -742,3 +745,81 @@ class Traffic(RuleBasedStateMachine):
 
 TestTraffic = Traffic.TestCase
 TestTraffic.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+# ----------------------------------------------------------------- budgets ---
+
+
+def budgeted(house: House, limit: int) -> Ledger:
+    """An hourly budget of money for everybody, all of it here."""
+    house.clock.now += POLICY.warm_up
+    ledger = Ledger((Budget(Unit.NANO_USD, Window.HOUR, limit),))
+    house.scheduler.pay_from(Accounts(ledger, Reckoning(prompt_factor=1.0), house.clock.wall))
+    share(house, ledger)
+    return ledger
+
+
+def share(house: House, ledger: Ledger) -> None:
+    ledger.need("default", Amounts(10**9, 0), house.clock.wall())
+    wishes = ledger.wishes(house.clock.wall())
+    ledger.answered(wishes, {wish.key: Answer(0, wish.share) for wish in wishes})
+
+
+PAID = replace(card(), price=Price(prompt=1.0, completion=1.0))
+"""A token costs 1,000 nano-dollars."""
+DEAR = RouteRequest("r", prompt_tokens=10, max_tokens=90)
+
+
+async def test_a_request_waits_for_money_that_is_set_aside_and_is_refused_when_it_is_spent() -> None:
+    house = House()
+    house.attach("a", slots=4, models=(PAID,))
+    budgeted(house, 250_000)
+    first, second = await house.acquire(DEAR), await house.acquire(DEAR)
+    waiting, poorer = house.acquire(DEAR), house.acquire(DEAR)
+    await settle()
+    assert not waiting.done() and house.scheduler.depth()[Priority.NORMAL] == 2
+    assert "costs more than is left" in house.scheduler.explain(DEAR).summary
+    assert house.scheduler.outlook(DEAR) is Outlook.HERE
+    first.flight.charge.begin()
+    first.flight.charge.count(10, 0, 20)
+    house.scheduler.release(first.flight, NEUTRAL)  # 30,000 were used, 120,000 are free
+    third = await waiting
+    assert not poorer.done()
+    for grant in (second, third):
+        grant.flight.charge.begin()
+        grant.flight.charge.count(10, 0, 90)
+        house.scheduler.release(grant.flight, NEUTRAL)
+    error = await refused(poorer)
+    assert error.reason == "BUDGET_EXHAUSTED" and error.retry_after is not None and 0 < error.retry_after <= 3600
+    assert house.scheduler.outlook(DEAR) is Outlook.AWAY
+
+
+async def test_work_in_the_background_waits_for_the_next_window() -> None:
+    house = House()
+    house.attach("a", models=(PAID,))
+    ledger = budgeted(house, 150_000)
+    held = await house.acquire(DEAR)
+    held.flight.charge.begin()
+    held.flight.charge.count(10, 0, 90)
+    house.scheduler.release(held.flight, NEUTRAL)
+    standing = house.stand(DEAR)
+    await settle()
+    assert not standing.future.done()
+    house.clock.now += 3600
+    share(house, ledger)
+    house.scheduler.tick(house.clock.now)
+    assert (await standing.future).flight.server_id == "a"
+
+
+async def test_nothing_is_set_aside_for_who_gives_up() -> None:
+    house = House()
+    house.attach("a", slots=1, models=(PAID,))
+    ledger = budgeted(house, 1_000_000)
+    held = await house.acquire(DEAR)
+    waiting = house.acquire(DEAR)
+    await settle()
+    waiting.cancel()
+    house.scheduler.release(held.flight, NEUTRAL)
+    await settle()
+    (pot,) = ledger.pots("default", house.clock.wall())
+    assert (pot.reserved, pot.used) == (0, 0)

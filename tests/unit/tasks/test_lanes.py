@@ -39,7 +39,9 @@ routes = st.builds(
     preset=st.text(max_size=5),
 )
 all_lanes = st.builds(
-    lambda tenant, route, unfit, avoided, spent: Lane(Tenant(tenant), route.priority, route, unfit, avoided, spent),
+    lambda tenant, route, unfit, avoided, spent: Lane(
+        Tenant(tenant), route.priority, replace(route, tenant=tenant), unfit, avoided, spent
+    ),
     names, routes, failed, failed, models,
 )  # fmt: skip
 

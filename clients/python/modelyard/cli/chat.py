@@ -13,7 +13,7 @@ from modelyard.cli import output
 from modelyard.cli.connection import told
 from modelyard.cli.errors import words
 from modelyard.cli.generate import AnswerPrinter, answer, statistics
-from modelyard.cli.options import chat_options, direct_option, timeout_option
+from modelyard.cli.options import chat_options, direct_option, tenant_option, timeout_option
 from modelyard.cli.session import ClientSettings, Session, client_settings
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ Ctrl-C         stop the current answer"""
 @chat_options
 @timeout_option
 @direct_option
+@tenant_option
 @click.pass_obj
 def chat(session: Session, /, timeout: float | None, **options: Any) -> None:
     """Talk with the fleet, turn by turn. /help lists what can be said besides."""
@@ -42,7 +43,7 @@ def chat(session: Session, /, timeout: float | None, **options: Any) -> None:
         _edit_lines()
         output.note(f"Talking with the fleet at {settings.address}. /help for help, Ctrl-D to leave.")
     with asyncio.Runner() as runner:
-        client = runner.run(_connect(settings))
+        client = runner.run(_connect(settings, session.tenant))
         try:
             while (line := _ask()) is not None:
                 if not line:
@@ -59,10 +60,10 @@ def chat(session: Session, /, timeout: float | None, **options: Any) -> None:
             runner.run(client.close())
 
 
-async def _connect(settings: ClientSettings) -> AsyncClient:
+async def _connect(settings: ClientSettings, tenant: str | None) -> AsyncClient:
     from modelyard.client import AsyncClient
 
-    return AsyncClient(settings.address, timeout=settings.timeout, direct=settings.direct)
+    return AsyncClient(settings.address, timeout=settings.timeout, tenant=tenant, direct=settings.direct)
 
 
 def _edit_lines() -> None:

@@ -16,6 +16,7 @@ from modelyard.cli.options import (
     request,
     request_options,
     requirement_options,
+    tenant_option,
     timeout_option,
 )
 from modelyard.cli.session import Session
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 @click.option("--explain", is_flag=True, help="Show the decision behind the answer, on standard error.")
 @click.option("-q", "--quiet", is_flag=True, help="No line about server and speed.")
 @as_json
+@tenant_option
 @click.pass_obj
 def generate(
     session: Session, /, prompt: str | None, timeout: float | None, explain: bool, quiet: bool, **options: Any
@@ -154,6 +156,7 @@ def statistics(result: GenerationResult) -> str:
 @requirement_options
 @timeout_option
 @as_json
+@tenant_option
 @click.pass_obj
 def embed(session: Session, /, texts: tuple[str, ...], timeout: float | None, **options: Any) -> None:
     """Turn texts into vectors, one each; without arguments, each line of standard input.

@@ -10,7 +10,7 @@ import click
 
 from modelyard.cli import output
 from modelyard.cli.connection import call
-from modelyard.cli.options import as_json, read_prompt, request, request_options
+from modelyard.cli.options import as_json, read_prompt, request, request_options, tenant_option
 from modelyard.cli.output import Column
 from modelyard.cli.session import Session
 
@@ -139,6 +139,7 @@ def _state(server: ServerStatus) -> str:
 @click.argument("prompt", required=False)
 @request_options
 @as_json
+@tenant_option
 @click.pass_obj
 def explain(session: Session, /, prompt: str | None, **options: Any) -> int:
     """Show what would be chosen for a request, and why. Nothing is generated.

@@ -57,7 +57,7 @@ tenant_option: Callable[[F], F] = click.option(
     metavar="NAME",
     expose_value=False,
     callback=_remember_tenant,
-    help='Whose. Default: MODELYARD_TENANT, "default".',
+    help='Who asks, or whose. Default: MODELYARD_TENANT, "default".',
 )
 
 _REQUIREMENTS = (

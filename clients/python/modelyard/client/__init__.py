@@ -14,6 +14,7 @@ from modelyard.client._belief_types import Belief, CallbackDelivery
 from modelyard.client._beliefs import AsyncBeliefs, AsyncCallbacks
 from modelyard.client._errors import (
     AttemptsExhausted,
+    BudgetExhausted,
     Cancelled,
     ConnectionFailed,
     ContentRefused,
@@ -92,6 +93,7 @@ from modelyard.client._types import (
     TopLogprob,
     Usage,
 )
+from modelyard.client._usage_types import BudgetStatus, UsageReport, UsageRow
 
 __all__ = [
     "ADDRESS_VARIABLE",
@@ -109,6 +111,8 @@ __all__ = [
     "AttemptsExhausted",
     "Belief",
     "Beliefs",
+    "BudgetExhausted",
+    "BudgetStatus",
     "CallbackDelivery",
     "Callbacks",
     "Cancelled",
@@ -192,5 +196,7 @@ __all__ = [
     "UnknownTask",
     "Unsupported",
     "Usage",
+    "UsageReport",
+    "UsageRow",
     "WrongState",
 ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import os
 import re
 from collections.abc import AsyncGenerator, Awaitable, Sequence
+from datetime import datetime
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -33,6 +35,8 @@ from modelyard.client._types import (
     Preset,
     ServerStatus,
 )
+from modelyard.client._usage import AsyncAccounting
+from modelyard.client._usage_types import UsageReport
 from modelyard.client._whole import WholeAnswers
 from modelyard.rpc.calls import SharedChannel
 from modelyard.rpc.channels import channel
@@ -71,7 +75,7 @@ class AsyncClient:
               MODELYARD_DIRECT, else "auto"
     retries   how often a call that failed with TryAgain is made again, after the pause that the
               control plane asks for; never after a part of the answer has come
-    tenant    whose durable tasks and beliefs are meant; default: environment variable
+    tenant    whose durable tasks, beliefs, budgets and usage are meant; default: environment variable
               MODELYARD_TENANT, else "default"
 
     May be made anywhere; belongs to the event loop that uses it first. One connection is used for
@@ -105,6 +109,7 @@ class AsyncClient:
         """What is held to be true."""
         self.callbacks = AsyncCallbacks(self)
         """What became of the callbacks of durable tasks."""
+        self._accounting = AsyncAccounting(self)
 
     async def __aenter__(self) -> Self:
         return self
@@ -180,6 +185,21 @@ class AsyncClient:
         request = orchestrator_pb2.ExplainSelectionRequest(request=generate_request(input, **options))
         response = await self._call("ExplainSelection", request, timeout)
         return answers.decision(response.decision, response.estimated_prompt_tokens)
+
+    async def usage(
+        self,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        by: str | Sequence[str] = (),
+        timeout: float | None = None,
+    ) -> UsageReport:
+        """What this client's tenant has used between two times, rounded to hours, and how its budgets stand.
+
+        `by` tells rows apart: "model", "provider", "server", "task_type", "hour" or "day"; without it there is only
+        the total.
+        """
+        return await self._accounting.usage(since, until, by, timeout)
 
     # ------------------------------------------------------------------ fleet ---
 
@@ -279,7 +299,8 @@ class AsyncClient:
         if self._channel is None:
             # Not earlier: a grpc.aio channel binds to the loop that runs when it is made.
             self._channel = SharedChannel(channel(self.address))
-            self._stub = orchestrator_pb2_grpc.OrchestratorStub(self._channel)  # type: ignore[no-untyped-call]
+            stub = orchestrator_pb2_grpc.OrchestratorStub(self._channel)  # type: ignore[no-untyped-call]
+            self._stub = _AsTenant(stub, self._metadata) if self._metadata else stub
             self._loop = loop
         elif self._loop is not loop:
             raise RuntimeError("an AsyncClient belongs to the event loop that used it first: make one per loop")
@@ -341,8 +362,19 @@ class AsyncClient:
             raise Cancelled("the client was closed") from None
 
 
+class _AsTenant:
+    """A stub whose calls all say whose they are."""
+
+    def __init__(self, stub: Any, metadata: tuple[tuple[str, str], ...]) -> None:
+        self._stub = stub
+        self._metadata = metadata
+
+    def __getattr__(self, method: str) -> Any:
+        return functools.partial(getattr(self._stub, method), metadata=self._metadata)
+
+
 def _tenant_metadata(tenant: str | None) -> tuple[tuple[str, str], ...]:
-    """What goes with every call about tasks and beliefs. Raises ValueError for what is no name of a tenant."""
+    """What goes with every call. Raises ValueError for what is no name of a tenant."""
     if not tenant:
         return ()
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", tenant):

@@ -13,6 +13,7 @@
     +-- TaskFailed                 a durable task did not succeed; .task says why
     +-- NoCapableServer            relax what the nearest miss names
     +-- Unsupported                choose another model
+    +-- BudgetExhausted            until .retry_after only free models answer
     +-- TryAgain                   nothing was generated; waiting may help (see .retry_after)
     |   +-- QueueFull
     |   +-- ServerBusy
@@ -200,6 +201,13 @@ class QueueFull(TryAgain):
     default_reason = "QUEUE_FULL"
 
 
+class BudgetExhausted(ModelyardError):
+    """The tenant's budget is used up; free models still answer. `retry_after` is when its window ends, which may be
+    weeks: nothing is tried again by itself. See `Client.usage`."""
+
+    default_reason = "BUDGET_EXHAUSTED"
+
+
 class ServerBusy(TryAgain):
     """The model server is full."""
 
@@ -352,6 +360,7 @@ BY_REASON: Mapping[Reason, type[ModelyardError]] = {
     Reason.NO_CAPABLE_SERVER: NoCapableServer,
     Reason.CONTENT_REFUSED: ContentRefused,
     Reason.QUEUE_FULL: QueueFull,
+    Reason.BUDGET_EXHAUSTED: BudgetExhausted,
     Reason.SLOW_READER: SlowReader,
     Reason.SERVER_BUSY: ServerBusy,
     Reason.RATE_LIMITED: RateLimited,

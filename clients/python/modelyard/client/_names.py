@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from modelyard.v1 import fleet_pb2, generation_pb2, selection_pb2, task_pb2, task_queue_pb2
+from modelyard.v1 import accounting_pb2, fleet_pb2, generation_pb2, selection_pb2, task_pb2, task_queue_pb2
 
 
 class Names:
@@ -52,6 +52,10 @@ BREAKER_STATE = Names(fleet_pb2.BreakerState, "BREAKER_STATE_", "breaker state")
 TASK_STATE = Names(task_queue_pb2.TaskState, "TASK_STATE_", "state")
 CALLBACK_STATE = Names(task_queue_pb2.CallbackState, "CALLBACK_STATE_", "state of a callback")
 TASK_EVENT_TYPE = Names(task_queue_pb2.TaskEventType, "TASK_EVENT_TYPE_", "event")
+
+USAGE_DIMENSION = Names(accounting_pb2.UsageDimension, "USAGE_DIMENSION_", "dimension of usage")
+BUDGET_UNIT = Names(accounting_pb2.BudgetUnit, "BUDGET_UNIT_", "unit of a budget")
+BUDGET_WINDOW = Names(accounting_pb2.BudgetWindow, "BUDGET_WINDOW_", "window of a budget")
 
 TASK_TYPES: tuple[str, ...] = tuple(TASK_TYPE)
 """Every value of `task_type`."""

@@ -8,6 +8,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from datetime import datetime
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -30,6 +31,7 @@ from modelyard.client._types import (
     Preset,
     ServerStatus,
 )
+from modelyard.client._usage_types import UsageReport
 
 T = TypeVar("T")
 
@@ -205,6 +207,18 @@ class Client:
     ) -> EmbedResult:
         """Turn one text or up to 2,048 into vectors, one each, in order."""
         return self._run(self._client.embed(inputs, timeout=timeout, retries=retries, **requirements))
+
+    def usage(
+        self,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        by: str | Sequence[str] = (),
+        timeout: float | None = None,
+    ) -> UsageReport:
+        """What this client's tenant has used between two times, rounded to hours, and how its budgets stand. See
+        AsyncClient.usage."""
+        return self._run(self._client.usage(since=since, until=until, by=by, timeout=timeout))
 
     def explain(self, input: Input, *, timeout: float | None = None, **options: Unpack[GenerateOptions]) -> Decision:
         """Dry run: which server would be chosen for this now, and why not the others."""
