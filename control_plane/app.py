@@ -490,6 +490,10 @@ def _selection_policy(selection: SelectionSettings, weights: Mapping[str, float]
     return Policy(
         weights=Weights(**weights),
         availability_threshold=selection.availability_threshold,
+        ttft_objective_s=selection.ttft_objective,
+        ttft_objective_per_prompt_token_s=selection.ttft_objective_per_prompt_token,
+        tpot_objective_s=selection.tpot_objective,
+        late_binding_s=selection.late_binding,
         latency_reference_s=selection.latency_reference,
         ttft_prior_s=selection.prior_ttft,
         tpot_prior_s=selection.prior_tpot,

@@ -84,6 +84,18 @@ class SelectionSettings(Settings):
     availability_threshold: Share = Field(
         0.2, description="A server and model whose success rate is lower are not chosen."
     )
+    ttft_objective: PositiveSeconds = Field(
+        2.0, description="Seconds to the first token within which a request is served well, but for its prompt."
+    )
+    ttft_objective_per_prompt_token: Seconds = Field(0.001, description="Seconds more for each token of the prompt.")
+    tpot_objective: PositiveSeconds = Field(
+        0.15, description="Seconds per output token within which a request is served well."
+    )
+    late_binding: PositiveSeconds = Field(
+        0.05,
+        description="A server whose prefill is expected to be busy for more than these seconds gets no request: it waits "
+        "where it can still go elsewhere.",
+    )
     latency_reference: PositiveSeconds = Field(5.0, description="Expected seconds at which the latency score is 0.5.")
     cost_reference_usd: Annotated[float, Field(gt=0)] = Field(
         0.01, description="Expected US dollars per request at which the cost score is 0.5."

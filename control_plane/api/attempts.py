@@ -21,7 +21,7 @@ from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Failed
 from control_plane.fleet.charge import Charge
 from control_plane.fleet.registry import Flight, Outcome, OutcomeKind
-from control_plane.fleet.scheduler import Grant, Scheduler
+from control_plane.fleet.scheduler import Grant, Outlook, Scheduler
 from control_plane.scheduling.retry import REQUEST_REASONS, RetryPolicy, blames_server, repeatable, retryable
 from modelyard.program.process import first_of
 from modelyard.rpc.calls import UnaryCall
@@ -54,7 +54,17 @@ class Progress:
     """That have come, at least."""
     lost: bool = False
     """The server's lease ran out during the attempt."""
+    overdue: bool = False
+    """Its first token was so late that another server is asked."""
+    may_leave: Callable[[], bool] = lambda: False
+    """Whether there is another."""
     call: UnaryCall | grpc.aio.Call | None = None
+
+    def leave(self) -> None:
+        """End the attempt because its first token is overdue, if there is another server to ask."""
+        if self.call is not None and not self.tokens_sent and self.may_leave():
+            self.overdue = True
+            self.call.cancel()
 
     def lose(self) -> None:
         """End the attempt because nothing will come from its server any more."""
@@ -89,7 +99,7 @@ class Attempts:
 
         Raises Refusal or DomainError when no attempt can be made or none succeeded.
         """
-        place = self._scheduler.take_place()
+        place, arrived = self._scheduler.take_place(), self._clock.monotonic()
         unfit: frozenset[Failed] = frozenset()
         failed: Mapping[Failed, Flight | None] = dict.fromkeys(avoid)
         """Those that may do another time; with the flight if there was no word from the server."""
@@ -104,6 +114,7 @@ class Attempts:
                     size=size,
                     place=place,
                     again=bool(history),
+                    arrived=arrived,
                 )
             except DomainError as error:
                 if not (history or failed) or error.reason not in ("NO_CAPABLE_SERVER", "SERVERS_AWAY"):
@@ -124,6 +135,13 @@ class Attempts:
             history.append(entry)
             progress = Progress()
             flight.on_lost = progress.lose
+            tried = unfit.union(failed, {server})
+
+            def may_leave(tried: frozenset[Failed] = tried) -> bool:
+                more = len(history) < self._policy.max_attempts
+                return more and self._scheduler.outlook(request, tried) is Outlook.HERE
+
+            progress.may_leave = may_leave
             try:
                 if on_grant:
                     await on_grant(grant)
@@ -184,6 +202,8 @@ async def judged(attempt: Awaitable[T], progress: Progress) -> T:
         raise AttemptFailed(Refusal(Reason.ENGINE_FAILED, "the server sent what is no answer")) from error
     except asyncio.CancelledError:
         task = asyncio.current_task()
+        if progress.overdue and (task is None or not task.cancelling()):
+            raise AttemptFailed(Refusal(Reason.ENGINE_FAILED, "its first token was overdue")) from None
         if not progress.lost or (task is not None and task.cancelling()):
             raise  # the caller went away
         raise AttemptFailed(Refusal(Reason.SERVERS_AWAY, "the server's lease ran out during the attempt")) from None

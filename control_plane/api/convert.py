@@ -11,6 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from control_plane.domain.decision import DecisionRecord, ScoredCandidate
 from control_plane.domain.model import ModelCard, ModelName, ModelState, Price, Provider, ServerId
+from control_plane.domain.prompt import Blocks
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Hardware, Health, Identity, Load, Pool, Report
 from control_plane.domain.task import Feature, Priority, TaskType
@@ -66,9 +67,10 @@ def route_request(
     tenant: str,
     model: tuple[ModelName, Provider | None] | None,
     more_tokens: int = 0,
+    blocks: Blocks | None = None,
 ) -> RouteRequest:
-    """What routing may know of a checked request, whose prompt has `more_tokens` beside what is in its input. `model`
-    is the resolved pin."""
+    """What routing may know of a checked request, whose prompt has `more_tokens` beside what is in its input, and
+    these `blocks`. `model` is the resolved pin."""
     requirements = message.requirements
     task_type = TaskType(message.task_type or TaskType.CHAT)
     features = feature_set((*implied_features(message.input), *requirements.features))
@@ -83,6 +85,7 @@ def route_request(
         max_tokens=sampling.max_tokens if sampling.HasField("max_tokens") else None,
         features=features,
         preset=message.preset,
+        blocks=blocks,
         tenant=tenant,
         **_pins(requirements, model),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -13,6 +14,7 @@ from control_plane.api import convert
 from control_plane.api.answer import in_one_piece, mean_tpot
 from control_plane.api.attempts import AttemptFailed, Attempts, Progress, charged
 from control_plane.api.metrics import Metrics
+from control_plane.api.prompt_blocks import prompt_blocks
 from control_plane.api.tenant import tenant_of
 from control_plane.api.upstream import Upstream, Upstreams
 from control_plane.api.whole import complete
@@ -20,6 +22,7 @@ from control_plane.config import LimitSettings
 from control_plane.domain.errors import fleet_warming_up, unknown_model
 from control_plane.domain.model import ModelName, Provider, ServerId
 from control_plane.domain.ports import Clock
+from control_plane.domain.prompt import Blocks
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Failed
 from control_plane.fleet.accounts import Accounts
@@ -135,6 +138,7 @@ class Generation:
     ) -> None:
         self._accounts = accounts
         self._orchestrator_id = orchestrator_id
+        self._secret = secrets.token_bytes(32)
         self._fleet = fleet
         self._attempts = attempts
         self._upstreams = upstreams
@@ -176,7 +180,10 @@ class Generation:
         violations = check_generate_request(request)
         if violations:
             raise invalid(violations)
-        route = convert.route_request(request, request_id, tenant_of(context), self.pinned(request.requirements))
+        tenant = tenant_of(context)
+        route = convert.route_request(
+            request, request_id, tenant, self.pinned(request.requirements), blocks=self._blocks(request.input, tenant)
+        )
         limit = self.time_limit(context)
         if preset is not None and preset.timeout is not None:
             limit = min(limit, preset.timeout)
@@ -281,6 +288,10 @@ class Generation:
     async def funded(self, route: RouteRequest) -> None:
         """Return when the tenant's money is here, as far as there is any."""
         await self._accounts.ready(route, self._fleet.table)
+
+    def _blocks(self, source: GenerationInput, tenant: str) -> Blocks:
+        """The beginnings of a prompt, to be looked for in the caches of servers."""
+        return prompt_blocks(source, self._secret, tenant)
 
     def let_end(self, call: grpc.aio.Call) -> None:
         """Give a call that has told its result a moment for its status; dropping it would cancel it."""
@@ -413,7 +424,7 @@ class _Relay:
                     pieces = (whole.answer.delta,) if whole.answer.HasField("delta") else ()
                     told = whole.answer, pieces, whole.first, whole.last
             if told is None:
-                told = await self._relay(upstream, request, progress)
+                told = await self._relay(upstream, request, progress, flight)
         answer, deltas, first, last = told
         take_down(flight.charge, answer.result.usage)
         outcome = self._outcome(answer.result, started, first, last)
@@ -430,11 +441,12 @@ class _Relay:
             await self._write(response.SerializeToString())
         return None, outcome
 
-    async def _relay(self, upstream: Upstream, request: bytes, progress: Progress) -> _Told:
+    async def _relay(self, upstream: Upstream, request: bytes, progress: Progress, flight: Flight) -> _Told:
         """Ask for a stream and pass on what comes, or keep it for who wants it whole."""
         clock, keep = self._owner._clock.monotonic, self._whole is not None
         call = upstream.generate(request, timeout=max(0.0, self._deadline - clock()))
         progress.call = call
+        flight.on_overdue = progress.leave
         kept: list[GenerationDelta] = []
         first = last = 0.0
         try:
@@ -445,7 +457,9 @@ class _Relay:
                     raise AttemptFailed(Refusal(Reason.ENGINE_FAILED, "the stream ended without a result"))
                 if chunk and chunk[0] == _DELTA_TAG and _is_one_field(chunk):
                     last = clock()
-                    first = first or last
+                    if not first:
+                        first = last
+                        self._owner._fleet.first_token(flight, first)
                     progress.tokens += 1
                     if keep:
                         kept.append(ModelServerGenerateResponse.FromString(chunk).delta)

@@ -44,6 +44,8 @@ _GONE_KEPT = 64
 # A first token is too late after so many times what nine of ten are expected to take, and after so many seconds.
 _OVERDUE = 2.0
 _OVERDUE_SOONEST = 1.0
+# Observations before it is known how long that takes.
+_EVIDENCE = 3.0
 
 PairKey = tuple[ModelName, Provider]
 
@@ -66,11 +68,6 @@ class Outcome:
     ttft: float | None = None
     """Seconds from dispatch to the first token."""
     tpot: float | None = None
-    prompt_tokens: int = 0
-    """As the server counted; 0: it did not."""
-    cached_tokens: int = 0
-    """Of those, from its prefix cache."""
-    completion_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -508,7 +505,7 @@ class Fleet:
         flight.expected_first = now + wait + ttft(coefficients, uncached, 0.0, 0.0)
         if flight.cold:
             flight.expected_first += float(table.load_time[row]) if table.load_time[row] > 0 else 0.0
-        if not flight.cold:
+        if not flight.cold and coefficients.evidence >= _EVIDENCE:
             expected = ttft(coefficients, uncached, backlog, float(load.waiting)) * coefficients.ttft_spread[-1]
             flight.overdue_at = now + max(_OVERDUE_SOONEST, _OVERDUE * expected)
         flight.promised_ttft = ttft(coefficients, uncached, backlog, float(load.waiting))
@@ -553,18 +550,18 @@ class Fleet:
     def _learn(self, flight: Flight, outcome: Outcome, now: float) -> None:
         if flight.request is None:
             return
-        features = flight.features
-        if flight.credit is not None and outcome.prompt_tokens:
-            self._prefixes.finish(flight.credit, outcome.cached_tokens, outcome.prompt_tokens)
-            flight.credit = None
-        if outcome.prompt_tokens:
-            features = replace(features, prompt_tokens=outcome.prompt_tokens, cached_tokens=outcome.cached_tokens)
+        features, used = flight.features, flight.charge.used
+        if used is not None and used.whole and used.prompt:
+            if flight.credit is not None:
+                self._prefixes.finish(flight.credit, used.cached_prompt, used.prompt)
+                flight.credit = None
+            features = replace(features, prompt_tokens=used.prompt, cached_tokens=used.cached_prompt)
         self._latency.observe(
             self._row_key(flight), features, outcome.ttft, outcome.tpot, now,
             promised_ttft=flight.promised_ttft, promised_tpot=flight.promised_tpot,
         )  # fmt: skip
-        if outcome.completion_tokens:
-            self._lengths.observe(flight.request.task_type, flight.model, outcome.completion_tokens)
+        if used is not None and used.whole and used.completion:
+            self._lengths.observe(flight.request.task_type, flight.model, used.completion)
 
     def _refresh_work(self, server: Server, now: float) -> None:
         slot_at = math.nan

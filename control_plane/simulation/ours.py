@@ -202,15 +202,13 @@ class Ours:
         attempt = self._jobs.pop(job)
         if attempt.flight is not None:
             tokens = usage.output_tokens
+            attempt.flight.charge.count(usage.prompt_tokens, usage.cached_tokens, tokens)
             self._release(
                 attempt,
                 Outcome(
                     OutcomeKind.SUCCESS,
                     ttft=attempt.first_at - attempt.sent_at,
                     tpot=(now - attempt.first_at) / (tokens - 1) if tokens > 1 else None,
-                    prompt_tokens=usage.prompt_tokens,
-                    cached_tokens=usage.cached_tokens,
-                    completion_tokens=tokens,
                 ),
             )
 

@@ -34,6 +34,8 @@ class RejectionReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REJECTION_REASON_MODEL_NOT_HERE: _ClassVar[RejectionReason]
     REJECTION_REASON_TOO_EXPENSIVE: _ClassVar[RejectionReason]
     REJECTION_REASON_BUDGET: _ClassVar[RejectionReason]
+    REJECTION_REASON_PREFILL_BUSY: _ClassVar[RejectionReason]
+    REJECTION_REASON_BETTER_LATER: _ClassVar[RejectionReason]
 VERDICT_UNSPECIFIED: Verdict
 VERDICT_CHOSEN: Verdict
 VERDICT_WAIT: Verdict
@@ -55,6 +57,8 @@ REJECTION_REASON_LOADING_TAKES_LONGER: RejectionReason
 REJECTION_REASON_MODEL_NOT_HERE: RejectionReason
 REJECTION_REASON_TOO_EXPENSIVE: RejectionReason
 REJECTION_REASON_BUDGET: RejectionReason
+REJECTION_REASON_PREFILL_BUSY: RejectionReason
+REJECTION_REASON_BETTER_LATER: RejectionReason
 
 class Requirements(_message.Message):
     __slots__ = ("model", "provider", "server_id", "excluded_server_ids", "min_context_length", "features", "labels", "max_cost_nano_usd", "excluded_models")
