@@ -93,8 +93,8 @@ class SelectionSettings(Settings):
     )
     late_binding: PositiveSeconds = Field(
         0.05,
-        description="A server whose prefill is expected to be busy for more than these seconds gets no request: it waits "
-        "where it can still go elsewhere.",
+        description="A server whose prefill is expected to be busy for more than these seconds gets none: they wait "
+        "where they can still go elsewhere.",
     )
     latency_reference: PositiveSeconds = Field(5.0, description="Expected seconds at which the latency score is 0.5.")
     cost_reference_usd: Annotated[float, Field(gt=0)] = Field(
