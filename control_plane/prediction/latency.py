@@ -211,7 +211,7 @@ class LatencyModel:
         self._renew(row)
         base, prompt, backlog, waiting, tpot_base, per_stream = map(math.exp, row.belief.mean)
         late = math.exp(self._late(row, now))
-        idle = min(max(0.0, now - row.belief.at), LONGEST_IDLE)
+        idle = min(max(0.0, now - row.belief.at), LONGEST_IDLE) if row.observed else 0.0  # nothing grows stale
         spreads = []
         for kind in (TTFT, TPOT):
             deviation = math.sqrt(row.uncertain[kind] + self._rate * idle + row.ratios.miss[kind])
