@@ -21,6 +21,7 @@ from modelyard.client import (
     Delta,
     FieldViolation,
     FleetWarmingUp,
+    GenerationStream,
     InternalError,
     InvalidRequest,
     ModelProgress,
