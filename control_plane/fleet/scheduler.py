@@ -354,6 +354,8 @@ class Scheduler:
             self._hoping, self._picture_changed = False, True
         if now >= self._reconsider_at:
             self._reconsider_at, self._known = math.inf, None
+        if not len(self._queue):
+            self._short.clear()
         for tenant in [tenant for tenant in self._short if self._accounts.renewed(tenant)]:
             self._funds_changed(tenant)
         self._pump()
@@ -368,6 +370,8 @@ class Scheduler:
         if tenant in self._short:
             self._short.discard(tenant)
             self._known, self._picture_changed = None, True
+            if self._offer is not None:
+                self._offer.missed = True  # it may have come past those who wait for the money already
             self._pump()
 
     def _pump(self) -> None:
@@ -625,7 +629,7 @@ class Scheduler:
             if not background:
                 self._on_granted(request.priority, now - since)
             return Grant(flight, now - since, record)
-        if funds is not None:
+        if funds is not None and (choice.verdict is Verdict.WAIT or background):
             self._short.add(request.tenant)
             if choice.verdict is Verdict.WAIT and choice.lacking is not None:
                 self._accounts.want(request.tenant, choice.lacking)

@@ -55,7 +55,7 @@ async def test_a_request_names_a_preset_and_a_hot_reload_drops_no_stream(tmp_pat
         go_on.set()
         assert [piece.text async for piece in pieces] == ["two"]
         await client.generate("Hello", preset="terse")
-        assert server.calls_of("Generate")[-1].request.input.sampling.max_tokens == 9
+        assert server.calls_of("Complete")[-1].request.input.sampling.max_tokens == 9
 
         with pytest.raises(InvalidRequest) as refused:
             await client.generate("Hello", preset="ters")

@@ -109,7 +109,7 @@ class FakeOrchestrator(FakeServer):
         self, request: orchestrator_pb2.CompleteRequest, context: ServicerContext
     ) -> orchestrator_pb2.CompleteResponse:
         request_id = request.request_id or f"fake-{len(self.calls)}"
-        await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+        context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
         async with self._received("Complete", context, request):
             asked = orchestrator_pb2.GenerateRequest.FromString(request.SerializeToString())
             script = self._script if self.on_generate is None else self.on_generate(asked)

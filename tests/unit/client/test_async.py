@@ -21,6 +21,7 @@ from modelyard.client import (
     Delta,
     FieldViolation,
     FleetWarmingUp,
+    GenerationStream,
     InternalError,
     InvalidRequest,
     ModelProgress,
@@ -239,6 +240,10 @@ async def test_request_id_of_a_failure_is_the_control_planes(fake: FakeOrchestra
     assert caught.value.request_id == "fake-0"
 
 
+async def read(stream: GenerationStream) -> list[Any]:
+    return [chunk async for chunk in stream]
+
+
 async def test_request_id_of_a_failure_that_is_there_before_it_is_waited_for() -> None:
     """gRPC learns the status of a stream before it asks for its initial metadata, and has none then."""
     loop, served = asyncio.new_event_loop(), FakeOrchestrator()
@@ -254,7 +259,7 @@ async def test_request_id_of_a_failure_that_is_there_before_it_is_waited_for() -
             await client.generate("connected")
             for number in range(1, 11):
                 served.inject_error("Generate", Refusal(Reason.INTERNAL, "bug"))
-                asking = asyncio.create_task(client.generate("hi"))
+                asking = asyncio.create_task(read(client.stream("hi")))
                 while len(served.calls) <= number:
                     await asyncio.sleep(0)
                 time.sleep(0.01)  # this loop is busy, the answer comes meanwhile

@@ -823,3 +823,34 @@ async def test_nothing_is_set_aside_for_who_gives_up() -> None:
     await settle()
     (pot,) = ledger.pots("default", house.clock.wall())
     assert (pot.reserved, pot.used) == (0, 0)
+
+
+async def test_money_that_comes_while_others_are_offered_a_slot_is_not_overlooked() -> None:
+    """The offer has come past the one who waits for it and is interrupted before its end."""
+    house = House()
+    house.attach("a", slots=8, models=(PAID,))
+    budgeted(house, 150_000)
+    held = await house.acquire(DEAR)
+    waiting = house.acquire(DEAR)
+    others = [house.acquire(replace(DEAR, tenant=f"t{number}")) for number in range(5)]
+    await settle()
+    held.flight.charge.begin()
+    held.flight.charge.count(10, 0, 1)
+    scheduler, seen = house.scheduler, []
+
+    def selected(seconds: float) -> None:
+        """Each selection takes so long that the round ends after it."""
+        house.selected(seconds)
+        house.clock.now += 1.0
+        seen.append(seconds)
+        if len(seen) == 2:
+            scheduler.release(held.flight, NEUTRAL)
+
+    scheduler._on_selected = selected
+    scheduler._known = None
+    scheduler._pump()
+    async with asyncio.timeout(5):
+        await waiting
+    for other in others:
+        other.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
