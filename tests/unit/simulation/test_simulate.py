@@ -250,7 +250,7 @@ def test_slices(trace_file: str, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--policy", "magic"], "no policy magic: there are random"),
+        (["--policy", "magic"], "no policy magic: there are modelyard"),
         (["--policy", ","], "no policy named"),
         (["--load", "0"], "'0' is not a number above 0"),
         (["--load", "1", "--rate", "1"], "not allowed with argument"),
