@@ -44,7 +44,7 @@ _GONE_KEPT = 64
 # A first token is too late after so many times what nine of ten are expected to take, and after so many seconds.
 _OVERDUE = 2.0
 _OVERDUE_SOONEST = 1.0
-# Observations before it is known how long that takes.
+# Observations before it is known how long that takes; till then nobody is waited for longer than the objective.
 _EVIDENCE = 3.0
 
 PairKey = tuple[ModelName, Provider]
@@ -417,14 +417,21 @@ class Fleet:
         for key in list(self._troubled):
             self._refresh_pair(*key, now)
         for server in self._servers.values():
-            if server.prefilling and now >= server.lane_until:
+            if server.prefilling and now >= min(server.lane_until, next(iter(server.prefilling)).overdue_at):
                 self._overdue(server, now)
 
     # --------------------------------------------------------- dispatching ---
 
-    def begin(self, row: int, now: float, request: RouteRequest | None = None, cached: float = 0.0) -> Flight:
+    def begin(
+        self,
+        row: int,
+        now: float,
+        request: RouteRequest | None = None,
+        cached: float = 0.0,
+        patience: float = math.inf,
+    ) -> Flight:
         """Take a slot for a request on the chosen row of the table; so many tokens of its prompt are expected to be
-        `cached` there."""
+        `cached` there. A server of which little is known is given `patience` seconds for the first token."""
         chosen = self.table.rows[row]
         server_id, model, provider = chosen.server_id, chosen.card.name, chosen.card.provider
         server = self._servers[server_id]
@@ -435,7 +442,7 @@ class Fleet:
         cold = self.table.cold is not None and bool(self.table.cold[row])
         flight = Flight(server, model, provider, chosen.card.price, pair, pair.breaker.epoch, now, cold)
         flight.request = request
-        self._expect(flight, row, now, cached)
+        self._expect(flight, row, now, cached, patience)
         server.flights.add(flight)
         self.table.take(row)
         self._refresh_work(server, now)
@@ -487,7 +494,7 @@ class Fleet:
         """Tokens of the prompt that each row of the table is expected to have in its prefix cache, shape (rows,)."""
         return self._prefixes.match(request.blocks) if request.blocks is not None else None
 
-    def _expect(self, flight: Flight, row: int, now: float, cached: float) -> None:
+    def _expect(self, flight: Flight, row: int, now: float, cached: float, patience: float) -> None:
         """What is expected of a flight that begins."""
         request, server, table = flight.request, flight.server, self.table
         if request is None:
@@ -505,9 +512,10 @@ class Fleet:
         flight.expected_first = now + wait + ttft(coefficients, uncached, 0.0, 0.0)
         if flight.cold:
             flight.expected_first += float(table.load_time[row]) if table.load_time[row] > 0 else 0.0
-        if not flight.cold and coefficients.evidence >= _EVIDENCE:
+        if not flight.cold:
             expected = ttft(coefficients, uncached, backlog, float(load.waiting)) * coefficients.ttft_spread[-1]
-            flight.overdue_at = now + max(_OVERDUE_SOONEST, _OVERDUE * expected)
+            longest = math.inf if coefficients.evidence >= _EVIDENCE else patience
+            flight.overdue_at = now + min(longest, max(_OVERDUE_SOONEST, _OVERDUE * expected))
         flight.promised_ttft = ttft(coefficients, uncached, backlog, float(load.waiting))
         flight.promised_tpot = coefficients.tpot_base + coefficients.tpot_per_stream * streams
         tokens = self._lengths.expect(request.task_type, flight.model, request.max_tokens).mean
@@ -529,7 +537,7 @@ class Fleet:
 
     def _overdue(self, server: Server, now: float) -> None:
         """Prompts that should be through are not, as far as is known."""
-        if not any(flight.on_overdue for flight in server.prefilling):
+        if now >= server.lane_until and not any(flight.on_overdue for flight in server.prefilling):
             server.prefilling.clear()  # nobody will tell of their first tokens
         for flight in list(server.prefilling):
             if flight.on_overdue is not None and now >= flight.overdue_at:

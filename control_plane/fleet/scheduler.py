@@ -622,7 +622,8 @@ class Scheduler:
                 if with_record
                 else None
             )  # fmt: skip
-            flight = self._fleet.begin(choice.row, now, request, 0.0 if cached is None else float(cached[choice.row]))
+            there = 0.0 if cached is None else float(cached[choice.row])
+            flight = self._fleet.begin(choice.row, now, request, there, policy.ttft_objective(request.prompt_tokens))
             self._queue.charge(request.tenant, flight.work)
             flight.charge = charge
             self._granted += 1

@@ -1,0 +1,104 @@
+"""What the fleet knows of requests on their way to the first token."""
+
+from __future__ import annotations
+
+from control_plane.domain.request import RouteRequest
+from control_plane.fleet.registry import Fleet, Flight, Outcome, OutcomeKind
+from tests.unit.control_plane.builders import fleet, report
+
+REQUEST = RouteRequest("r", prompt_tokens=1000)
+NEUTRAL = Outcome(OutcomeKind.NEUTRAL)
+
+
+def house() -> Fleet:
+    subject = fleet()
+    subject.attach(report(slots=8), 0.0, 0.0, lambda: None)
+    return subject
+
+
+def answered(subject: Fleet, now: float, ttft: float, tpot: float = 0.01) -> None:
+    flight = subject.begin(0, now, REQUEST)
+    subject.first_token(flight, now + ttft)
+    flight.charge.count(1000, 0, 11)
+    subject.end(flight, Outcome(OutcomeKind.SUCCESS, ttft, tpot), now + ttft + 10 * tpot)
+
+
+def taught(ttft: float = 0.5) -> Fleet:
+    subject = house()
+    for number in range(20):
+        answered(subject, 10.0 * number, ttft)
+    return subject
+
+
+def lane(subject: Fleet) -> float:
+    return float(subject.table.lane_until[0])
+
+
+def test_the_prefill_is_busy_until_the_first_token() -> None:
+    subject = taught()
+    first = subject.begin(0, 300.0, REQUEST)
+    assert 300.1 < lane(subject) < 301.0
+    second = subject.begin(0, 300.0, REQUEST)
+    assert lane(subject) > 300.6
+    assert subject.table.streams[0] == 0
+    subject.first_token(first, 300.2)
+    assert 300.3 < lane(subject) < 301.0 and subject.table.streams[0] == 1
+    subject.end(second, NEUTRAL, 300.3)
+    assert lane(subject) == 0.0
+    subject.end(first, NEUTRAL, 301.0)
+    assert subject.table.streams[0] == 0
+
+
+def test_a_first_token_that_is_late_keeps_the_prefill_busy() -> None:
+    subject = taught()
+    flight = subject.begin(0, 300.0, REQUEST)
+    flight.on_overdue = lambda: None
+    subject.tick(302.0)
+    assert lane(subject) > 302.5, "it may take as long again as it is late"
+
+
+def test_one_that_nobody_tells_of_is_through_when_it_should_be() -> None:
+    subject = taught()
+    subject.begin(0, 300.0, REQUEST)
+    subject.tick(302.0)
+    assert subject.table.streams[0] == 1 and lane(subject) <= 302.0
+
+
+def test_who_is_overdue_is_told_once_and_the_server_counts_as_slow() -> None:
+    subject = taught()
+    told: list[Flight] = []
+    flight = subject.begin(0, 300.0, REQUEST)
+    flight.on_overdue = lambda: told.append(flight)
+    before = float(subject.table.per_prompt_token[0])
+    subject.tick(300.6)
+    assert not told
+    for now in (310.0, 311.0, 312.0):
+        subject.tick(now)
+    assert told == [flight]
+    assert subject.table.per_prompt_token[0] > 5 * before
+    subject.first_token(flight, 312.5)
+    subject.end(flight, NEUTRAL, 312.5)
+    for number in range(3):
+        answered(subject, 320.0 + number, 0.5)
+    assert subject.table.per_prompt_token[0] < 3 * before, "answers clear it"
+
+
+def test_where_nothing_is_known_nobody_is_waited_for_longer_than_the_objective() -> None:
+    subject = house()
+    told: list[int] = []
+    flight = subject.begin(0, 0.0, REQUEST, 0.0, 3.0)
+    flight.on_overdue = lambda: told.append(1)
+    subject.tick(2.9)
+    assert not told
+    subject.tick(3.1)
+    assert told
+
+
+def test_a_full_server_tells_when_its_next_slot_is_free() -> None:
+    subject = taught()
+    flights = [subject.begin(0, 300.0 + number, REQUEST) for number in range(8)]
+    for flight in flights:
+        subject.first_token(flight, 309.0)
+    assert 309.0 <= subject.table.slot_at[0] < 320.0
+    for flight in flights:
+        subject.end(flight, NEUTRAL, 310.0)

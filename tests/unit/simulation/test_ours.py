@@ -1,0 +1,66 @@
+"""modelyard's own policy in the simulator: the control plane's code, judged by the harness."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from control_plane.simulation.engine import Fault
+from control_plane.simulation.fleet import fleet
+from control_plane.simulation.harness import FaultEvent, Result, simulate
+from control_plane.simulation.metrics import summary
+from control_plane.simulation.policies import makers
+from control_plane.simulation.traces import Job, Trace, trace
+
+FLEET = fleet("yardstick").hosts
+
+
+def workload(count: int = 400, rate: float = 1.2, seed: int = 1) -> Trace:
+    """Prompts from a few words to many pages, some of which begin alike."""
+    draw = random.Random(seed)
+    jobs, now = [], 0.0
+    for number in range(count):
+        now += draw.expovariate(rate)
+        prompt = int(min(60_000, draw.lognormvariate(8.0, 1.6))) + 10
+        family = draw.randrange(40)
+        blocks = tuple(
+            family * 1000 + index if index < 6 else number * 10_000 + index for index in range(prompt // 512)
+        )
+        jobs.append((Job(number, now, prompt, blocks), draw.randrange(2, 200)))
+    return trace("made up", jobs)
+
+
+def run(policy: str, work: Trace, faults: tuple[FaultEvent, ...] = ()) -> Result:
+    return simulate(work, FLEET, makers(policy, 0)[policy], faults=faults)
+
+
+def test_it_beats_what_knows_less() -> None:
+    work = workload()
+    ours = summary(run("modelyard", work)).goodput
+    for baseline in ("least_inflight", "smg_least_load", "round_robin"):
+        assert ours > summary(run(baseline, work)).goodput, baseline
+
+
+def test_the_same_run_twice() -> None:
+    work = workload(100)
+    first, second = run("modelyard", work), run("modelyard", work)
+    assert [(o.host, o.first_at, o.end_at) for o in first.outcomes] == [
+        (o.host, o.first_at, o.end_at) for o in second.outcomes
+    ]
+
+
+@pytest.mark.parametrize("fault", [Fault.REFUSE, Fault.HTTP500, Fault.HANG])
+def test_a_host_that_fails_before_the_first_token_costs_no_client_its_answer(fault: Fault) -> None:
+    work = workload(150, rate=0.5)
+    broken = FaultEvent(work.jobs[75].arrival, FLEET[0].id, fault)
+    result = run("modelyard", work, (broken,))
+    streaming = [o for o in result.outcomes if o.host == FLEET[0].id and o.first_at < broken.at < o.end_at]
+    failed = [o for o in result.outcomes if o.error and o not in streaming]
+    assert not failed
+
+
+def test_a_stream_that_is_cut_is_told() -> None:
+    work = workload(150, rate=1.0)
+    result = run("modelyard", work, (FaultEvent(work.jobs[75].arrival, FLEET[0].id, Fault.RESET),))
+    assert not any(outcome.silent for outcome in result.outcomes)
