@@ -66,7 +66,8 @@ class Restartable:
         )  # fmt: skip
         assert process.stdout and process.stderr
         self._log = asyncio.create_task(self._collect(process.stderr))
-        line = await asyncio.wait_for(process.stdout.readline(), 60)
+        async with asyncio.timeout(60):  # wait_for of Python 3.11 can lose the cancellation of what goes on for ever
+            line = await process.stdout.readline()
         if not line:
             await process.wait()
             await self._log
@@ -88,6 +89,19 @@ class Restartable:
         await self._process.wait()
         if self._log:
             await self._log
+
+    async def restart(self) -> None:
+        """Kill and start; who is cancelled meanwhile leaves it running all the same."""
+        restarting = asyncio.create_task(self._kill_and_start())
+        try:
+            await asyncio.shield(restarting)
+        except asyncio.CancelledError:
+            await restarting
+            raise
+
+    async def _kill_and_start(self) -> None:
+        await self.kill()
+        await self.start()
 
     def stop(self) -> None:
         """SIGSTOP: it is there, and does nothing."""
@@ -285,6 +299,4 @@ async def restart_now_and_then(cluster: Cluster, programs: list[Restartable], ev
     """Kill one of the programs and start it again, for ever. The pause is about so many seconds."""
     while True:
         await asyncio.sleep(cluster.random.uniform(0.5, 1.5) * every)
-        program = cluster.random.choice(programs)
-        await program.kill()
-        await program.start()
+        await cluster.random.choice(programs).restart()

@@ -250,8 +250,7 @@ async def replicas(database: Database, *, tasks: int, planes: int = 3, seed: int
         async def deaths() -> None:
             while True:
                 await asyncio.sleep(running.random.uniform(2, 5))
-                await running.planes[0].kill()
-                await running.planes[0].start()
+                await running.planes[0].restart()
 
         chaos = [
             deaths(),

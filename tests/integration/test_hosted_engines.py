@@ -324,7 +324,7 @@ async def test_a_status_is_told_once_and_without_secrets(vendor: Vendor, status:
 @pytest.mark.parametrize("kind", ["hang", "stall", "reset", "garbage"])
 async def test_silence_and_rubbish_are_failures(vendor: Vendor, kind: Any):
     async with vendor.standin() as standin:
-        engine = await vendor.started(standin, first_token_seconds=0.3, stall_seconds=0.3)
+        engine = await vendor.started(standin, first_token_seconds=1.0, stall_seconds=1.0)
         standin.fault = Fault(kind)
         assert isinstance(await failure(engine, ask()), EngineFailed)
         await eventually(lambda: standin.connections == 0)

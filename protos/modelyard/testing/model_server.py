@@ -150,7 +150,8 @@ class FakeModelServer(FakeServer):
                     if self.directives:
                         interval = self.directives[-1].next_report_in.ToNanoseconds() / 1e9 or interval
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._due.wait(), interval)
+                        async with asyncio.timeout(interval):
+                            await self._due.wait()
 
             sending = asyncio.create_task(send())
             try:

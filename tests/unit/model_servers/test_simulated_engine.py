@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from contextlib import aclosing
 
 import pytest
@@ -317,14 +318,14 @@ HUGE = [
 @pytest.mark.parametrize("schema", HUGE)
 async def test_a_value_that_does_not_fit_is_cut_off_and_holds_nobody_up(schema):
     engine = await started(tokens_per_chunk=20_000)
-    loop = asyncio.get_running_loop()
-    longest, before, done = 0.0, loop.time(), False
+    clock = time.process_time  # what other programs take is not the engine's
+    longest, before, done = 0.0, clock(), False
 
     async def watch() -> None:
         nonlocal longest, before
         while not done:
             await asyncio.sleep(0.001)
-            longest, before = max(longest, loop.time() - before), loop.time()
+            longest, before = max(longest, clock() - before), clock()
 
     watcher = asyncio.create_task(watch())
     async with asyncio.timeout(20):
