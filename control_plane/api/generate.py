@@ -289,9 +289,9 @@ class Generation:
         """Return when the tenant's money is here, as far as there is any."""
         await self._accounts.ready(route, self._fleet.table)
 
-    def _blocks(self, source: GenerationInput, tenant: str) -> Blocks:
+    def _blocks(self, source: GenerationInput, tenant: str) -> Blocks | None:
         """The beginnings of a prompt, to be looked for in the caches of servers."""
-        return prompt_blocks(source, self._secret, tenant)
+        return prompt_blocks(source, self._secret, tenant) if self._fleet.caches_prefixes else None
 
     def let_end(self, call: grpc.aio.Call) -> None:
         """Give a call that has told its result a moment for its status; dropping it would cancel it."""

@@ -21,9 +21,9 @@ from control_plane.domain.lease import Lease
 from control_plane.domain.model import ModelCard, ModelName, ModelState, Price, Provider, ServerId
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import BreakerState, Failed, Health, LeaseState, Report
-from control_plane.domain.task import Feature
+from control_plane.domain.task import Feature, TaskType
 from control_plane.fleet.charge import Charge
-from control_plane.prediction.features import Features, Kin, RowKey, ttft
+from control_plane.prediction.features import Coefficients, Features, Kin, RowKey, ttft
 from control_plane.prediction.latency import LatencyModel
 from control_plane.prediction.output_length import OutputLength
 from control_plane.prefix.cache import CacheRow, Credit
@@ -46,6 +46,9 @@ _OVERDUE = 2.0
 _OVERDUE_SOONEST = 1.0
 # Observations before it is known how long that takes; till then nobody is waited for longer than the objective.
 _EVIDENCE = 3.0
+
+# Kinds of requests whose length of answer is looked up once a second.
+_LENGTHS_KEPT = 1000
 
 PairKey = tuple[ModelName, Provider]
 
@@ -234,8 +237,13 @@ class Fleet:
         self._without_tickets: frozenset[Failed] | None = None
         self.on_capacity: Callable[[], None] = lambda: None
         self._latency = LatencyModel()
+        self._coefficients: dict[RowKey, Coefficients[float]] = {}
+        """Of every row of the table, as the table has them."""
         self._lengths = OutputLength()
+        self._lengths_at: dict[tuple[TaskType, ModelName, int | None], tuple[float, float]] = {}
+        """Mean of an answer, and until when it is good enough, monotonic seconds."""
         self._prefixes = PrefixIndex()
+        self._caching = False
         self.on_end: Callable[[Flight], None] = lambda flight: None
         """Told of each flight once, when it ends."""
         self.table = CandidateTable([])
@@ -490,6 +498,11 @@ class Fleet:
 
     # ---------------------------------------------------------- prediction ---
 
+    @property
+    def caches_prefixes(self) -> bool:
+        """Whether some model here keeps the beginnings of prompts."""
+        return self._caching
+
     def cached(self, request: RouteRequest) -> Floats | None:
         """Tokens of the prompt that each row of the table is expected to have in its prefix cache, shape (rows,)."""
         return self._prefixes.match(request.blocks) if request.blocks is not None else None
@@ -505,7 +518,7 @@ class Fleet:
         flight.features = Features(
             request.prompt_tokens, cached, backlog, streams, load.waiting, load.kv_cache_utilization, flight.cold
         )
-        coefficients = self._latency.coefficients(self._row_key(flight), now)
+        coefficients = self._coefficients[self._row_key(flight)]
         wait = max(0.0, server.lane_until - now)
         uncached = flight.features.uncached_tokens
         flight.lane = coefficients.per_backlog_token * uncached
@@ -518,7 +531,7 @@ class Fleet:
             flight.overdue_at = now + min(longest, max(_OVERDUE_SOONEST, _OVERDUE * expected))
         flight.promised_ttft = ttft(coefficients, uncached, backlog, float(load.waiting))
         flight.promised_tpot = coefficients.tpot_base + coefficients.tpot_per_stream * streams
-        tokens = self._lengths.expect(request.task_type, flight.model, request.max_tokens).mean
+        tokens = self._length(request, flight.model, now)
         decoding = tokens * flight.promised_tpot
         flight.expected_end = flight.expected_first + decoding
         flight.work = flight.lane + decoding / max(load.slots, 1)
@@ -526,6 +539,16 @@ class Fleet:
             flight.credit = self._prefixes.dispatch(self._row_key(flight), request.blocks)
         server.prefilling[flight] = None
         server.lane_until = max(server.lane_until, now) + flight.lane
+
+    def _length(self, request: RouteRequest, model: ModelName, now: float) -> float:
+        """Mean tokens of an answer, looked up once a second."""
+        key = request.task_type, model, request.max_tokens
+        known = self._lengths_at.get(key)
+        if known is None or now >= known[1]:
+            if len(self._lengths_at) >= _LENGTHS_KEPT:
+                self._lengths_at.clear()
+            known = self._lengths_at[key] = self._lengths.expect(*key).mean, now + 1.0
+        return known[0]
 
     def _out_of_prefill(self, flight: Flight, now: float) -> None:
         server = flight.server
@@ -549,9 +572,7 @@ class Fleet:
                 self._latency.overdue(self._row_key(flight), flight.features, now - flight.began, now)
                 # It may take as long again as it has been late.
                 server.lane_until = now + (now - flight.expected_first) / 2 + flight.lane
-                row = self.table.find(*self._row_key(flight))
-                if row is not None:
-                    self.table.set_prediction(row, self._latency.coefficients(self._row_key(flight), now))
+                self._predict(self._row_key(flight), now)
                 break
         self._refresh_work(server, now)
 
@@ -582,6 +603,13 @@ class Fleet:
             lane_until=server.lane_until,
             slot_at=slot_at,
         )
+
+    def _predict(self, key: RowKey, now: float) -> None:
+        """Bring what is expected of a row up to date."""
+        row = self.table.find(*key)
+        if row is not None:
+            self._coefficients[key] = coefficients = self._latency.coefficients(key, now)
+            self.table.set_prediction(row, coefficients)
 
     def _row_key(self, flight: Flight) -> RowKey:
         return flight.server.id, flight.model, flight.provider
@@ -703,6 +731,8 @@ class Fleet:
                 for card in server.cards
             ]
         )
+        self._coefficients.clear()
+        self._caching = any(Feature.PREFIX_CACHE in row.card.features for row in self.table.rows)
         self._prefixes.align(
             CacheRow(
                 row.server_id,
@@ -742,8 +772,7 @@ class Fleet:
         stats, breaker = pair.stats, pair.breaker
         success = stats.success_at(now)
         self.table.set_stats(server_id, *key, success=success, ttft=stats.ttft, tpot=stats.tpot, service=stats.service)
-        row = self.table.index(server_id, *key)
-        self.table.set_prediction(row, self._latency.coefficients((server_id, *key), now))
+        self._predict((server_id, *key), now)
         self.table.set_breaker(server_id, *key, open=not breaker.allows(now))
         if breaker.state is BreakerState.CLOSED and abs(success - stats.prior) < _NEARLY:
             self._troubled.discard((server_id, key))
