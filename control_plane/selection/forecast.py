@@ -73,16 +73,24 @@ def forecast(
 ) -> Forecast:
     """See the module. `waited`: seconds since the request arrived, which count against the objective; `cached`:
     tokens of the prompt that each row has in its prefix cache, shape (rows,)."""
-    base = np.where(np.isnan(table.ttft), policy.ttft_prior_s, table.ttft)
-    tpot = np.where(np.isnan(table.tpot), policy.tpot_prior_s, table.tpot)
+    base, single = table.ttft, table.tpot
+    if not table.predicted:
+        base = np.where(np.isnan(base), policy.ttft_prior_s, base)
+        single = np.where(np.isnan(single), policy.tpot_prior_s, single)
     uncached = request.prompt_tokens if cached is None else np.maximum(request.prompt_tokens - cached, 0.0)
     prefill: Floats = table.per_prompt_token * uncached
-    start = _start(table, policy, now, planned, base + tpot * output_tokens)
-    tpot = tpot + table.tpot_per_stream * table.streams
-    ttft = start + base + prefill
-    meets = _within(policy.ttft_objective(request.prompt_tokens), ttft + waited, table.ttft_sigma)
-    meets *= _within(policy.tpot_objective_s, tpot, table.tpot_sigma)
-    return Forecast(start, prefill, ttft, tpot, ttft + tpot * output_tokens, meets)
+    start = _start(table, policy, now, planned, base, single, output_tokens)
+    ttft = start + base
+    ttft += prefill
+    tpot = table.tpot_per_stream * table.streams
+    tpot += single
+    # Both objectives at once: what this costs is the number of numpy calls, not of rows.
+    ratios = np.empty((2, len(table)))
+    np.add(ttft, waited, out=ratios[0])
+    ratios[0] /= policy.ttft_objective(request.prompt_tokens)
+    np.divide(tpot, policy.tpot_objective_s, out=ratios[1])
+    within = _within(ratios, table.sigmas)
+    return Forecast(start, prefill, ttft, tpot, ttft + tpot * output_tokens, within[0] * within[1])
 
 
 def load_seconds(table: CandidateTable, policy: Policy) -> Floats:
@@ -95,7 +103,15 @@ def service_seconds(table: CandidateTable, typical: Floats) -> Floats:
     return np.where(np.isnan(table.service), typical, table.service)
 
 
-def _start(table: CandidateTable, policy: Policy, now: float, planned: Planned | None, typical: Floats) -> Floats:
+def _start(
+    table: CandidateTable,
+    policy: Policy,
+    now: float,
+    planned: Planned | None,
+    base: Floats,
+    single: Floats,
+    output_tokens: int,
+) -> Floats:
     start = np.maximum(table.lane_until - now, 0.0)
     free = table.free
     if planned is not None:
@@ -103,7 +119,7 @@ def _start(table: CandidateTable, policy: Policy, now: float, planned: Planned |
         free = free - planned.slots
     full: Mask = free <= 0
     if full.any():
-        turn = service_seconds(table, typical) / np.maximum(table.slots, 1)
+        turn = service_seconds(table, base + single * output_tokens) / np.maximum(table.slots, 1)
         first = np.where(np.isnan(table.slot_at), turn, np.maximum(table.slot_at - now, 0.0))
         turns = first + (table.waiting - np.minimum(free, 0)) * turn
         start = np.where(full, np.maximum(start, turns), start)
@@ -112,8 +128,13 @@ def _start(table: CandidateTable, policy: Policy, now: float, planned: Planned |
     return start
 
 
-def _within(objective: float, expected: Floats, sigma: Floats) -> Floats:
-    """P(measured <= objective)."""
-    exponent = np.log(np.maximum(expected / objective, _SOONEST)) * (_PROBIT / sigma)
-    within: Floats = 1.0 / (1.0 + np.exp(np.minimum(exponent, _FARTHEST)))
-    return within
+def _within(ratios: Floats, sigmas: Floats) -> Floats:
+    """P(measured <= objective) from expected / objective, which is overwritten; any shape."""
+    np.maximum(ratios, _SOONEST, out=ratios)
+    np.log(ratios, out=ratios)
+    ratios *= _PROBIT
+    ratios /= sigmas
+    np.minimum(ratios, _FARTHEST, out=ratios)
+    np.exp(ratios, out=ratios)
+    ratios += 1.0
+    return np.reciprocal(ratios, out=ratios)

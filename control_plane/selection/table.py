@@ -54,6 +54,7 @@ class CandidateTable:
         "_names",
         "_qualified",
         "_span_of_row",
+        "_unpredicted",
         "breaker_open",
         "capability",
         "cold",
@@ -78,6 +79,7 @@ class CandidateTable:
         "ready",
         "rows",
         "service",
+        "sigmas",
         "slot_at",
         "slots",
         "spans",
@@ -85,9 +87,7 @@ class CandidateTable:
         "success",
         "tpot",
         "tpot_per_stream",
-        "tpot_sigma",
         "ttft",
-        "ttft_sigma",
         "waiting",
     )
 
@@ -164,10 +164,9 @@ class CandidateTable:
         """Seconds per token of a single stream; NaN: not known."""
         self.tpot_per_stream: Floats = np.zeros(size, dtype=np.float64)
         """Seconds per token more for each other stream."""
-        self.ttft_sigma: Floats = np.full(size, UNKNOWN_SIGMA, dtype=np.float64)
-        """Standard deviation of ln(ttft / predicted)."""
-        self.tpot_sigma: Floats = np.full(size, UNKNOWN_SIGMA, dtype=np.float64)
-        """Standard deviation of ln(tpot / predicted)."""
+        self.sigmas: Floats = np.full((2, size), UNKNOWN_SIGMA, dtype=np.float64)
+        """Standard deviation of ln(ttft / predicted) and ln(tpot / predicted), shape (2, rows)."""
+        self._unpredicted = set(range(size))
         self.service: Floats = np.full(size, math.nan, dtype=np.float64)
         """Seconds that a request holds its slot; NaN: never measured."""
         self.slots: Ints = np.zeros(size, dtype=np.int64)
@@ -241,6 +240,7 @@ class CandidateTable:
         """
         row = self._index[server_id, model, provider]
         card = self.rows[row].card
+        self._unpredicted.add(row)
         self.success[row] = _unit(success)
         self.ttft[row] = _seconds(ttft, card.ttft)
         self.tpot[row] = _seconds(tpot, card.tpot)
@@ -252,8 +252,14 @@ class CandidateTable:
         self.per_prompt_token[row] = coefficients.per_prompt_token
         self.tpot[row] = coefficients.tpot_base
         self.tpot_per_stream[row] = coefficients.tpot_per_stream
-        self.ttft_sigma[row] = sigma(coefficients.ttft_spread)
-        self.tpot_sigma[row] = sigma(coefficients.tpot_spread)
+        self.sigmas[0, row] = sigma(coefficients.ttft_spread)
+        self.sigmas[1, row] = sigma(coefficients.tpot_spread)
+        self._unpredicted.discard(row)
+
+    @property
+    def predicted(self) -> bool:
+        """Whether every row has a prediction: no column of `ttft` and `tpot` is NaN."""
+        return not self._unpredicted
 
     def set_work(self, server_id: ServerId, *, streams: float, lane_until: float, slot_at: float) -> None:
         """What a server is at, onto all its rows: see the columns."""

@@ -12,6 +12,7 @@ from time import perf_counter
 from control_plane.domain.model import ModelCard, ModelName, ModelState, Price, Provider, ServerId
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.task import Feature, TaskType
+from control_plane.prediction.features import Coefficients
 from control_plane.selection.policy import Policy
 from control_plane.selection.select import explain, select
 from control_plane.selection.table import CandidateRow, CandidateTable
@@ -39,8 +40,20 @@ def fleet(size: int, cold: int = 0) -> CandidateTable:
         for number in range(size)
     )
     for server_id in table.spans:
+        table.set_work(server_id, streams=hash(server_id) % 8, lane_until=0.0, slot_at=1.0)
         table.set_server(server_id, ready=True, draining=False, slots=8, used=hash(server_id) % 8, waiting=0)
+    for row in range(size):
+        table.set_prediction(row, learned(row))
     return table
+
+
+def learned(row: int) -> Coefficients[float]:
+    """What was measured of a row."""
+    return Coefficients(
+        base=0.02, per_prompt_token=1e-4 * (1 + row % 7), per_backlog_token=1e-4 * (1 + row % 7), per_waiting=0.0,
+        tpot_base=0.01 * (1 + row % 5), tpot_per_stream=0.001, ttft_spread=(1.0, 1.4), tpot_spread=(1.0, 1.2),
+        evidence=100.0,
+    )  # fmt: skip
 
 
 def distinct(count: int) -> list[RouteRequest]:
