@@ -44,8 +44,8 @@ _GONE_KEPT = 64
 # A first token is too late after so many times what nine of ten are expected to take, and after so many seconds.
 _OVERDUE = 2.0
 _OVERDUE_SOONEST = 1.0
-# Observations before it is known how long that takes; till then nobody is waited for longer than the objective.
-_EVIDENCE = 3.0
+# Observations before it is known how long that takes. Till then nobody is waited for longer than the objective.
+_EVIDENCE = 0.5
 
 # Kinds of requests whose length of answer is looked up once a second.
 _LENGTHS_KEPT = 1000
@@ -424,6 +424,8 @@ class Fleet:
                 self._changed(server, urgent=True)
         for key in list(self._troubled):
             self._refresh_pair(*key, now)
+        for pair in self._latency.moved(now):
+            self._predict(pair, now)
         for server in self._servers.values():
             if server.prefilling and now >= min(server.lane_until, next(iter(server.prefilling)).overdue_at):
                 self._overdue(server, now)
