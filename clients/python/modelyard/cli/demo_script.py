@@ -41,7 +41,7 @@ _SLOW: dict[str, Any] = {
         {
             "name": "sim-3b",
             "context_length": 4096,
-            "capabilities": {"chat": 0.1, "classification": 0.4, "code_generation": 0.4, "summarization": 0.4},
+            "capabilities": {"classification": 0.4, "code_generation": 0.4, "summarization": 0.4},
             "features": ["streaming", "json"],
         }
     ],
