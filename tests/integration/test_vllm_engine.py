@@ -44,7 +44,7 @@ MODEL = VllmStandIn.model
 async def engine_before(
     standin: VllmStandIn, env: dict[str, str] | None = None, **settings
 ) -> AsyncIterator[VllmEngine]:
-    given = {"base_url": standin.url, "poll_seconds": 0.05, "first_token_seconds": 0.5, "stall_seconds": 0.3}
+    given = {"base_url": standin.url, "poll_seconds": 0.05}
     engine = VllmEngine(VllmSettings(**{**given, **settings}), env=env or {})
     await engine.start()
     try:
