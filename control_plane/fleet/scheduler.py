@@ -33,10 +33,11 @@ from control_plane.domain.task import Priority
 from control_plane.fleet.accounts import Accounts, no_accounts
 from control_plane.fleet.registry import Fleet, Flight, Outcome, OutcomeKind
 from control_plane.scheduling.queue import FairQueue, KindKey, Reached, Waiting
-from control_plane.selection.filters import PERMANENT, TRANSIENT, Query, passing
+from control_plane.selection.filters import PERMANENT, TRANSIENT, passing
 from control_plane.selection.forecast import Planned
 from control_plane.selection.policy import Policy
-from control_plane.selection.select import NO_SERVERS, Choice, explain, select
+from control_plane.selection.query import Query
+from control_plane.selection.select import Choice, explain, select
 from control_plane.selection.table import Mask
 
 # A dispatch rate below this says nothing about when a place in the queue will be free.
@@ -92,6 +93,23 @@ class Grant:
     """Seconds waited."""
     record: DecisionRecord | None
     """The whole decision, if it was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A server for a request."""
+
+    request: RouteRequest
+    avoid: frozenset[Failed]
+    arrived: float
+    """Monotonic seconds when the request came first."""
+    since: float
+    """Monotonic seconds since when it waits."""
+    explain: bool
+    patient: bool = True
+    """It also waits for servers whose models are not known yet."""
+    background: bool = False
+    """Nobody waits for it, so it takes what is free."""
 
 
 @dataclass(slots=True)
@@ -206,7 +224,7 @@ class Scheduler:
 
     def explain(self, request: RouteRequest, avoid: frozenset[Failed] = frozenset()) -> DecisionRecord:
         """What would be decided now."""
-        return self._explain(request, self._avoided(avoid), self._clock.monotonic())
+        return explain(self._query(request, avoid, self._clock.monotonic()))
 
     def take_place(self, *, background: bool = False) -> int:
         """The place in the queue of a request that arrives now; it keeps it through all its attempts. One in the
@@ -266,7 +284,8 @@ class Scheduler:
         start_by = since + self._policy_for(request).ttft_objective(request.prompt_tokens)
         # They cannot use what is open now, unless there was no time yet to offer it.
         overtake = self._later is None and not self._queue.goes_before(request, avoid, place, start_by)
-        grant = self._place(request, avoid, since, now, now, explain, overtake=overtake, patient=again)
+        wanted = _Wanted(request, avoid, since, now, explain, patient=again)
+        grant = self._place(wanted, now, overtake=overtake)
         future = self._loop.create_future()
         if grant:
             future.set_result(grant)
@@ -309,10 +328,7 @@ class Scheduler:
 
     def outlook(self, request: RouteRequest, avoid: frozenset[Failed] = frozenset()) -> Outlook:
         """Whether waiting for a server is of use."""
-        now, funds = self._clock.monotonic(), self._accounts.funds(request.tenant)
-        choice = select(
-            self._fleet.table, request, self._policy_for(request), self._avoided(avoid), funds=funds, now=now
-        )
+        choice = select(self._query(request, avoid, self._clock.monotonic()))
         if choice.verdict is Verdict.IMPOSSIBLE and not choice.unaffordable:
             return Outlook.NONE
         return Outlook.AWAY if choice.all_away or choice.unaffordable else Outlook.HERE
@@ -346,7 +362,7 @@ class Scheduler:
             self._granted, self._ticked = 0, now
         expired = self._queue.expire(now)
         for entry in expired:
-            record = self._explain(entry.request, self._avoided(entry.avoid), now, now - entry.arrived)
+            record = explain(self._query(entry.request, entry.avoid, now, now - entry.arrived))
             _fail(entry, queue_timeout(now - entry.enqueued_at, record.summary))
         if expired:
             self._known = None  # the next of their lanes may need less
@@ -435,11 +451,12 @@ class Scheduler:
                 return True
             if not self._suits(entry, offer.choices[entry.kind]):
                 return False
+            wanted = _Wanted(
+                entry.request, entry.avoid, entry.arrived, entry.enqueued_at, waiter.explain,
+                background=entry.background,
+            )  # fmt: skip
             try:
-                grant = self._place(
-                    entry.request, entry.avoid, entry.arrived, entry.enqueued_at, now, waiter.explain,
-                    patient=True, queued=self._queue.behind(entry), background=entry.background,
-                )  # fmt: skip
+                grant = self._place(wanted, now, queued=self._queue.behind(entry))
             except DomainError as error:
                 if entry.background:
                     return False  # the fleet may change
@@ -496,7 +513,7 @@ class Scheduler:
 
     def _given_up(self, entry: Waiting[_Waiter], now: float) -> bool:
         try:
-            self._place(entry.request, entry.avoid, now, now, now, False, overtake=False, patient=True)
+            self._place(_Wanted(entry.request, entry.avoid, now, now, False), now, overtake=False)
         except DomainError as error:
             self._queue.remove(entry)
             _fail(entry, error)
@@ -509,17 +526,18 @@ class Scheduler:
     def _loop(self) -> Loop:
         return asyncio.get_running_loop() if self._own_loop is None else self._own_loop
 
-    def _explain(
-        self, request: RouteRequest, avoid: frozenset[ServerId], now: float, waited: float = 0.0
-    ) -> DecisionRecord:
-        return explain(
-            self._fleet.table, request, self._policy_for(request), avoid, funds=self._accounts.funds(request.tenant),
-            now=now, waited=waited, cached=self._fleet.cached(request),
+    def _query(
+        self, request: RouteRequest, avoid: frozenset[Failed], now: float, waited: float = 0.0, **more: Any
+    ) -> Query:
+        """The question to the selector; `more` are fields of it that depend on who else waits."""
+        return Query(
+            self._fleet.table, request, self._policy_for(request), self._avoided(avoid), now=now, waited=waited,
+            funds=self._accounts.funds(request.tenant), cached=self._fleet.cached(request), **more,
         )  # fmt: skip
 
     def _open(self, now: float) -> Mask:
         """Rows that take a request at this moment."""
-        return passing(TRANSIENT, Query(self._fleet.table, _ANY, self._policy, NO_SERVERS, now=now))
+        return passing(TRANSIENT, Query(self._fleet.table, _ANY, self._policy, now=now))
 
     def _reaches(self) -> dict[KindKey, Mask]:
         """The rows that can serve each kind that waits, however much it needs and whatever it does not want."""
@@ -528,10 +546,10 @@ class Scheduler:
         for kind in kinds.keys() - self._reach.keys():
             request = kinds[kind].request
             least = replace(
-                request, prompt_tokens=0, max_tokens=None, min_context_length=0, excluded=NO_SERVERS,
+                request, prompt_tokens=0, max_tokens=None, min_context_length=0, excluded=frozenset(),
                 max_cost_nano_usd=0,
             )  # fmt: skip
-            self._reach[kind] = passing(PERMANENT, Query(self._table, least, self._policy, NO_SERVERS))
+            self._reach[kind] = passing(PERMANENT, Query(self._table, least, self._policy))
         return self._reach
 
     def _servers(self, rows: Mask) -> list[tuple[ServerId, int]]:
@@ -555,8 +573,6 @@ class Scheduler:
 
     def _avoided(self, avoid: frozenset[Failed]) -> frozenset[ServerId]:
         """Those that have not been started anew since they failed."""
-        if not avoid:
-            return NO_SERVERS
         return frozenset(
             failed.server_id for failed in avoid if self._fleet.instance(failed.server_id) == failed.instance_id
         )
@@ -572,75 +588,52 @@ class Scheduler:
         if self._later is not None or self._queue.goes_before(request, avoid, place):
             return None
         try:
-            return self._place(request, avoid, now, now, now, with_record, patient=True, background=True)
+            return self._place(_Wanted(request, avoid, now, now, with_record, background=True), now)
         except DomainError:
             return None  # the fleet may change
 
-    def _place(
-        self,
-        request: RouteRequest,
-        avoid: frozenset[Failed],
-        arrived: float,
-        since: float,
-        now: float,
-        with_record: bool,
-        *,
-        overtake: bool = True,
-        patient: bool = False,
-        queued: int = 0,
-        background: bool = False,
-    ) -> Grant | None:
-        """A grant if a server is to start the request now, None if it must wait; raises if waiting is no use. It has
-        been there since `arrived`, and in the queue `since`. Without `overtake` others wait already and go first; one
-        that is `patient` also waits for servers whose models are not known yet; `queued` wait behind it. Nobody waits
-        for work in the `background`, so it takes what is free."""
-        table, policy, avoided = self._fleet.table, self._policy_for(request), self._avoided(avoid)
-        if len(self._planned.lane) != len(table):
-            self._planned = Planned.nothing(len(table))
-        planned = self._planned if overtake else None
-        started, waited = self._clock.monotonic(), now - arrived
-        cached = self._fleet.cached(request)
-        funds = self._accounts.funds(request.tenant)
-        choice = select(
-            table, request, policy, avoided, queued, funds,
-            now=now, waited=waited, cached=cached, planned=planned, content=background,
+    def _place(self, wanted: _Wanted, now: float, *, overtake: bool = True, queued: int = 0) -> Grant | None:
+        """A grant if a server is to start the request now, None if it must wait; raises if waiting is no use. Without
+        `overtake` others wait already and go first; `queued` wait behind it."""
+        request = wanted.request
+        if len(self._planned.lane) != len(self._fleet.table):
+            self._planned = Planned.nothing(len(self._fleet.table))
+        started = self._clock.monotonic()
+        query = self._query(
+            request, wanted.avoid, now, now - wanted.arrived,
+            queued=queued, planned=self._planned if overtake else None, content=wanted.background,
         )  # fmt: skip
+        choice = select(query)
         self._on_selected(self._clock.monotonic() - started)
         if choice.verdict is Verdict.CHOSEN:
             if not overtake:
                 return None
             # What it may cost is set aside in the same step in which it was seen to be there.
-            charge = self._accounts.open(request, table.rows[choice.row].card)
+            charge = self._accounts.open(request, query.table.rows[choice.row].card)
             if charge is None:
                 self._short.add(request.tenant)
                 return None
-            record = (
-                explain(
-                    table, request, policy, avoided, queued, funds,
-                    now=now, waited=waited, cached=cached, planned=planned, content=background,
-                )
-                if with_record
-                else None
-            )  # fmt: skip
-            there = 0.0 if cached is None else float(cached[choice.row])
-            flight = self._fleet.begin(choice.row, now, request, there, policy.ttft_objective(request.prompt_tokens))
+            record = explain(query) if wanted.explain else None
+            there = 0.0 if query.cached is None else float(query.cached[choice.row])
+            patience = query.policy.ttft_objective(request.prompt_tokens)
+            flight = self._fleet.begin(choice.row, now, request, there, patience)
             self._queue.charge(request.tenant, flight.work)
             flight.charge = charge
             self._granted += 1
-            if not background:
-                self._on_granted(request.priority, now - since)
-            return Grant(flight, now - since, record)
-        if funds is not None and (choice.verdict is Verdict.WAIT or background):
+            if not wanted.background:
+                self._on_granted(request.priority, now - wanted.since)
+            return Grant(flight, now - wanted.since, record)
+        if query.funds is not None and (choice.verdict is Verdict.WAIT or wanted.background):
             self._short.add(request.tenant)
             if choice.verdict is Verdict.WAIT and choice.lacking is not None:
                 self._accounts.want(request.tenant, choice.lacking)
         if choice.verdict is Verdict.IMPOSSIBLE or (choice.all_away and not self._may_return()):
-            if patient and self._fleet.warming_up(now):
+            if wanted.patient and self._fleet.warming_up(now):
                 self._hoping = True
                 return None
-            raise self._refusal(choice, request, avoided, now)
+            raise self._refusal(choice, query)
         if choice.later >= 0:
-            self._planned.add(table.span(choice.later), choice.prefill)
+            self._planned.add(query.table.span(choice.later), choice.prefill)
             if choice.prefers:
                 self._declines += 1
                 self._reconsider_at = min(self._reconsider_at, now + _RECONSIDER)
@@ -657,14 +650,14 @@ class Scheduler:
             for server in self._fleet.servers()
         )
 
-    def _refusal(self, choice: Choice, request: RouteRequest, avoid: frozenset[ServerId], now: float) -> DomainError:
-        left = self._fleet.warming_up(now)
-        if left and not avoid:
+    def _refusal(self, choice: Choice, query: Query) -> DomainError:
+        left = self._fleet.warming_up(query.now)
+        if left and not query.avoid:
             return fleet_warming_up(left)
-        summary = self._explain(request, avoid, now).summary
+        summary = explain(query).summary
         if choice.unaffordable:
-            there, retry_after = self._accounts.wait(request.tenant, choice.lacking)
-            return budget_exhausted(request.tenant, there, summary, retry_after)
+            there, retry_after = self._accounts.wait(query.request.tenant, choice.lacking)
+            return budget_exhausted(query.request.tenant, there, summary, retry_after)
         if choice.verdict is Verdict.IMPOSSIBLE:
             return no_capable_server(summary)
         return servers_away(summary, 1.0)

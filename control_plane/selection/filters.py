@@ -7,64 +7,16 @@ why it does not. `None` instead of a mask: the request does not ask, every row p
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from control_plane.domain.decision import RejectionReason
 from control_plane.domain.funds import UNLIMITED, Amounts, Funds
 from control_plane.domain.model import ModelState, ServerId
-from control_plane.domain.request import RouteRequest
 from control_plane.domain.task import Feature
-from control_plane.selection.forecast import Forecast, Planned, forecast
-from control_plane.selection.policy import Policy
+from control_plane.selection.query import Query
 from control_plane.selection.table import CandidateTable, Floats, Mask
-
-
-@dataclass(slots=True, eq=False)
-class Query:
-    """One question to the selector."""
-
-    table: CandidateTable
-    request: RouteRequest
-    policy: Policy
-    avoid: frozenset[ServerId]
-    """Servers that failed in earlier attempts of this request."""
-    queued: int = 0
-    """Requests with the same needs that the control plane lets wait behind this one."""
-    funds: Funds | None = None
-    """What its tenant may spend. None: as much as it likes."""
-    now: float = 0.0
-    """Monotonic seconds."""
-    waited: float = 0.0
-    """Seconds since the request arrived."""
-    cached: Floats | None = None
-    """Tokens of the prompt that each row is expected to have in its prefix cache, shape (rows,). None: nothing."""
-    planned: Planned | None = None
-    """What servers will do first. None: nothing."""
-    _forecast: Forecast | None = field(default=None, repr=False)
-
-    @property
-    def forecast(self) -> Forecast:
-        """What is expected of every row."""
-        if self._forecast is None:
-            self._forecast = forecast(
-                self.table,
-                self.request,
-                self.policy,
-                self.now,
-                self.waited,
-                self.output_tokens,
-                self.cached,
-                self.planned,
-            )
-        return self._forecast
-
-    @property
-    def output_tokens(self) -> int:
-        """As many as the request may generate, or as are expected where it leaves that open."""
-        tokens = self.request.max_tokens
-        return self.policy.expected_output_tokens if tokens is None else tokens
 
 
 @dataclass(frozen=True, slots=True)

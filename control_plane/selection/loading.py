@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from control_plane.selection.filters import PRESENT, Query, passing
+from control_plane.selection.filters import PRESENT, passing
 from control_plane.selection.forecast import load_seconds, service_seconds
+from control_plane.selection.query import Query
 from control_plane.selection.table import Mask
 
 

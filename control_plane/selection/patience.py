@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from control_plane.selection.filters import Query
+from control_plane.selection.query import Query
 from control_plane.selection.scorers import SCORERS, latency
 from control_plane.selection.table import Floats, Mask
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from control_plane.selection.filters import Query
+from control_plane.selection.query import Query
 from control_plane.selection.table import Floats
 
 

@@ -14,29 +14,14 @@ from control_plane.domain.decision import (
     ScorePart,
     Verdict,
 )
-from control_plane.domain.funds import Amounts, Funds
-from control_plane.domain.model import ServerId
-from control_plane.domain.request import RouteRequest
-from control_plane.selection.filters import (
-    AVOIDED,
-    FREE,
-    FUNDED,
-    PERMANENT,
-    PRESENT,
-    TRANSIENT,
-    Query,
-    cheapest,
-    passing,
-)  # fmt: skip
-from control_plane.selection.forecast import Planned
+from control_plane.domain.funds import Amounts
+from control_plane.selection.filters import AVOIDED, FREE, FUNDED, PERMANENT, PRESENT, TRANSIENT, cheapest, passing
 from control_plane.selection.loading import outrun
 from control_plane.selection.patience import Better, better_later, worth_waiting_for
-from control_plane.selection.policy import Policy
+from control_plane.selection.query import Query
 from control_plane.selection.scorers import SCORERS, parts, weigh
 from control_plane.selection.summary import summarise
-from control_plane.selection.table import CandidateTable, Floats, Mask
-
-NO_SERVERS: frozenset[ServerId] = frozenset()
+from control_plane.selection.table import Mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,29 +49,13 @@ class Choice:
     row lacks that."""
 
 
-def select(
-    table: CandidateTable,
-    request: RouteRequest,
-    policy: Policy,
-    avoid: frozenset[ServerId] = NO_SERVERS,
-    queued: int = 0,
-    funds: Funds | None = None,
-    *,
-    now: float = 0.0,
-    waited: float = 0.0,
-    cached: Floats | None = None,
-    planned: Planned | None = None,
-    content: bool = False,
-) -> Choice:
-    """The best row for a request as the table stands at `now` (monotonic seconds).
+def select(query: Query) -> Choice:
+    """The best row for a request as its table stands.
 
     WAIT if a row could serve it but not now, or will serve it better later than any can now; IMPOSSIBLE if none can.
-    `avoid` names servers that failed in earlier attempts of the request, `queued` counts those with the same needs that
-    wait behind it, `funds` is what its tenant may spend; it has `waited` so many seconds, so many tokens of its prompt
-    are `cached` on each row, and servers have `planned` to serve others first. One that is `content` takes what is
-    free. Of equal scores the least (server, model, provider) wins.
+    Of equal scores the least (server, model, provider) wins.
     """
-    query = Query(table, request, policy, avoid, queued, funds, now, waited, cached, planned)
+    table = query.table
     capable = _capable(query)
     present = capable & passing(PRESENT, query)
     eligible = present & passing(FREE, query)
@@ -103,7 +72,7 @@ def select(
     values = parts(query)
     # Scores are >= 0, and argmax returns the first of equals.
     best = int(np.where(eligible, weigh(values, query), -1.0).argmax())
-    if content or (table.cold is not None and table.cold[best]):
+    if query.content or (table.cold is not None and table.cold[best]):
         return Choice(Verdict.CHOSEN, best)  # that loading it is worth while has been decided
     better = better_later(query, present, eligible, best, values)
     if better is None:
@@ -112,29 +81,13 @@ def select(
     return Choice(Verdict.WAIT, later=better.row, prefill=prefill, prefers=True)
 
 
-def explain(
-    table: CandidateTable,
-    request: RouteRequest,
-    policy: Policy,
-    avoid: frozenset[ServerId] = NO_SERVERS,
-    queued: int = 0,
-    funds: Funds | None = None,
-    *,
-    now: float = 0.0,
-    waited: float = 0.0,
-    cached: Floats | None = None,
-    planned: Planned | None = None,
-    content: bool = False,
-) -> DecisionRecord:
-    """What `select` answers to the same arguments, with its reasons.
+def explain(query: Query) -> DecisionRecord:
+    """What `select` answers to the same question, with its reasons.
 
     The choice is `select`'s own, and scores and rejections come from the same functions: the two cannot differ.
     """
-    choice = select(
-        table, request, policy, avoid, queued, funds,
-        now=now, waited=waited, cached=cached, planned=planned, content=content,
-    )  # fmt: skip
-    candidates = _candidates(Query(table, request, policy, avoid, queued, funds, now, waited, cached, planned), choice)
+    choice = select(query)
+    candidates = _candidates(query, choice)
     # Sorting is stable and rows are sorted by id: equals stay in the order in which `select` prefers them.
     eligible = sorted((c for c in candidates if not c.rejections), key=lambda candidate: -candidate.score)
     rejected = [candidate for candidate in candidates if candidate.rejections]

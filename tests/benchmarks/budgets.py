@@ -17,6 +17,7 @@ from control_plane.scheduling.breaker import Breaker, BreakerPolicy
 from control_plane.scheduling.budgets import Answer, Budget, Ledger, Reservation, Unit, Window
 from control_plane.scheduling.stats import RuntimeStats, StatsPolicy
 from control_plane.selection.policy import Policy
+from control_plane.selection.query import Query
 from control_plane.selection.select import select
 from tests.benchmarks.select import fleet
 from tests.unit.control_plane.builders import report
@@ -47,7 +48,7 @@ def run() -> dict[str, float]:
     table, request, policy = fleet(100), RouteRequest("r", prompt_tokens=100, tenant="a"), Policy()
     with_budgets = Accounts(ledger(), Reckoning(), lambda: NOW)
     without = Accounts(Ledger(), Reckoning(), lambda: NOW)
-    row = select(table, request, policy).row
+    row = select(Query(table, request, policy)).row
     card = table.rows[row].card
 
     def accounted(accounts: Accounts) -> Callable[[], None]:
@@ -71,8 +72,8 @@ def run() -> dict[str, float]:
         "reserve + settle, two budgets": _median(reserve_and_settle),
         "funds, open, count, close: two budgets": _median(accounted(with_budgets)),
         "funds, open, count, close: no budget": _median(accounted(without)),
-        "select, 100 candidates, two budgets": _median(lambda: select(table, request, policy, funds=funds)),
-        "select, 100 candidates, no budget": _median(lambda: select(table, request, policy)),
+        "select, 100 candidates, two budgets": _median(lambda: select(Query(table, request, policy, funds=funds))),
+        "select, 100 candidates, no budget": _median(lambda: select(Query(table, request, policy))),
     }
 
 

@@ -14,6 +14,7 @@ from control_plane.domain.request import RouteRequest
 from control_plane.domain.task import Feature, TaskType
 from control_plane.prediction.features import Coefficients
 from control_plane.selection.policy import Policy
+from control_plane.selection.query import Query
 from control_plane.selection.select import explain, select
 from control_plane.selection.table import CandidateRow, CandidateTable
 
@@ -79,11 +80,13 @@ def run() -> dict[str, float]:
     for size in SIZES:
         table = fleet(size)
         for name, requests in (("distinct", distinct(2000)), ("repeated", [RouteRequest("r")] * 2000)):
-            results[f"select, {size} candidates, {name}"] = _median(lambda r, t=table: select(t, r, policy), requests)
+            results[f"select, {size} candidates, {name}"] = _median(
+                lambda r, t=table: select(Query(t, r, policy)), requests
+            )
     table = fleet(100, cold=3)
-    results["select, 100 candidates, 30 cold"] = _median(lambda r: select(table, r, policy), distinct(2000))
+    results["select, 100 candidates, 30 cold"] = _median(lambda r: select(Query(table, r, policy)), distinct(2000))
     table = fleet(100)
-    results["explain, 100 candidates, distinct"] = _median(lambda r: explain(table, r, policy), distinct(200))
+    results["explain, 100 candidates, distinct"] = _median(lambda r: explain(Query(table, r, policy)), distinct(200))
     return results
 
 

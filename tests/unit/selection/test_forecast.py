@@ -16,6 +16,7 @@ from control_plane.domain.task import TaskType
 from control_plane.prediction.features import Coefficients
 from control_plane.selection.forecast import Forecast, Planned, forecast
 from control_plane.selection.policy import Policy, Weights
+from control_plane.selection.query import Query
 from control_plane.selection.select import explain, select
 from control_plane.selection.table import CandidateRow, CandidateTable
 
@@ -97,16 +98,16 @@ def test_a_long_prompt_waits_for_the_fast_server_and_a_short_one_does_not() -> N
     table = fleet(cpu=0.01, gpu=0.0001)
     busy(table, "gpu", 0.5)
     long, short = RouteRequest("l", prompt_tokens=5000), RouteRequest("s", prompt_tokens=10)
-    choice = select(table, long, POLICY, now=NOW)
+    choice = select(Query(table, long, POLICY, now=NOW))
     assert (choice.verdict, choice.later, choice.prefers) == (Verdict.WAIT, table.index(ServerId("gpu"), M, P), True)
-    assert select(table, short, POLICY, now=NOW).row == table.index(ServerId("cpu"), M, P)
-    assert select(table, long, POLICY, now=NOW, content=True).row == table.index(ServerId("cpu"), M, P)
+    assert select(Query(table, short, POLICY, now=NOW)).row == table.index(ServerId("cpu"), M, P)
+    assert select(Query(table, long, POLICY, now=NOW, content=True)).row == table.index(ServerId("cpu"), M, P)
 
 
 def test_who_waits_is_told_for_whom_and_how_long() -> None:
     table = fleet(cpu=0.01, gpu=0.0001)
     busy(table, "gpu", 0.5)
-    record = explain(table, RouteRequest("l", prompt_tokens=5000), POLICY, now=NOW)
+    record = explain(Query(table, RouteRequest("l", prompt_tokens=5000), POLICY, now=NOW))
     reasons = {found.server_id: [told.reason for told in found.rejections] for found in record.candidates}
     assert reasons == {"cpu": [RejectionReason.BETTER_LATER], "gpu": [RejectionReason.PREFILL_BUSY]}
     told = next(found for found in record.candidates if found.server_id == "cpu").rejections[0].detail
@@ -121,16 +122,16 @@ def test_what_others_will_take_first_makes_waiting_longer() -> None:
     policy = Policy(Weights(0, 0, 1, 0, 0, 0))
     planned = Planned.nothing(2)
     gpu = table.index(ServerId("gpu"), M, P)
-    assert select(table, request, policy, now=NOW, planned=planned).later == gpu
+    assert select(Query(table, request, policy, now=NOW, planned=planned)).later == gpu
     planned.add(table.span(gpu), 5.0)
-    assert select(table, request, policy, now=NOW, planned=planned).verdict is Verdict.CHOSEN
+    assert select(Query(table, request, policy, now=NOW, planned=planned)).verdict is Verdict.CHOSEN
 
 
 def test_where_a_prefix_is_cached_the_prompt_is_short() -> None:
     table = fleet(a=0.001, b=0.001)
     request = RouteRequest("r", prompt_tokens=3000)
     row = table.index(ServerId("b"), M, P)
-    assert select(table, request, POLICY, now=NOW).row != row
+    assert select(Query(table, request, POLICY, now=NOW)).row != row
     cached = np.zeros(2)
     cached[row] = 2500.0
-    assert select(table, request, POLICY, now=NOW, cached=cached).row == row
+    assert select(Query(table, request, POLICY, now=NOW, cached=cached)).row == row

@@ -13,6 +13,7 @@ from control_plane.domain.model import ModelCard, ModelName, ModelState, Price, 
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.task import TaskType
 from control_plane.selection.policy import Policy
+from control_plane.selection.query import Query
 from control_plane.selection.select import explain, select
 from control_plane.selection.table import CandidateRow, CandidateTable
 
@@ -44,7 +45,7 @@ def served_in(table: CandidateTable, name: str, service: float) -> None:
 
 
 def chosen(table: CandidateTable, request: RouteRequest = REQUEST, queued: int = 0) -> str:
-    choice = select(table, request, POLICY, queued=queued)
+    choice = select(Query(table, request, POLICY, queued=queued))
     return table.rows[choice.row].server_id if choice.verdict is Verdict.CHOSEN else choice.verdict.name
 
 
@@ -53,7 +54,7 @@ def candidate(record: DecisionRecord, name: str) -> ScoredCandidate:
 
 
 def words(table: CandidateTable, name: str, queued: int = 0) -> list[tuple[RejectionReason, str]]:
-    record = explain(table, REQUEST, POLICY, queued=queued)
+    record = explain(Query(table, REQUEST, POLICY, queued=queued))
     return [(rejection.reason, rejection.detail) for rejection in candidate(record, name).rejections]
 
 
@@ -76,7 +77,7 @@ def test_the_request_waits_where_a_slot_is_free_sooner() -> None:
     told = "loading takes about 12.0 s; gpu/llama is expected to start it in 3.1 s"
     assert words(table, "cold") == [(RejectionReason.LOADING_TAKES_LONGER, told)]
     assert words(table, "gpu") == [(RejectionReason.NO_FREE_SLOT, "2 of 2 slots taken")]
-    assert "cold would have to load the model" in explain(table, REQUEST, POLICY).summary
+    assert "cold would have to load the model" in explain(Query(table, REQUEST, POLICY)).summary
 
 
 def test_it_is_loaded_where_the_others_take_longer() -> None:
@@ -146,7 +147,7 @@ def test_who_cannot_serve_the_request_outruns_nobody() -> None:
     table = fleet(cold=card(COLD, 12.0), gpu=card(WARM))
     assert chosen(table, RouteRequest("r", server_id=ServerId("cold"))) == "cold"
     assert chosen(table, RouteRequest("r", excluded=frozenset({ServerId("gpu")}))) == "cold"
-    assert select(table, REQUEST, POLICY, frozenset({ServerId("gpu")})).verdict is Verdict.CHOSEN
+    assert select(Query(table, REQUEST, POLICY, frozenset({ServerId("gpu")}))).verdict is Verdict.CHOSEN
 
 
 def test_of_cold_ones_the_sooner_loaded_wins_and_loading_counts_as_cold() -> None:
@@ -154,7 +155,7 @@ def test_of_cold_ones_the_sooner_loaded_wins_and_loading_counts_as_cold() -> Non
     assert chosen(table) == "b"
     parts = {
         found.server_id: next(part.value for part in found.parts if part.scorer == "latency")
-        for found in explain(table, REQUEST, POLICY).candidates
+        for found in explain(Query(table, REQUEST, POLICY)).candidates
     }
     promptness = {"a": 5 / 36, "b": 5 / 8, "c": 5 / 16}
     assert all(0.3 * value < parts[name] < 0.3 * value + 0.7 for name, value in promptness.items())
@@ -176,10 +177,10 @@ def test_of_cold_ones_the_sooner_loaded_wins_and_loading_counts_as_cold() -> Non
 )
 def test_models_that_are_not_here_get_nothing(state: ModelState, said: str, told: str, away: bool) -> None:
     table = fleet(a=card(state, state_detail=said))
-    choice = select(table, REQUEST, POLICY)
+    choice = select(Query(table, REQUEST, POLICY))
     assert (choice.verdict, choice.all_away) == (Verdict.WAIT, away)
     assert words(table, "a") == [(RejectionReason.MODEL_NOT_HERE, told)]
-    assert explain(table, REQUEST, POLICY).summary == f"1 capable server, it cannot start now: a: {told}"
+    assert explain(Query(table, REQUEST, POLICY)).summary == f"1 capable server, it cannot start now: a: {told}"
     assert not RejectionReason.MODEL_NOT_HERE.permanent
     table = fleet(a=card(state), b=card(COLD, 100.0))
     assert chosen(table) == "b"
@@ -190,9 +191,11 @@ def test_models_that_are_not_here_get_nothing(state: ModelState, said: str, told
 
 def test_the_expected_price_is_told() -> None:
     table = fleet(a=card(WARM, price=Price(1.0, 0.0, 3.0)), b=card(WARM))
-    costs = {found.server_id: found.estimated_cost_nano_usd for found in explain(table, REQUEST, POLICY).candidates}
+    costs = {
+        found.server_id: found.estimated_cost_nano_usd for found in explain(Query(table, REQUEST, POLICY)).candidates
+    }
     assert costs == {"a": 100 * 1_000 + 100 * 3_000, "b": 0}
-    open_end = explain(table, RouteRequest("r", prompt_tokens=100), POLICY)
+    open_end = explain(Query(table, RouteRequest("r", prompt_tokens=100), POLICY))
     assert candidate(open_end, "a").estimated_cost_nano_usd == 100 * 1_000 + 256 * 3_000
 
 
@@ -238,7 +241,7 @@ def start_on(table: CandidateTable, row: int, queued: int) -> float:
 
 @given(fleets(), st.integers(0, 20))
 def test_a_cold_model_is_rejected_only_in_favour_of_one_that_starts_sooner(table: CandidateTable, queued: int) -> None:
-    record = explain(table, REQUEST, POLICY, queued=queued)
+    record = explain(Query(table, REQUEST, POLICY, queued=queued))
     warm = [
         row
         for row, each in enumerate(table.rows)
@@ -263,5 +266,5 @@ def test_a_cold_model_is_rejected_only_in_favour_of_one_that_starts_sooner(table
 def test_the_only_capable_one_is_never_rejected_for_another(table: CandidateTable) -> None:
     for each in table.rows:
         pinned = RouteRequest("r", server_id=each.server_id)
-        reasons = {r.reason for r in candidate(explain(table, pinned, POLICY), each.server_id).rejections}
+        reasons = {r.reason for r in candidate(explain(Query(table, pinned, POLICY)), each.server_id).rejections}
         assert RejectionReason.LOADING_TAKES_LONGER not in reasons

@@ -13,8 +13,8 @@ from control_plane.domain.model import ModelCard, ModelName, Price, Provider, Se
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.task import TaskType
 from control_plane.selection import scorers
-from control_plane.selection.filters import Query
 from control_plane.selection.policy import Policy, Weights
+from control_plane.selection.query import Query
 from control_plane.selection.table import UNKNOWN_SIGMA, CandidateRow, CandidateTable
 
 A = ServerId("a")
@@ -23,7 +23,7 @@ A = ServerId("a")
 def query(card: ModelCard, request: RouteRequest | None = None, policy: Policy | None = None) -> Query:
     table = CandidateTable([CandidateRow(A, card)])
     table.set_server(A, ready=True, draining=False, slots=4, used=0, waiting=0)
-    return Query(table, request or RouteRequest("r"), policy or Policy(), frozenset())
+    return Query(table, request or RouteRequest("r"), policy or Policy())
 
 
 def card(**fields: object) -> ModelCard:
@@ -74,7 +74,7 @@ def test_load(slots: int, used: int, waiting: int, value: float) -> None:
 def test_provider_preference_is_relative_to_the_largest() -> None:
     rows = [CandidateRow(A, ModelCard(ModelName("m"), Provider(name), 8192)) for name in ("best", "named", "other")]
     policy = Policy(provider_preference={Provider("best"): 2.0, Provider("named"): 0.5})
-    asked = Query(CandidateTable(rows), RouteRequest("r"), policy, frozenset())
+    asked = Query(CandidateTable(rows), RouteRequest("r"), policy)
     assert scorers.provider(asked).tolist() == [1.0, 0.25, 0.5]
 
 

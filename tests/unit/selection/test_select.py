@@ -16,6 +16,7 @@ from control_plane.domain.request import RouteRequest
 from control_plane.domain.task import Feature, TaskType
 from control_plane.selection.filters import AVOIDED, PERMANENT, TRANSIENT
 from control_plane.selection.policy import Policy, Weights
+from control_plane.selection.query import Query
 from control_plane.selection.scorers import SCORERS
 from control_plane.selection.select import explain, select
 from control_plane.selection.table import CandidateRow, CandidateTable
@@ -54,9 +55,9 @@ def test_the_better_one_is_chosen() -> None:
     table = CandidateTable([CandidateRow(GPU, card(0.2)), CandidateRow(MAC, card(0.9))])
     for server in (MAC, GPU):
         table.set_server(server, ready=True, draining=False, slots=4, used=0, waiting=0)
-    choice = select(table, REQUEST, POLICY)
+    choice = select(Query(table, REQUEST, POLICY))
     assert (choice.verdict, table.rows[choice.row].server_id) == (Verdict.CHOSEN, MAC)
-    record = explain(table, REQUEST, POLICY)
+    record = explain(Query(table, REQUEST, POLICY))
     assert [candidate.server_id for candidate in record.candidates] == [MAC, GPU]
     assert record.summary.startswith("mac/mlx/llama scores 0.")
     assert ": capability 0.90, success 1.00, latency " in record.summary
@@ -67,28 +68,28 @@ def test_the_better_one_is_chosen() -> None:
 def test_equals_go_to_the_least_id(size: int) -> None:
     # Many sizes: vectorised arithmetic must not round equal columns differently by their place.
     table = fleet(*(f"host-{number:02}" for number in range(size)), price=Price(0.3, 0, 0.7), ttft=0.123, tpot=0.0456)
-    assert select(table, REQUEST, POLICY).row == 0
+    assert select(Query(table, REQUEST, POLICY)).row == 0
 
 
 def test_taking_slots_spreads_requests() -> None:
     table = fleet("a", "b", "c")
     chosen = []
     for _ in range(12):
-        choice = select(table, REQUEST, POLICY)
+        choice = select(Query(table, REQUEST, POLICY))
         chosen.append(choice.row)
         table.take(choice.row)
     assert sorted(chosen) == [0] * 4 + [1] * 4 + [2] * 4
-    assert select(table, REQUEST, POLICY).verdict is Verdict.WAIT
+    assert select(Query(table, REQUEST, POLICY)).verdict is Verdict.WAIT
     table.give(1)
-    assert select(table, REQUEST, POLICY).row == 1
+    assert select(Query(table, REQUEST, POLICY)).row == 1
 
 
 def test_weights_decide() -> None:
     table = CandidateTable([CandidateRow(GPU, card(0.9, price=Price(50, 0, 50))), CandidateRow(MAC, card(0.5))])
     for server in (MAC, GPU):
         table.set_server(server, ready=True, draining=False, slots=4, used=0, waiting=0)
-    by_quality = select(table, REQUEST, Policy(Weights(1, 0, 0, 0, 0, 0)))
-    by_price = select(table, REQUEST, Policy(Weights(0, 0, 0, 1, 0, 0)))
+    by_quality = select(Query(table, REQUEST, Policy(Weights(1, 0, 0, 0, 0, 0))))
+    by_price = select(Query(table, REQUEST, Policy(Weights(0, 0, 0, 1, 0, 0))))
     assert [table.rows[choice.row].server_id for choice in (by_quality, by_price)] == [GPU, MAC]
 
 
@@ -116,8 +117,8 @@ def test_weights_decide() -> None:
 )
 def test_permanent_filters(change: dict[str, object], reason: RejectionReason, detail: str) -> None:
     table, request = fleet("mac"), replace(REQUEST, **change)  # type: ignore[arg-type]
-    assert select(table, request, POLICY).verdict is Verdict.IMPOSSIBLE
-    record = explain(table, request, POLICY)
+    assert select(Query(table, request, POLICY)).verdict is Verdict.IMPOSSIBLE
+    record = explain(Query(table, request, POLICY))
     assert (reasons(record), details(record)) == ([reason], [detail])
     assert reason.permanent
     assert record.summary == f"no server can serve this request; nearest is mac/mlx/llama: {detail}"
@@ -126,14 +127,14 @@ def test_permanent_filters(change: dict[str, object], reason: RejectionReason, d
 def test_a_price_is_too_high_from_the_first_nano_dollar_on() -> None:
     table = fleet("mac", price=Price(1.0, 0.5, 2.0))  # 100 * 1 + 100 * 2 dollars per million
     request = replace(REQUEST, max_cost_nano_usd=300_000)
-    assert select(table, request, POLICY).verdict is Verdict.CHOSEN
-    assert explain(table, request, POLICY).candidates[0].estimated_cost_nano_usd == 300_000
-    record = explain(table, replace(request, max_cost_nano_usd=299_999), POLICY)
+    assert select(Query(table, request, POLICY)).verdict is Verdict.CHOSEN
+    assert explain(Query(table, request, POLICY)).candidates[0].estimated_cost_nano_usd == 300_000
+    record = explain(Query(table, replace(request, max_cost_nano_usd=299_999), POLICY))
     assert record.verdict is Verdict.IMPOSSIBLE and reasons(record) == [RejectionReason.TOO_EXPENSIVE]
     assert details(record) == ["expected to cost 0.000300 US dollars > 0.000300 allowed"]
     assert record.candidates[0].rejections[0].reason.permanent
     unbounded = replace(request, max_tokens=None)  # 256 tokens are expected
-    assert select(table, unbounded, POLICY).verdict is Verdict.IMPOSSIBLE
+    assert select(Query(table, unbounded, POLICY)).verdict is Verdict.IMPOSSIBLE
 
 
 @given(st.floats(0, 1e6), st.floats(0, 1e6), st.integers(0, 10**6), st.integers(1, 10**6), st.integers(1, 10**15))
@@ -142,18 +143,18 @@ def test_the_price_filter_agrees_with_the_estimate(
 ) -> None:
     table = fleet("mac", price=Price(prompt, 0, completion), context_length=10**7)
     request = RouteRequest("r", prompt_tokens=prompt_tokens, max_tokens=max_tokens, max_cost_nano_usd=most)
-    record = explain(table, request, POLICY)
+    record = explain(Query(table, request, POLICY))
     assert (record.verdict is Verdict.CHOSEN) == (record.candidates[0].estimated_cost_nano_usd <= most)
 
 
 def test_other_models_and_providers_are_not_excluded() -> None:
     excluded = frozenset({(LLAMA, Provider("vllm")), (ModelName("qwen"), None)})
-    assert select(fleet("mac"), replace(REQUEST, excluded_models=excluded), POLICY).verdict is Verdict.CHOSEN
+    assert select(Query(fleet("mac"), replace(REQUEST, excluded_models=excluded), POLICY)).verdict is Verdict.CHOSEN
 
 
 def test_the_permitted_limit_passes() -> None:
     request = replace(REQUEST, prompt_tokens=8092, features=Feature.JSON, model=LLAMA, provider=MLX, server_id=MAC)
-    assert select(fleet("mac"), request, POLICY).verdict is Verdict.CHOSEN
+    assert select(Query(fleet("mac"), request, POLICY)).verdict is Verdict.CHOSEN
 
 
 @pytest.mark.parametrize(
@@ -173,10 +174,10 @@ def test_transient_filters(state: dict[str, float], reason: RejectionReason, sen
     table.set_server(MAC, **server)  # type: ignore[arg-type]
     table.set_breaker(MAC, LLAMA, MLX, open=bool(state.get("breaker")))
     table.set_stats(MAC, LLAMA, MLX, success=state.get("success", 1.0), ttft=None, tpot=None)
-    choice = select(table, REQUEST, POLICY)
+    choice = select(Query(table, REQUEST, POLICY))
     assert choice.verdict is Verdict.WAIT
     assert choice.all_away is (reason in (RejectionReason.NOT_READY, RejectionReason.DRAINING))
-    record = explain(table, REQUEST, POLICY)
+    record = explain(Query(table, REQUEST, POLICY))
     assert reasons(record) == [reason]
     assert not reason.permanent
     assert record.summary == f"1 capable server, it cannot start now: {sentence}"
@@ -186,7 +187,7 @@ def test_details_have_numbers() -> None:
     table = fleet("mac")
     table.set_server(MAC, ready=True, draining=False, slots=4, used=5, waiting=0)
     table.set_stats(MAC, LLAMA, MLX, success=0.12, ttft=None, tpot=None)
-    assert details(explain(table, REQUEST, POLICY)) == ["success rate 0.12 < 0.20", "5 of 4 slots taken"]
+    assert details(explain(Query(table, REQUEST, POLICY))) == ["success rate 0.12 < 0.20", "5 of 4 slots taken"]
 
 
 # ------------------------------------------------------------------ verdicts ---
@@ -194,15 +195,15 @@ def test_details_have_numbers() -> None:
 
 def test_an_empty_fleet() -> None:
     table = CandidateTable()
-    assert select(table, REQUEST, POLICY).verdict is Verdict.IMPOSSIBLE
-    assert explain(table, REQUEST, POLICY).summary == "no model server is attached"
+    assert select(Query(table, REQUEST, POLICY)).verdict is Verdict.IMPOSSIBLE
+    assert explain(Query(table, REQUEST, POLICY)).summary == "no model server is attached"
 
 
 def test_wait_counts_servers_and_names_some() -> None:
     table = fleet(*(f"h{number}" for number in range(7)))
     for server in table.spans:
         table.set_server(server, ready=True, draining=server == "h1", slots=1, used=1, waiting=0)
-    summary = explain(table, REQUEST, POLICY).summary
+    summary = explain(Query(table, REQUEST, POLICY)).summary
     assert summary == (
         "7 capable servers, none can start now: h0 has no free slot, h1 is draining, h2 has no free slot, "
         "h3 has no free slot, h4 has no free slot and 2 more"
@@ -213,34 +214,34 @@ def test_all_away_only_if_every_capable_one_is() -> None:
     table = fleet("gpu", "mac")
     table.set_server(MAC, ready=False, draining=False, slots=4, used=0, waiting=0)
     table.set_server(GPU, ready=True, draining=False, slots=4, used=4, waiting=0)
-    assert not select(table, REQUEST, POLICY).all_away
-    assert select(table, replace(REQUEST, server_id=MAC), POLICY).all_away
+    assert not select(Query(table, REQUEST, POLICY)).all_away
+    assert select(Query(table, replace(REQUEST, server_id=MAC), POLICY)).all_away
 
 
 def test_avoided_servers_are_not_asked_again() -> None:
     table = fleet("gpu", "mac")
-    assert table.rows[select(table, REQUEST, POLICY, frozenset({GPU})).row].server_id == MAC
-    record = explain(table, REQUEST, POLICY, frozenset({GPU}))
+    assert table.rows[select(Query(table, REQUEST, POLICY, frozenset({GPU}))).row].server_id == MAC
+    record = explain(Query(table, REQUEST, POLICY, frozenset({GPU})))
     assert details(record) == ["server gpu failed in an earlier attempt of this request"]
 
 
 def test_when_every_capable_server_has_failed() -> None:
     table, avoid = fleet("gpu", "mac"), frozenset({GPU, MAC, ServerId("gone")})
-    choice = select(table, REQUEST, POLICY, avoid)
+    choice = select(Query(table, REQUEST, POLICY, avoid))
     assert (choice.verdict, choice.all_failed) == (Verdict.IMPOSSIBLE, True)
-    assert explain(table, REQUEST, POLICY, avoid).summary == "every capable server has failed in this request"
+    assert explain(Query(table, REQUEST, POLICY, avoid)).summary == "every capable server has failed in this request"
 
 
 def test_a_hopeless_request_has_not_failed_everywhere() -> None:
     request = replace(REQUEST, prompt_tokens=10**6)
-    choice = select(fleet("mac"), request, POLICY, frozenset({MAC}))
+    choice = select(Query(fleet("mac"), request, POLICY, frozenset({MAC})))
     assert (choice.verdict, choice.all_failed) == (Verdict.IMPOSSIBLE, False)
 
 
 def test_waiting_for_the_ones_that_have_not_failed() -> None:
     table = fleet("gpu", "mac")
     table.set_server(MAC, ready=True, draining=False, slots=4, used=4, waiting=0)
-    assert select(table, REQUEST, POLICY, frozenset({GPU})).verdict is Verdict.WAIT
+    assert select(Query(table, REQUEST, POLICY, frozenset({GPU}))).verdict is Verdict.WAIT
 
 
 def test_the_nearest_miss_lacks_least() -> None:
@@ -250,7 +251,10 @@ def test_the_nearest_miss_lacks_least() -> None:
         CandidateRow(ServerId("c"), card(0.2, context_length=100)),
     ]
     request = replace(REQUEST, features=Feature.JSON)
-    assert "nearest is c/mlx/llama: context 100 < 200 needed" in explain(CandidateTable(rows), request, POLICY).summary
+    assert (
+        "nearest is c/mlx/llama: context 100 < 200 needed"
+        in explain(Query(CandidateTable(rows), request, POLICY)).summary
+    )
 
 
 # ------------------------------------------------------------------ property ---
@@ -315,8 +319,8 @@ requests = st.builds(
 def test_an_explanation_never_differs_from_the_choice(
     table: CandidateTable, request: RouteRequest, avoid: frozenset[ServerId], queued: int
 ) -> None:
-    choice = select(table, request, POLICY, avoid, queued)
-    record = explain(table, request, POLICY, avoid, queued)
+    choice = select(Query(table, request, POLICY, avoid, queued))
+    record = explain(Query(table, request, POLICY, avoid, queued))
     assert record.verdict is choice.verdict
     assert record.summary
     assert len(record.candidates) == len(table)
@@ -350,8 +354,8 @@ def test_an_explanation_never_differs_from_the_choice(
 
 @given(tables(), requests)
 def test_selecting_changes_nothing(table: CandidateTable, request: RouteRequest) -> None:
-    assert select(table, request, POLICY) == select(table, request, POLICY)
-    assert explain(table, request, POLICY) == explain(table, request, POLICY)
+    assert select(Query(table, request, POLICY)) == select(Query(table, request, POLICY))
+    assert explain(Query(table, request, POLICY)) == explain(Query(table, request, POLICY))
 
 
 # ---------------------------------------------------------------------- docs ---
