@@ -22,8 +22,9 @@ from control_plane.api.metrics import Metrics
 from control_plane.api.tenant import tenant_of
 from control_plane.domain.errors import DomainError
 from control_plane.domain.ports import Clock
-from control_plane.fleet.registry import Fleet, Flight, Outcome, OutcomeKind, Server
+from control_plane.fleet.registry import Fleet
 from control_plane.fleet.scheduler import Scheduler
+from control_plane.fleet.server import Flight, Outcome, OutcomeKind, Server
 from control_plane.scheduling.retry import blames_server
 from modelyard.rpc import tickets
 from modelyard.rpc.errors import Refusal, invalid

@@ -20,8 +20,8 @@ from control_plane.domain.ports import Clock
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Failed
 from control_plane.fleet.charge import Charge
-from control_plane.fleet.registry import Flight, Outcome, OutcomeKind
 from control_plane.fleet.scheduler import Grant, Outlook, Scheduler
+from control_plane.fleet.server import Flight, Outcome, OutcomeKind
 from control_plane.scheduling.retry import REQUEST_REASONS, RetryPolicy, blames_server, repeatable, retryable
 from modelyard.program.process import first_of
 from modelyard.rpc.calls import UnaryCall

@@ -7,7 +7,8 @@ import asyncio
 from control_plane.api import convert
 from control_plane.domain.model import ModelCard, ModelName, ServerId
 from control_plane.domain.server import BreakerState
-from control_plane.fleet.registry import Fleet, Server, placements
+from control_plane.fleet.registry import Fleet, placements
+from control_plane.fleet.server import Server
 from modelyard.v1 import fleet_pb2
 from modelyard.v1.orchestrator_pb2 import WatchFleetResponse
 

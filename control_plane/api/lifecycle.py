@@ -21,7 +21,8 @@ from control_plane.domain.errors import (
 from control_plane.domain.model import ServerId
 from control_plane.domain.ports import Clock
 from control_plane.domain.server import LeaseState
-from control_plane.fleet.registry import Fleet, Server
+from control_plane.fleet.registry import Fleet
+from control_plane.fleet.server import Server
 from modelyard.rpc.errors import Refusal, Violation, from_rpc_error, invalid
 from modelyard.rpc.reasons import Reason
 from modelyard.v1 import fleet_pb2, model_server_pb2, orchestrator_pb2

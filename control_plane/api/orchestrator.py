@@ -19,8 +19,9 @@ from control_plane.config import FleetSettings
 from control_plane.domain.errors import DomainError, draining, unknown_model
 from control_plane.domain.ports import Clock
 from control_plane.domain.server import Report
-from control_plane.fleet.registry import Attachment, Fleet, superseded
+from control_plane.fleet.registry import Fleet, superseded
 from control_plane.fleet.scheduler import Scheduler
+from control_plane.fleet.server import Attachment
 from control_plane.scheduling.pace import TokenBucket
 from modelyard.rpc.errors import Refusal, Violation, invalid
 from modelyard.rpc.reasons import Reason

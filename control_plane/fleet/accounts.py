@@ -13,7 +13,7 @@ from control_plane.domain.funds import Amounts, Funds, Reckoning
 from control_plane.domain.model import ModelCard
 from control_plane.domain.request import RouteRequest
 from control_plane.fleet.charge import Charge
-from control_plane.fleet.registry import Flight
+from control_plane.fleet.server import Flight
 from control_plane.scheduling.budgets import Ledger, Shortage
 from control_plane.scheduling.usage import HOUR, Tally, UsageBook, UsageKey
 from control_plane.selection.table import CandidateTable

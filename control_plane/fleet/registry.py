@@ -8,26 +8,19 @@ from __future__ import annotations
 
 import logging
 import math
-import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from enum import Enum
-from functools import partial
 
 from control_plane.domain.definition import Definitions
 from control_plane.domain.errors import DomainError, unknown_server
 from control_plane.domain.learned import Learned
 from control_plane.domain.lease import Lease
-from control_plane.domain.model import ModelCard, ModelName, ModelState, Price, Provider, ServerId
+from control_plane.domain.model import ModelCard, ModelName, Provider, ServerId
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import BreakerState, Failed, Health, LeaseState, Report
-from control_plane.domain.task import Feature, TaskType
-from control_plane.fleet.charge import Charge
-from control_plane.prediction.features import Coefficients, Features, Kin, RowKey, ttft
-from control_plane.prediction.latency import LatencyModel
-from control_plane.prediction.output_length import OutputLength
-from control_plane.prefix.cache import CacheRow, Credit
-from control_plane.prefix.index import Floats, PrefixIndex
+from control_plane.fleet.expectations import Expectations
+from control_plane.fleet.server import Attachment, Flight, Outcome, OutcomeKind, Pair, PairKey, Server
+from control_plane.prefix.index import Floats
 from control_plane.scheduling.breaker import Breaker, BreakerPolicy
 from control_plane.scheduling.stats import RuntimeStats, StatsPolicy
 from control_plane.selection.table import CandidateRow, CandidateTable
@@ -41,163 +34,8 @@ _NEARLY = 0.005
 # and at least for so many: a restart or a reload must not forget, ever new names must not pile up.
 _GONE_KEPT = 64
 
-# A first token is too late after so many times what nine of ten are expected to take, and after so many seconds.
-_OVERDUE = 2.0
-_OVERDUE_SOONEST = 1.0
-# Observations before it is known how long that takes. Till then nobody is waited for longer than the objective.
-_EVIDENCE = 0.5
-
-# Kinds of requests whose length of answer is looked up once a second.
-_LENGTHS_KEPT = 1000
-
-PairKey = tuple[ModelName, Provider]
-
 # Pairs of an earlier process that have not been seen yet.
 _REMEMBERED = 10_000
-
-
-class OutcomeKind(Enum):
-    SUCCESS = "success"
-    FAILURE = "failure"
-    NEUTRAL = "neutral"
-    """Says nothing about the server: cancelled, refused for the request's own sake, busy."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a dispatched request ended."""
-
-    kind: OutcomeKind
-    ttft: float | None = None
-    """Seconds from dispatch to the first token."""
-    tpot: float | None = None
-
-
-@dataclass(slots=True)
-class Pair:
-    """What was learned of one model on one server."""
-
-    stats: RuntimeStats
-    breaker: Breaker
-    fingerprint: str
-    """Under which it was learned."""
-
-
-@dataclass(eq=False, slots=True)
-class Flight:
-    """A request that a server is working on. Ends with Fleet.end, exactly once."""
-
-    server: Server
-    model: ModelName
-    provider: Provider
-    price: Price
-    pair: Pair
-    """What the outcome is learned for; one that has been replaced since learns in vain."""
-    breaker_epoch: int
-    began: float
-    """Monotonic seconds of the dispatch."""
-    cold: bool
-    """The model had to be loaded: its times say nothing of the next request."""
-    assigned: bool = False
-    """Its client calls the server itself."""
-    on_lost: Callable[[], None] | None = None
-    """Called when the server's lease runs out: nothing will come any more."""
-    on_overdue: Callable[[], None] | None = None
-    """Called once when its first token is so late that another server is to be asked. Only what says when the first
-    token has come may set it."""
-    overdue_at: float = math.inf
-    """Monotonic seconds when that is."""
-    request: RouteRequest | None = None
-    promised_ttft: float | None = None
-    """Median seconds from its dispatch, as expected then."""
-    promised_tpot: float | None = None
-    features: Features = field(default_factory=partial(Features, 0.0))
-    """At its dispatch."""
-    expected_first: float = 0.0
-    """Monotonic seconds of the first token, as expected at the dispatch."""
-    expected_end: float = 0.0
-    """Monotonic seconds."""
-    work: float = 0.0
-    """Seconds of service that it is expected to take of the server."""
-    lane: float = 0.0
-    """Of those, seconds for which nobody else's prompt is prefilled."""
-    credit: Credit | None = None
-    """For what its prompt leaves in the server's prefix cache."""
-    charge: Charge = field(default_factory=Charge)
-    """Who pays for it."""
-
-    @property
-    def server_id(self) -> ServerId:
-        return self.server.id
-
-    @property
-    def endpoint(self) -> str:
-        return self.server.report.identity.endpoint
-
-
-@dataclass(eq=False, slots=True)
-class Server:
-    """One model server."""
-
-    report: Report
-    lease: Lease
-    attached_wall: float
-    reported_wall: float
-    cards: tuple[ModelCard, ...] = ()
-    """Models with definitions applied."""
-    held: frozenset[PairKey] = frozenset()
-    """Keys of the cards."""
-    drain_ordered: bool = False
-    attachment: Attachment | None = None
-    pairs: dict[PairKey, Pair] = field(default_factory=dict)
-    flights: set[Flight] = field(default_factory=set)
-    prefilling: dict[Flight, None] = field(default_factory=dict)
-    """Flights without a first token yet, in order."""
-    lane_until: float = 0.0
-    """Monotonic seconds when the last of them is expected to have it."""
-    lost_at: float = 0.0
-    echoed: int = 0
-    """The lease epoch that the server has been told of, by its own word; with it came the key of tickets."""
-    ticket_key: bytes = field(default_factory=lambda: secrets.token_bytes(32))
-    direct: bool = False
-    """Whether it was last seen to know the key."""
-    tickets_since: int = 0
-    """Tickets of earlier lease epochs are void: what they stood for was given up."""
-
-    @property
-    def id(self) -> ServerId:
-        return self.report.identity.server_id
-
-    @property
-    def draining(self) -> bool:
-        return self.drain_ordered or self.report.draining
-
-    @property
-    def state(self) -> LeaseState:
-        """The lease's state; a draining server with a live lease is DRAINING."""
-        if self.draining and self.lease.state is LeaseState.LIVE:
-            return LeaseState.DRAINING
-        return self.lease.state
-
-    @property
-    def ready(self) -> bool:
-        sound = self.lease.state is LeaseState.LIVE and self.report.health is Health.READY
-        return sound and (self.knows_key or not self.report.needs_tickets)
-
-    @property
-    def knows_key(self) -> bool:
-        """Whether it can tell our tickets from forged ones."""
-        return self.report.takes_tickets and self.echoed == self.lease.epoch
-
-
-@dataclass(eq=False, slots=True)
-class Attachment:
-    """One report stream."""
-
-    server: Server
-    on_directive: Callable[[], None]
-    """Called when the server must be told something before its next report."""
-    superseded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,14 +74,7 @@ class Fleet:
         self._listeners: list[Callable[[ServerId, bool], None]] = []
         self._without_tickets: frozenset[Failed] | None = None
         self.on_capacity: Callable[[], None] = lambda: None
-        self._latency = LatencyModel()
-        self._coefficients: dict[RowKey, Coefficients[float]] = {}
-        """Of every row of the table, as the table has them."""
-        self._lengths = OutputLength()
-        self._lengths_at: dict[tuple[TaskType, ModelName, int | None], tuple[float, float]] = {}
-        """Mean of an answer, and until when it is good enough, monotonic seconds."""
-        self._prefixes = PrefixIndex()
-        self._caching = False
+        self._expectations = Expectations()
         self.on_end: Callable[[Flight], None] = lambda flight: None
         """Told of each flight once, when it ends."""
         self.table = CandidateTable([])
@@ -419,16 +250,12 @@ class Fleet:
             elif lease.state is LeaseState.LOST and now - server.lost_at > self._policy.forget_after:
                 del self._servers[server.id]
                 for card in server.cards:
-                    self._latency.forget((server.id, card.name, card.provider))
+                    self._expectations.forget(server.id, card)
                 self._rebuild(now)
                 self._changed(server, urgent=True)
         for key in list(self._troubled):
             self._refresh_pair(*key, now)
-        for pair in self._latency.moved(now):
-            self._predict(pair, now)
-        for server in self._servers.values():
-            if server.prefilling and now >= min(server.lane_until, next(iter(server.prefilling)).overdue_at):
-                self._overdue(server, now)
+        self._expectations.tick(self._servers.values(), now)
 
     # --------------------------------------------------------- dispatching ---
 
@@ -452,10 +279,10 @@ class Fleet:
         cold = self.table.cold is not None and bool(self.table.cold[row])
         flight = Flight(server, model, provider, chosen.card.price, pair, pair.breaker.epoch, now, cold)
         flight.request = request
-        self._expect(flight, row, now, cached, patience)
+        self._expectations.begin(flight, row, now, cached, patience)
         server.flights.add(flight)
         self.table.take(row)
-        self._refresh_work(server, now)
+        self._expectations.refresh(server, now)
         self._changed(server, urgent=False)
         return flight
 
@@ -465,12 +292,10 @@ class Fleet:
         if flight not in server.flights:
             return
         server.flights.discard(flight)
-        begun = flight not in server.prefilling
-        self._out_of_prefill(flight, now)
+        self._expectations.end(flight, outcome, now)
         self.on_end(flight)
         key, pair = (flight.model, flight.provider), flight.pair
         if outcome.kind is OutcomeKind.SUCCESS:
-            self._learn(flight, outcome, now)
             ttft, service = (None, None) if flight.cold else (outcome.ttft, now - flight.began)
             pair.stats = pair.stats.observe_success(ttft, outcome.tpot, now, service)
             pair.breaker = pair.breaker.on_success(now, flight.breaker_epoch)
@@ -479,23 +304,17 @@ class Fleet:
             pair.breaker = pair.breaker.on_failure(now, flight.breaker_epoch)
         else:
             pair.breaker = pair.breaker.on_cancel(now, flight.breaker_epoch)
-        if flight.credit is not None:
-            if begun or outcome.kind is OutcomeKind.SUCCESS:
-                self._prefixes.confirm(flight.credit)
-            else:
-                self._prefixes.abandon(flight.credit)
         if self._servers.get(server.id) is server:
             self._refresh(server)
-            self._refresh_work(server, now)
+            self._expectations.refresh(server, now)
             self._refresh_pair(server.id, key, now)
             self._changed(server, urgent=False)
         self.on_capacity()
 
     def first_token(self, flight: Flight, now: float) -> None:
         """The first token of a flight has come: the server may begin with the next prompt."""
-        if flight in flight.server.prefilling:
-            self._out_of_prefill(flight, now)
-            self._refresh_work(flight.server, now)
+        if self._expectations.first_token(flight, now):
+            self._expectations.refresh(flight.server, now)
             self.on_capacity()
 
     # ---------------------------------------------------------- prediction ---
@@ -503,128 +322,11 @@ class Fleet:
     @property
     def caches_prefixes(self) -> bool:
         """Whether some model here keeps the beginnings of prompts."""
-        return self._caching
+        return self._expectations.caches_prefixes
 
     def cached(self, request: RouteRequest) -> Floats | None:
         """Tokens of the prompt that each row of the table is expected to have in its prefix cache, shape (rows,)."""
-        return self._prefixes.match(request.blocks) if request.blocks is not None else None
-
-    def _expect(self, flight: Flight, row: int, now: float, cached: float, patience: float) -> None:
-        """What is expected of a flight that begins."""
-        request, server, table = flight.request, flight.server, self.table
-        if request is None:
-            return
-        load = server.report.load
-        backlog = sum(other.features.uncached_tokens for other in server.prefilling)
-        streams = len(server.flights) - len(server.prefilling) + load.foreign
-        flight.features = Features(
-            request.prompt_tokens, cached, backlog, streams, load.waiting, load.kv_cache_utilization, flight.cold
-        )
-        coefficients = self._coefficients[self._row_key(flight)]
-        wait = max(0.0, server.lane_until - now)
-        uncached = flight.features.uncached_tokens
-        flight.lane = coefficients.per_backlog_token * uncached
-        flight.expected_first = now + wait + ttft(coefficients, uncached, 0.0, 0.0)
-        if flight.cold:
-            flight.expected_first += float(table.load_time[row]) if table.load_time[row] > 0 else 0.0
-        if not flight.cold:
-            expected = ttft(coefficients, uncached, backlog, float(load.waiting)) * coefficients.ttft_spread[-1]
-            longest = math.inf if coefficients.evidence >= _EVIDENCE else patience
-            flight.overdue_at = now + min(longest, max(_OVERDUE_SOONEST, _OVERDUE * expected))
-        flight.promised_ttft = ttft(coefficients, uncached, backlog, float(load.waiting))
-        flight.promised_tpot = coefficients.tpot_base + coefficients.tpot_per_stream * streams
-        tokens = self._length(request, flight.model, now)
-        decoding = tokens * flight.promised_tpot
-        flight.expected_end = flight.expected_first + decoding
-        flight.work = flight.lane + decoding / max(load.slots, 1)
-        if request.blocks is not None:
-            flight.credit = self._prefixes.dispatch(self._row_key(flight), request.blocks)
-        server.prefilling[flight] = None
-        server.lane_until = max(server.lane_until, now) + flight.lane
-
-    def _length(self, request: RouteRequest, model: ModelName, now: float) -> float:
-        """Mean tokens of an answer, looked up once a second."""
-        key = request.task_type, model, request.max_tokens
-        known = self._lengths_at.get(key)
-        if known is None or now >= known[1]:
-            if len(self._lengths_at) >= _LENGTHS_KEPT:
-                self._lengths_at.clear()
-            known = self._lengths_at[key] = self._lengths.expect(*key).mean, now + 1.0
-        return known[0]
-
-    def _out_of_prefill(self, flight: Flight, now: float) -> None:
-        server = flight.server
-        if flight in server.prefilling:
-            del server.prefilling[flight]
-            flight.expected_end += now - flight.expected_first
-            left = sum(other.lane for other in server.prefilling)
-            server.lane_until = now + left if server.prefilling else 0.0
-
-    def _overdue(self, server: Server, now: float) -> None:
-        """Prompts that should be through are not, as far as is known."""
-        if now >= server.lane_until and not any(flight.on_overdue for flight in server.prefilling):
-            server.prefilling.clear()  # nobody will tell of their first tokens
-        for flight in list(server.prefilling):
-            if flight.on_overdue is not None and now >= flight.overdue_at:
-                log.info("%s: no first token after %.1f s", server.id, now - flight.began)
-                flight.overdue_at, late = math.inf, flight.on_overdue
-                late()
-        for flight in server.prefilling:
-            if flight.on_overdue is not None:
-                self._latency.overdue(self._row_key(flight), flight.features, now - flight.began, now)
-                # It may take as long again as it has been late.
-                server.lane_until = now + (now - flight.expected_first) / 2 + flight.lane
-                self._predict(self._row_key(flight), now)
-                break
-        self._refresh_work(server, now)
-
-    def _learn(self, flight: Flight, outcome: Outcome, now: float) -> None:
-        if flight.request is None:
-            return
-        features, used = flight.features, flight.charge.used
-        if used is not None and used.whole and used.prompt:
-            if flight.credit is not None:
-                self._prefixes.finish(flight.credit, used.cached_prompt, used.prompt)
-                flight.credit = None
-            features = replace(features, prompt_tokens=used.prompt, cached_tokens=used.cached_prompt)
-        self._latency.observe(
-            self._row_key(flight), features, outcome.ttft, outcome.tpot, now,
-            promised_ttft=flight.promised_ttft, promised_tpot=flight.promised_tpot,
-        )  # fmt: skip
-        if used is not None and used.whole and used.completion:
-            self._lengths.observe(flight.request.task_type, flight.model, used.completion)
-
-    def _refresh_work(self, server: Server, now: float) -> None:
-        slot_at = math.nan
-        if server.flights and len(server.flights) + server.report.load.foreign >= server.report.load.slots:
-            # Whatever has outlived its expectation may go on for a quarter of the time that it has taken.
-            slot_at = min(max(flight.expected_end, now + (now - flight.began) / 4) for flight in server.flights)
-        self.table.set_work(
-            server.id,
-            streams=max(0, len(server.flights) - len(server.prefilling)) + server.report.load.foreign,
-            lane_until=server.lane_until,
-            slot_at=slot_at,
-        )
-
-    def _predict(self, key: RowKey, now: float) -> None:
-        """Bring what is expected of a row up to date."""
-        row = self.table.find(*key)
-        if row is not None:
-            self._coefficients[key] = coefficients = self._latency.coefficients(key, now)
-            self.table.set_prediction(row, coefficients)
-
-    def _row_key(self, flight: Flight) -> RowKey:
-        return flight.server.id, flight.model, flight.provider
-
-    def _declare(self, server: Server, card: ModelCard, now: float) -> None:
-        """What is known beforehand of a model's speed on a server."""
-        stats = self._pair(server, (card.name, card.provider)).stats
-        told_ttft, told_tpot = stats.ttft or card.ttft, stats.tpot or card.tpot
-        kin = Kin(
-            server.report.engine, server.report.hardware.device, card.name, card.fingerprint,
-            ttft=told_ttft, tpot=told_tpot,
-        )  # fmt: skip
-        self._latency.declare((server.id, card.name, card.provider), kin, now)
+        return self._expectations.cached(request)
 
     # ------------------------------------------------------------- learned ---
 
@@ -664,10 +366,10 @@ class Fleet:
             server.held = frozenset((card.name, card.provider) for card in server.cards)
             for card in server.cards:
                 self._identify(server, card)
-                self._declare(server, card, now)
+                self._expectations.declare(server, card, self._pair(server, (card.name, card.provider)), now)
             for card in before:
                 if (card.name, card.provider) not in server.held:
-                    self._latency.forget((server.id, card.name, card.provider))
+                    self._expectations.forget(server.id, card)
             gone = [key for key in server.pairs if key not in server.held]
             for key in gone[: max(0, len(gone) - max(_GONE_KEPT, len(server.held)))]:
                 del server.pairs[key]
@@ -733,23 +435,10 @@ class Fleet:
                 for card in server.cards
             ]
         )
-        self._coefficients.clear()
-        self._caching = any(Feature.PREFIX_CACHE in row.card.features for row in self.table.rows)
-        self._prefixes.align(
-            CacheRow(
-                row.server_id,
-                row.card.name,
-                row.card.provider,
-                self._servers[row.server_id].report.identity.instance_id,
-                row.card.fingerprint,
-                caches=Feature.PREFIX_CACHE in row.card.features,
-                resident=row.card.state in (ModelState.WARM, ModelState.LOADING),
-            )
-            for row in self.table.rows
-        )
+        self._expectations.rebuilt(self.table, self._servers)
         for server in self._servers.values():
             self._refresh(server)
-            self._refresh_work(server, now)
+            self._expectations.refresh(server, now)
             for card in server.cards:
                 self._refresh_pair(server.id, (card.name, card.provider), now)
 
@@ -774,7 +463,7 @@ class Fleet:
         stats, breaker = pair.stats, pair.breaker
         success = stats.success_at(now)
         self.table.set_stats(server_id, *key, success=success, ttft=stats.ttft, tpot=stats.tpot, service=stats.service)
-        self._predict((server_id, *key), now)
+        self._expectations.predict((server_id, *key), now)
         self.table.set_breaker(server_id, *key, open=not breaker.allows(now))
         if breaker.state is BreakerState.CLOSED and abs(success - stats.prior) < _NEARLY:
             self._troubled.discard((server_id, key))

@@ -31,7 +31,8 @@ from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Failed, Health, LeaseState
 from control_plane.domain.task import Priority
 from control_plane.fleet.accounts import Accounts, no_accounts
-from control_plane.fleet.registry import Fleet, Flight, Outcome, OutcomeKind
+from control_plane.fleet.registry import Fleet
+from control_plane.fleet.server import Flight, Outcome, OutcomeKind
 from control_plane.scheduling.queue import FairQueue, KindKey, Reached, Waiting
 from control_plane.selection.filters import PERMANENT, TRANSIENT, passing
 from control_plane.selection.forecast import Planned
@@ -617,7 +618,7 @@ class Scheduler:
             there = 0.0 if query.cached is None else float(query.cached[choice.row])
             patience = query.policy.ttft_objective(request.prompt_tokens)
             flight = self._fleet.begin(choice.row, now, request, there, patience)
-            self._queue.charge(request.tenant, flight.work)
+            self._queue.charge(request.tenant, flight.expected.work)
             flight.charge = charge
             self._granted += 1
             if not wanted.background:

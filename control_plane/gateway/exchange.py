@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from control_plane.api.tenant import TENANT_KEY
 from control_plane.domain.errors import draining
-from control_plane.fleet.registry import Flight
+from control_plane.fleet.server import Flight
 from control_plane.gateway.answers import Stream, encode
 from control_plane.gateway.errors import Failure, HttpRefusal, failure, refuse
 from modelyard.openai.wire import ErrorResponse

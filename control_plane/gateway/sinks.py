@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from control_plane.domain.ports import Clock
-from control_plane.fleet.registry import Flight
+from control_plane.fleet.server import Flight
 from control_plane.gateway.answers import Answer, Asked, Head
 from control_plane.gateway.exchange import Exchange
 from modelyard.v1.generation_pb2 import GenerationDelta

@@ -12,7 +12,7 @@ from time import perf_counter
 from control_plane.domain.funds import Amounts, Reckoning
 from control_plane.domain.request import RouteRequest
 from control_plane.fleet.accounts import Accounts
-from control_plane.fleet.registry import Flight, Pair, Server
+from control_plane.fleet.server import Flight, Pair, Server
 from control_plane.scheduling.breaker import Breaker, BreakerPolicy
 from control_plane.scheduling.budgets import Answer, Budget, Ledger, Reservation, Unit, Window
 from control_plane.scheduling.stats import RuntimeStats, StatsPolicy

@@ -8,7 +8,8 @@ from control_plane.domain.definition import Definitions, ModelDefinition
 from control_plane.domain.errors import DomainError
 from control_plane.domain.model import ModelName, ModelState, Price, Provider
 from control_plane.domain.server import BreakerState, Health, LeaseState
-from control_plane.fleet.registry import Fleet, Flight, InitialStats, Outcome, OutcomeKind, Pair
+from control_plane.fleet.registry import Fleet, InitialStats
+from control_plane.fleet.server import Flight, Outcome, OutcomeKind, Pair
 from tests.unit.control_plane.builders import POLICY, card, fleet, report
 
 FAILURE = Outcome(OutcomeKind.FAILURE)

@@ -10,8 +10,8 @@ from prometheus_client import generate_latest
 from control_plane.api.metrics import Metrics
 from control_plane.domain.model import ModelName, Provider
 from control_plane.domain.task import Priority
-from control_plane.fleet.registry import Pair
 from control_plane.fleet.scheduler import Scheduler
+from control_plane.fleet.server import Pair
 from control_plane.scheduling.queue import FairQueue
 from control_plane.selection.policy import Policy
 from tests.unit.control_plane.builders import ManualClock, card, fleet, report

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from control_plane.domain.request import RouteRequest
-from control_plane.fleet.registry import Fleet, Flight, Outcome, OutcomeKind
+from control_plane.fleet.registry import Fleet
+from control_plane.fleet.server import Flight, Outcome, OutcomeKind
 from tests.unit.control_plane.builders import fleet, report
 
 REQUEST = RouteRequest("r", prompt_tokens=1000)

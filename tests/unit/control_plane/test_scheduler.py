@@ -19,8 +19,9 @@ from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Failed, Health
 from control_plane.domain.task import Priority
 from control_plane.fleet.accounts import Accounts
-from control_plane.fleet.registry import Fleet, Outcome, OutcomeKind
+from control_plane.fleet.registry import Fleet
 from control_plane.fleet.scheduler import Grant, Outlook, Scheduler, Standing
+from control_plane.fleet.server import Outcome, OutcomeKind
 from control_plane.scheduling.budgets import Answer, Budget, Ledger, Unit, Window
 from control_plane.scheduling.queue import FairQueue
 from control_plane.selection.policy import Policy

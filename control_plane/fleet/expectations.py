@@ -1,0 +1,231 @@
+"""What is expected of every server and of every request on one: how soon, how fast, how long, and what caches hold.
+
+Keeps the columns of the candidate table that foretell, learns from what becomes of the requests. Belongs to the fleet:
+every method is a single step of its event loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from control_plane.domain.model import ModelCard, ModelName, ModelState, ServerId
+from control_plane.domain.request import RouteRequest
+from control_plane.domain.task import Feature, TaskType
+from control_plane.fleet.server import Expected, Flight, Outcome, OutcomeKind, Pair, Server
+from control_plane.prediction.features import Coefficients, Features, Kin, RowKey, ttft
+from control_plane.prediction.latency import LatencyModel
+from control_plane.prediction.output_length import OutputLength
+from control_plane.prefix.cache import CacheRow
+from control_plane.prefix.index import Floats, PrefixIndex
+from control_plane.selection.table import CandidateTable
+
+log = logging.getLogger(__name__)
+
+# A first token is too late after so many times what nine of ten are expected to take, and after so many seconds.
+_OVERDUE = 2.0
+_OVERDUE_SOONEST = 1.0
+# Observations before it is known how long that takes. Till then nobody is waited for longer than the objective.
+_EVIDENCE = 0.5
+
+# Kinds of requests whose length of answer is looked up once a second.
+_LENGTHS_KEPT = 1000
+
+
+class Expectations:
+    """Owner of the predictors."""
+
+    def __init__(self) -> None:
+        self._latency = LatencyModel()
+        self._coefficients: dict[RowKey, Coefficients[float]] = {}
+        """Of every row of the table, as the table has them."""
+        self._lengths = OutputLength()
+        self._lengths_at: dict[tuple[TaskType, ModelName, int | None], tuple[float, float]] = {}
+        """Mean of an answer, and until when it is good enough, monotonic seconds."""
+        self._prefixes = PrefixIndex()
+        self._table = CandidateTable([])
+        self.caches_prefixes = False
+        """Whether some model here keeps the beginnings of prompts."""
+
+    # ----------------------------------------------------------------- rows ---
+
+    def declare(self, server: Server, card: ModelCard, pair: Pair, now: float) -> None:
+        """A server holds a model; what is known beforehand of its speed counts until it is measured."""
+        kin = Kin(
+            server.report.engine, server.report.hardware.device, card.name, card.fingerprint,
+            ttft=pair.stats.ttft or card.ttft, tpot=pair.stats.tpot or card.tpot,
+        )  # fmt: skip
+        self._latency.declare((server.id, card.name, card.provider), kin, now)
+
+    def forget(self, server_id: ServerId, card: ModelCard) -> None:
+        """A server holds a model no more."""
+        self._latency.forget((server_id, card.name, card.provider))
+
+    def rebuilt(self, table: CandidateTable, servers: Mapping[ServerId, Server]) -> None:
+        """There is a new table."""
+        self._table = table
+        self._coefficients.clear()
+        self.caches_prefixes = any(Feature.PREFIX_CACHE in row.card.features for row in table.rows)
+        self._prefixes.align(
+            CacheRow(
+                row.server_id,
+                row.card.name,
+                row.card.provider,
+                servers[row.server_id].report.identity.instance_id,
+                row.card.fingerprint,
+                caches=Feature.PREFIX_CACHE in row.card.features,
+                resident=row.card.state in (ModelState.WARM, ModelState.LOADING),
+            )
+            for row in table.rows
+        )
+
+    def predict(self, key: RowKey, now: float) -> None:
+        """Bring what is expected of a row up to date."""
+        row = self._table.find(*key)
+        if row is not None:
+            self._coefficients[key] = coefficients = self._latency.coefficients(key, now)
+            self._table.set_prediction(row, coefficients)
+
+    def cached(self, request: RouteRequest) -> Floats | None:
+        """Tokens of the prompt that each row of the table is expected to have in its prefix cache, shape (rows,)."""
+        return self._prefixes.match(request.blocks) if request.blocks is not None else None
+
+    # -------------------------------------------------------------- flights ---
+
+    def begin(self, flight: Flight, row: int, now: float, cached: float, patience: float) -> None:
+        """A flight begins on a row of the table, which is expected to have so many tokens of its prompt `cached`. One
+        of which little is known is given `patience` seconds for the first token."""
+        request, server = flight.request, flight.server
+        if request is None:
+            return
+        flight.expected = expected = self._expected(flight, request, row, now, cached, patience)
+        if request.blocks is not None:
+            expected.credit = self._prefixes.dispatch(flight.row_key, request.blocks)
+        server.prefilling[flight] = None
+        server.lane_until = max(server.lane_until, now) + expected.lane
+
+    def first_token(self, flight: Flight, now: float) -> bool:
+        """The server may begin with the next prompt; whether that is news."""
+        server = flight.server
+        if flight not in server.prefilling:
+            return False
+        del server.prefilling[flight]
+        flight.expected.end_at += now - flight.expected.first_at
+        left = sum(other.expected.lane for other in server.prefilling)
+        server.lane_until = now + left if server.prefilling else 0.0
+        return True
+
+    def end(self, flight: Flight, outcome: Outcome, now: float) -> None:
+        """A flight has ended; of one that has succeeded there is much to learn."""
+        begun = not self.first_token(flight, now)
+        succeeded = outcome.kind is OutcomeKind.SUCCESS
+        if succeeded and flight.request is not None:
+            self._learn(flight, flight.request, outcome, now)
+        credit, flight.expected.credit = flight.expected.credit, None
+        if credit is not None:
+            if begun or succeeded:
+                self._prefixes.confirm(credit)
+            else:
+                self._prefixes.abandon(credit)
+
+    def refresh(self, server: Server, now: float) -> None:
+        """Bring the columns up to date that tell what a server is at."""
+        slot_at = math.nan
+        if server.flights and len(server.flights) + server.report.load.foreign >= server.report.load.slots:
+            # Whatever has outlived its expectation may go on for a quarter of the time that it has taken.
+            slot_at = min(max(flight.expected.end_at, now + (now - flight.began) / 4) for flight in server.flights)
+        self._table.set_work(
+            server.id,
+            streams=max(0, len(server.flights) - len(server.prefilling)) + server.report.load.foreign,
+            lane_until=server.lane_until,
+            slot_at=slot_at,
+        )
+
+    def tick(self, servers: Iterable[Server], now: float) -> None:
+        """Let time pass: what it alone changes of a prediction reaches the table, and first tokens are overdue."""
+        for key in self._latency.moved(now):
+            self.predict(key, now)
+        for server in servers:
+            if server.prefilling and now >= min(server.lane_until, next(iter(server.prefilling)).expected.overdue_at):
+                self._overdue(server, now)
+
+    # -------------------------------------------------------------- private ---
+
+    def _expected(
+        self, flight: Flight, request: RouteRequest, row: int, now: float, cached: float, patience: float
+    ) -> Expected:
+        server, load, table = flight.server, flight.server.report.load, self._table
+        backlog = sum(other.expected.features.uncached_tokens for other in server.prefilling)
+        streams = len(server.flights) - len(server.prefilling) + load.foreign
+        features = Features(
+            request.prompt_tokens, cached, backlog, streams, load.waiting, load.kv_cache_utilization, flight.cold
+        )
+        coefficients = self._coefficients[flight.row_key]
+        uncached = features.uncached_tokens
+        first = ttft(coefficients, uncached, backlog, float(load.waiting))
+        each = coefficients.tpot_base + coefficients.tpot_per_stream * streams
+        first_at = now + max(0.0, server.lane_until - now) + ttft(coefficients, uncached, 0.0, 0.0)
+        overdue_at = math.inf
+        if flight.cold:
+            first_at += float(table.load_time[row]) if table.load_time[row] > 0 else 0.0
+        else:
+            longest = math.inf if coefficients.evidence >= _EVIDENCE else patience
+            late = _OVERDUE * first * coefficients.ttft_spread[-1]
+            overdue_at = now + min(longest, max(_OVERDUE_SOONEST, late))
+        lane = coefficients.per_backlog_token * uncached
+        decoding = self._length(request, flight.model, now) * each
+        return Expected(
+            features=features,
+            ttft=first,
+            tpot=each,
+            first_at=first_at,
+            end_at=first_at + decoding,
+            overdue_at=overdue_at,
+            work=lane + decoding / max(load.slots, 1),
+            lane=lane,
+        )
+
+    def _length(self, request: RouteRequest, model: ModelName, now: float) -> float:
+        """Mean tokens of an answer, looked up once a second."""
+        key = request.task_type, model, request.max_tokens
+        known = self._lengths_at.get(key)
+        if known is None or now >= known[1]:
+            if len(self._lengths_at) >= _LENGTHS_KEPT:
+                self._lengths_at.clear()
+            known = self._lengths_at[key] = self._lengths.expect(*key).mean, now + 1.0
+        return known[0]
+
+    def _overdue(self, server: Server, now: float) -> None:
+        """Prompts that should be through are not, as far as is known."""
+        if now >= server.lane_until and not any(flight.on_overdue for flight in server.prefilling):
+            server.prefilling.clear()  # nobody will tell of their first tokens
+        for flight in list(server.prefilling):
+            if flight.on_overdue is not None and now >= flight.expected.overdue_at:
+                log.info("%s: no first token after %.1f s", server.id, now - flight.began)
+                flight.expected.overdue_at = math.inf
+                flight.on_overdue()
+        for flight in server.prefilling:
+            if flight.on_overdue is not None:
+                self._latency.overdue(flight.row_key, flight.expected.features, now - flight.began, now)
+                # It may take as long again as it has been late.
+                server.lane_until = now + (now - flight.expected.first_at) / 2 + flight.expected.lane
+                self.predict(flight.row_key, now)
+                break
+        self.refresh(server, now)
+
+    def _learn(self, flight: Flight, request: RouteRequest, outcome: Outcome, now: float) -> None:
+        expected, used = flight.expected, flight.charge.used
+        features = expected.features
+        if used is not None and used.whole and used.prompt:
+            if expected.credit is not None:
+                self._prefixes.finish(expected.credit, used.cached_prompt, used.prompt)
+                expected.credit = None
+            features = replace(features, prompt_tokens=used.prompt, cached_tokens=used.cached_prompt)
+        self._latency.observe(
+            flight.row_key, features, outcome.ttft, outcome.tpot, now,
+            promised_ttft=expected.ttft, promised_tpot=expected.tpot,
+        )  # fmt: skip
+        if used is not None and used.whole and used.completion:
+            self._lengths.observe(request.task_type, flight.model, used.completion)
