@@ -391,7 +391,7 @@ class FairQueue(Generic[T]):
                     if try_place(entry):
                         self.remove(entry)
                         left += 1
-                        if following is not None and entry in self._deeper:
+                        if following is not None and entry in self._deeper:  # not the first of its lane
                             self._deeper.append(following)
                     elif following is not None and deeper(entry):
                         self._deeper.append(following)

@@ -90,11 +90,13 @@ async def test_a_control_plane_that_restarts_is_waited_for(tmp_path: Path, capsy
         fake.hold = False
         for id in list(fake.tasks):
             fake.finish(id)
-        await asyncio.sleep(0.3)  # long enough that somebody asks in vain
-        await fake.start(port)
+        told = ""
         async with asyncio.timeout(20):
+            while "waiting: " not in told:  # somebody has asked in vain
+                await asyncio.sleep(0.01)
+                told += capsys.readouterr().err
+            await fake.start(port)
             assert (await running)["succeeded"] == 5
-    assert "waiting: " in capsys.readouterr().err
 
 
 async def test_nobody_there_at_the_beginning_is_told_at_once(
