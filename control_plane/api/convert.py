@@ -258,6 +258,10 @@ def decision(record: DecisionRecord) -> selection_pb2.Decision:
         verdict=record.verdict.value,  # type: ignore[arg-type]
         candidates=[_candidate(candidate) for candidate in record.candidates],
         summary=record.summary,
+        formulas=[selection_pb2.Formula(name=name, text=text) for name, text in record.formulas],
+        terms=record.terms,
+        propensity=record.propensity,
+        explored=record.explored,
     )
     if record.chosen:
         message.server_id = record.chosen.server_id
@@ -285,4 +289,5 @@ def _candidate(candidate: ScoredCandidate) -> selection_pb2.Candidate:
             for rejection in candidate.rejections
         ],
         estimated_cost_nano_usd=candidate.estimated_cost_nano_usd,
+        terms=candidate.terms,
     )

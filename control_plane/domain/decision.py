@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 from control_plane.domain.model import ModelName, Provider, ServerId
@@ -69,6 +70,8 @@ class ScoredCandidate:
     rejections: tuple[Rejection, ...]
     estimated_cost_nano_usd: int = 0
     """With as many tokens as the request may generate, 1e-9 US dollars."""
+    terms: Mapping[str, float] = field(default_factory=dict)
+    """Numbers of this candidate that enter the formulas, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +83,11 @@ class DecisionRecord:
     candidates: tuple[ScoredCandidate, ...]
     summary: str
     """One sentence for people."""
+    formulas: tuple[tuple[str, str], ...] = ()
+    """Name and text of each, in the order in which they can be computed."""
+    terms: Mapping[str, float] = field(default_factory=dict)
+    """Numbers of the request and of the configuration that enter the formulas, by name."""
+    propensity: float = 1.0
+    """Probability with which this choice was made: below 1 where others are explored."""
+    explored: bool = False
+    """Another one than the best was chosen, to learn of it."""

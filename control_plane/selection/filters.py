@@ -147,9 +147,8 @@ def _price_detail(query: Query, row: int) -> str:
 
 def _expected_nano_usd(query: Query) -> Floats:
     """What the request is expected to cost, 1e-9 US dollars, shape (rows,); whole, as `Price.nano_usd` is."""
-    table = query.table
-    prompt = query.request.prompt_tokens * table.prompt_price
-    return np.rint(1e3 * (prompt + query.output_tokens * table.completion_price))
+    prices = query.request.prompt_tokens * query.table.prompt_price
+    return np.rint(1e3 * (prices + query.output_tokens * query.table.completion_price))
 
 
 def _avoided(query: Query) -> Mask | None:

@@ -1,6 +1,6 @@
 """What is expected of every row for a request: when it starts, its TTFT and TPOT, and the chance that both are good.
 
-start = the longest of: prefill of those before; waiting for a slot; loading a cold model. Seconds.
+start = the longer of: prefill of those before; waiting for a slot; and then loading a cold model. Seconds.
 ttft  = start + base + per_prompt_token * uncached prompt tokens
 tpot  = tpot_base + tpot_per_stream * streams
 meets = P(waited + ttft <= objective) * P(tpot <= objective), each 1 / (1 + exp(-1.702 z)) with
@@ -16,9 +16,9 @@ import numpy as np
 
 from control_plane.domain.request import RouteRequest
 from control_plane.selection.policy import Policy
-from control_plane.selection.table import CandidateTable, Floats, Ints, Mask
+from control_plane.selection.table import CandidateTable, Floats, Ints
 
-_PROBIT = 1.702
+PROBIT = 1.702
 _SOONEST = 1e-9
 """Of its objective: log() stays finite."""
 _FARTHEST = 30.0
@@ -47,8 +47,20 @@ class Planned:
 class Forecast:
     """Of every row, shape (rows,)."""
 
+    lane: Floats
+    """Seconds from now until the prompts of those before are prefilled."""
+    turn: Floats | None
+    """Seconds from now until a slot is free. None: every row has one."""
+    loading: Floats | None
+    """Seconds that loading a cold model takes. None: none is cold."""
     start: Floats
     """Seconds from now until the server begins with it."""
+    base: Floats
+    """Seconds to the first token of an empty prompt."""
+    single: Floats
+    """Seconds per output token of a single stream."""
+    uncached: Floats | int
+    """Tokens of the prompt that have to be prefilled."""
     prefill: Floats
     """Seconds that its prompt takes there."""
     ttft: Floats
@@ -79,7 +91,16 @@ def forecast(
         single = np.where(np.isnan(single), policy.tpot_prior_s, single)
     uncached = request.prompt_tokens if cached is None else np.maximum(request.prompt_tokens - cached, 0.0)
     prefill: Floats = table.per_prompt_token * uncached
-    start = _start(table, policy, now, planned, base, single, output_tokens)
+    lane: Floats = np.maximum(table.lane_until - now, 0.0)
+    free = table.free
+    if planned is not None:
+        lane += planned.lane
+        free = free - planned.slots
+    turn = _turn(table, free, now, base + single * output_tokens) if (free <= 0).any() else None
+    start = lane if turn is None else np.maximum(lane, turn)
+    loading = None if table.cold is None else load_seconds(table, policy)
+    if loading is not None:
+        start = start + loading
     ttft = start + base
     ttft += prefill
     tpot = table.tpot_per_stream * table.streams
@@ -90,7 +111,10 @@ def forecast(
     ratios[0] /= policy.ttft_objective(request.prompt_tokens)
     np.divide(tpot, policy.tpot_objective_s, out=ratios[1])
     within = _within(ratios, table.sigmas)
-    return Forecast(start, prefill, ttft, tpot, ttft + tpot * output_tokens, within[0] * within[1])
+    seconds = ttft + tpot * output_tokens
+    return Forecast(
+        lane, turn, loading, start, base, single, uncached, prefill, ttft, tpot, seconds, within[0] * within[1]
+    )
 
 
 def load_seconds(table: CandidateTable, policy: Policy) -> Floats:
@@ -103,36 +127,18 @@ def service_seconds(table: CandidateTable, typical: Floats) -> Floats:
     return np.where(np.isnan(table.service), typical, table.service)
 
 
-def _start(
-    table: CandidateTable,
-    policy: Policy,
-    now: float,
-    planned: Planned | None,
-    base: Floats,
-    single: Floats,
-    output_tokens: int,
-) -> Floats:
-    start = np.maximum(table.lane_until - now, 0.0)
-    free = table.free
-    if planned is not None:
-        start += planned.lane
-        free = free - planned.slots
-    full: Mask = free <= 0
-    if full.any():
-        turn = service_seconds(table, base + single * output_tokens) / np.maximum(table.slots, 1)
-        first = np.where(np.isnan(table.slot_at), turn, np.maximum(table.slot_at - now, 0.0))
-        turns = first + (table.waiting - np.minimum(free, 0)) * turn
-        start = np.where(full, np.maximum(start, turns), start)
-    if table.cold is not None:
-        start = start + load_seconds(table, policy)
-    return start
+def _turn(table: CandidateTable, free: Ints, now: float, typical: Floats) -> Floats:
+    """Seconds until a slot is free, shape (rows,): 0 where one is."""
+    turn = service_seconds(table, typical) / np.maximum(table.slots, 1)
+    first = np.where(np.isnan(table.slot_at), turn, np.maximum(table.slot_at - now, 0.0))
+    return np.where(free <= 0, first + (table.waiting - np.minimum(free, 0)) * turn, 0.0)
 
 
 def _within(ratios: Floats, sigmas: Floats) -> Floats:
     """P(measured <= objective) from expected / objective, which is overwritten; any shape."""
     np.maximum(ratios, _SOONEST, out=ratios)
     np.log(ratios, out=ratios)
-    ratios *= _PROBIT
+    ratios *= PROBIT
     ratios /= sigmas
     np.minimum(ratios, _FARTHEST, out=ratios)
     np.exp(ratios, out=ratios)

@@ -76,6 +76,11 @@ class Policy:
     provider_preference: Mapping[Provider, float] = field(default_factory=lambda: MappingProxyType({}))
     """Liking per provider, >= 0; one that is missing has 1. Scores are these divided by the largest."""
 
+    exploration: float = 0.0
+    """Share of requests that go to one of those that score about as well as the best, in [0, 0.5]."""
+    exploration_margin: float = 0.05
+    """By how much the score of those may be less, [0, 1]."""
+
     shares: NDArray[np.float64] = field(init=False, repr=False, compare=False)
     """Weights divided by their sum, shape (scorers, 1)."""
     preference_scale: float = field(init=False, repr=False, compare=False)
@@ -92,6 +97,10 @@ class Policy:
         for name in ("ttft_prior_s", "tpot_prior_s", "load_time_prior_s", "ttft_objective_per_prompt_token_s"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and >= 0, is {getattr(self, name)}")
+        if not 0 <= self.exploration <= 0.5:
+            raise ValueError(f"exploration must be in [0, 0.5], is {self.exploration}")
+        if not 0 <= self.exploration_margin <= 1:
+            raise ValueError(f"exploration_margin must be in [0, 1], is {self.exploration_margin}")
         if self.expected_output_tokens < 1:
             raise ValueError(f"expected_output_tokens must be >= 1, is {self.expected_output_tokens}")
         for provider, liking in self.provider_preference.items():

@@ -35,6 +35,8 @@ class Query:
     """What servers will do first. None: nothing."""
     content: bool = False
     """Whether it takes what is free, and does not wait for better."""
+    draw: float = 0.0
+    """By which chance decides whether to explore, uniform in [0, 1)."""
     _forecast: Forecast | None = field(default=None, repr=False)
 
     @property

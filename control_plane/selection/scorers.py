@@ -14,8 +14,10 @@ from control_plane.selection.table import Floats
 
 
 def capability(query: Query) -> Floats:
-    """How good the model is at the kind of work, as its card says."""
-    return query.table.capability[query.request.task_type]
+    """How good an answer is to be expected: how good the model is at the kind of work, as its card says, times the
+    share of its answers that were good ones."""
+    quality, good = query.table.capability[query.request.task_type], query.table.good.get(query.request.task_type)
+    return quality if good is None else quality * good
 
 
 def success(query: Query) -> Floats:
@@ -34,12 +36,8 @@ def latency(query: Query) -> Floats:
 
 def cost(query: Query) -> Floats:
     """ref / (ref + expected US dollars): 1 for free models, 0.5 at the reference."""
-    table, reference = query.table, query.policy.cost_reference_usd
-    # Prices are per million tokens.
-    expected: Floats = (query.request.prompt_tokens * 1e-6) * table.prompt_price
-    expected += (query.output_tokens * 1e-6) * table.completion_price
-    expected += reference
-    return reference / expected
+    reference = query.policy.cost_reference_usd
+    return reference / (reference + usd(query))
 
 
 def load(query: Query) -> Floats:
@@ -51,9 +49,21 @@ def load(query: Query) -> Floats:
 
 def provider(query: Query) -> Floats:
     """The configured liking of the provider, divided by the largest."""
-    table, policy = query.table, query.policy
-    likings = [policy.provider_preference.get(name, 1.0) for name in table.provider_codes]
-    return np.array(likings, dtype=np.float64)[table.provider_code] / policy.preference_scale
+    return preferences(query) / query.policy.preference_scale
+
+
+def usd(query: Query) -> Floats:
+    """What the request is expected to cost, US dollars, shape (rows,)."""
+    # Prices are per million tokens.
+    expected: Floats = (query.request.prompt_tokens * 1e-6) * query.table.prompt_price
+    expected += (query.output_tokens * 1e-6) * query.table.completion_price
+    return expected
+
+
+def preferences(query: Query) -> Floats:
+    """The configured liking of each row's provider, shape (rows,)."""
+    likings = [query.policy.provider_preference.get(name, 1.0) for name in query.table.provider_codes]
+    return np.array(likings, dtype=np.float64)[query.table.provider_code]
 
 
 OBJECTIVE = 0.7

@@ -16,12 +16,13 @@ from control_plane.domain.decision import (
 )
 from control_plane.domain.funds import Amounts
 from control_plane.selection.filters import AVOIDED, FREE, FUNDED, PERMANENT, PRESENT, TRANSIENT, cheapest, passing
+from control_plane.selection.formulas import FORMULAS, of_request, of_rows
 from control_plane.selection.loading import outrun
 from control_plane.selection.patience import Better, better_later, worth_waiting_for
 from control_plane.selection.query import Query
 from control_plane.selection.scorers import SCORERS, parts, weigh
 from control_plane.selection.summary import summarise
-from control_plane.selection.table import Mask
+from control_plane.selection.table import Floats, Mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,10 @@ class Choice:
     """With IMPOSSIBLE: servers can serve such a request, but each of them failed in an earlier attempt of this one."""
     unaffordable: bool = False
     """With IMPOSSIBLE: servers could serve the request if there were more left of the tenant's budget."""
+    propensity: float = 1.0
+    """With CHOSEN: the probability of this choice among those that could have been made."""
+    explored: bool = False
+    """With CHOSEN: not the best, but one as good as, of which more is to be learned."""
     lacking: Amounts | None = None
     """What must be there for one more row to be paid for: with WAIT at once, with `unaffordable` at any time. None: no
     row lacks that."""
@@ -71,12 +76,13 @@ def select(query: Query) -> Choice:
         return Choice(Verdict.CHOSEN, int(rows[0]))
     values = parts(query)
     # Scores are >= 0, and argmax returns the first of equals.
-    best = int(np.where(eligible, weigh(values, query), -1.0).argmax())
+    scores = np.where(eligible, weigh(values, query), -1.0)
+    best = int(scores.argmax())
     if query.content or (table.cold is not None and table.cold[best]):
         return Choice(Verdict.CHOSEN, best)  # that loading it is worth while has been decided
     better = better_later(query, present, eligible, best, values)
     if better is None:
-        return Choice(Verdict.CHOSEN, best)
+        return _explored(query, eligible, best, scores)
     prefill = float(query.forecast.prefill[better.row])
     return Choice(Verdict.WAIT, later=better.row, prefill=prefill, prefers=True)
 
@@ -91,14 +97,40 @@ def explain(query: Query) -> DecisionRecord:
     # Sorting is stable and rows are sorted by id: equals stay in the order in which `select` prefers them.
     eligible = sorted((c for c in candidates if not c.rejections), key=lambda candidate: -candidate.score)
     rejected = [candidate for candidate in candidates if candidate.rejections]
+    chosen = candidates[choice.row] if choice.verdict is Verdict.CHOSEN else None
     return DecisionRecord(
         verdict=choice.verdict,
-        chosen=candidates[choice.row] if choice.verdict is Verdict.CHOSEN else None,
+        chosen=chosen,
         candidates=(*eligible, *rejected),
         summary=summarise(
-            choice.verdict, eligible, rejected, all_failed=choice.all_failed, unaffordable=choice.unaffordable
+            choice.verdict,
+            eligible,
+            rejected,
+            all_failed=choice.all_failed,
+            unaffordable=choice.unaffordable,
+            explored=chosen if choice.explored else None,
         ),
+        formulas=FORMULAS,
+        terms=of_request(query),
+        propensity=choice.propensity,
+        explored=choice.explored,
     )
+
+
+def _explored(query: Query, eligible: Mask, best: int, scores: Floats) -> Choice:
+    """The best, or now and then one of those that are about as good: what is never chosen is never known."""
+    share = query.policy.exploration
+    if not share:
+        return Choice(Verdict.CHOSEN, best)
+    near = eligible & (scores >= scores[best] - query.policy.exploration_margin)
+    if query.table.cold is not None:
+        near &= ~query.table.cold
+    rows = near.nonzero()[0]
+    if len(rows) < 2:
+        return Choice(Verdict.CHOSEN, best)
+    each = share / len(rows)
+    row = int(rows[min(int(query.draw / each), len(rows) - 1)]) if query.draw < share else best
+    return Choice(Verdict.CHOSEN, row, propensity=each + (1 - share if row == best else 0.0), explored=row != best)
 
 
 def _capable(query: Query) -> Mask:
@@ -146,6 +178,8 @@ def _candidates(query: Query, choice: Choice) -> list[ScoredCandidate]:
             if not reasons:
                 reasons.append(Rejection(RejectionReason.BETTER_LATER, better.detail(query, row)))
     weights = [(name, float(getattr(query.policy.weights, name))) for name, _ in SCORERS]
+    terms = of_rows(query)
+    columns = zip(*(column.tolist() for column in terms.values()), strict=True)
     return [
         ScoredCandidate(
             server_id=row.server_id,
@@ -155,6 +189,9 @@ def _candidates(query: Query, choice: Choice) -> list[ScoredCandidate]:
             parts=tuple(ScorePart(name, value, weight) for (name, weight), value in zip(weights, column, strict=True)),
             rejections=tuple(reasons),
             estimated_cost_nano_usd=row.card.price.nano_usd(query.request.prompt_tokens, 0, query.output_tokens),
+            terms=dict(zip(terms, numbers, strict=True)),
         )
-        for row, score, column, reasons in zip(query.table.rows, scores, values.T.tolist(), rejections, strict=True)
+        for row, score, column, reasons, numbers in zip(
+            query.table.rows, scores, values.T.tolist(), rejections, columns, strict=True
+        )
     ]

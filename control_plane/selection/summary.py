@@ -30,10 +30,11 @@ def summarise(
     *,
     all_failed: bool,
     unaffordable: bool = False,
+    explored: ScoredCandidate | None = None,
 ) -> str:
-    """The sentence. `eligible` has the best first, `rejected` is sorted by id."""
+    """The sentence. `eligible` has the best first, `rejected` is sorted by id; one that was `explored` was chosen."""
     if verdict is Verdict.CHOSEN:
-        return _chosen(eligible)
+        return _chosen(eligible) if explored is None else _explored(explored, eligible[0])
     if not rejected:
         return "no model server is attached"
     if verdict is Verdict.WAIT:
@@ -50,6 +51,10 @@ def _chosen(eligible: Sequence[ScoredCandidate]) -> str:
     reasons = ", ".join(f"{part.scorer} {part.value:.2f}" for part in first.parts if part.weight > 0)
     then = f"; next {_label(eligible[1])} {eligible[1].score:.2f}" if len(eligible) > 1 else ""
     return f"{_label(first)} scores {first.score:.2f}: {reasons}{then}"
+
+
+def _explored(chosen: ScoredCandidate, best: ScoredCandidate) -> str:
+    return f"{_label(chosen)} scores {chosen.score:.2f}, explored in place of {_label(best)} {best.score:.2f}"
 
 
 def _wait(capable: Sequence[ScoredCandidate]) -> str:

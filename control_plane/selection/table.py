@@ -64,6 +64,7 @@ class CandidateTable:
         "draining",
         "features",
         "free",
+        "good",
         "here",
         "lane_until",
         "load_time",
@@ -156,6 +157,8 @@ class CandidateTable:
         self.breaker_open: Mask = np.zeros(size, dtype=np.bool_)
         self.success: Floats = np.ones(size, dtype=np.float64)
         """[0, 1]."""
+        self.good: dict[TaskType, Floats] = {}
+        """Expected share of good answers among those to a kind of work, [0, 1]; missing: nobody has complained."""
         self.ttft: Floats = np.array([_seconds(card.ttft) for card in cards], dtype=np.float64)
         """Seconds to the first token of an idle server, without those of `per_prompt_token`; NaN: not known."""
         self.per_prompt_token: Floats = np.zeros(size, dtype=np.float64)
@@ -255,6 +258,11 @@ class CandidateTable:
         self.sigmas[0, row] = sigma(coefficients.ttft_spread)
         self.sigmas[1, row] = sigma(coefficients.tpot_spread)
         self._unpredicted.discard(row)
+
+    def set_good(self, task: TaskType, shares: Mapping[ModelName, float]) -> None:
+        """The expected share of good answers of every model to a kind of work."""
+        by_code = [_unit(shares.get(name, 1.0)) for name in self.model_codes]
+        self.good[task] = np.array(by_code, dtype=np.float64)[self.model_code]
 
     @property
     def predicted(self) -> bool:

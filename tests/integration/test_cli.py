@@ -309,6 +309,10 @@ def test_explain_tells_the_choice_and_the_rejections(fleet: Up) -> None:
     decision = json.loads(fleet("explain", "Hello", "--json").stdout)
     assert decision["verdict"] == "chosen"
     assert decision["estimated_prompt_tokens"] > 0
+    assert decision["formulas"]["tpot"] == "tpot_base + tpot_per_stream * streams" and decision["propensity"] == 1
+    sums = fleet("explain", "Hello", "--arithmetic").stdout
+    best = decision["candidates"][0]
+    assert f"\n  score         {best['score']:>9.4g} = (weight_capability * capability + " in sums
     impossible = fleet("explain", "Hello", "--max-tokens", "1000000")
     assert impossible.returncode == 4
     assert "context 32768 <" in impossible.stdout

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from modelyard.v1 import fleet_pb2 as modelyard_dot_v1_dot_fleet__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmodelyard/v1/selection.proto\x12\x0cmodelyard.v1\x1a\x18modelyard/v1/fleet.proto\"\xc4\x02\n\x0cRequirements\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08provider\x18\x02 \x01(\t\x12\x11\n\tserver_id\x18\x03 \x01(\t\x12\x1b\n\x13\x65xcluded_server_ids\x18\x04 \x03(\t\x12\x1a\n\x12min_context_length\x18\x05 \x01(\x05\x12,\n\x08\x66\x65\x61tures\x18\x06 \x03(\x0e\x32\x1a.modelyard.v1.ModelFeature\x12\x36\n\x06labels\x18\x07 \x03(\x0b\x32&.modelyard.v1.Requirements.LabelsEntry\x12\x19\n\x11max_cost_nano_usd\x18\x08 \x01(\x03\x12\x17\n\x0f\x65xcluded_models\x18\t \x03(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa4\x01\n\x08\x44\x65\x63ision\x12&\n\x07verdict\x18\x01 \x01(\x0e\x32\x15.modelyard.v1.Verdict\x12\x11\n\tserver_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x10\n\x08provider\x18\x04 \x01(\t\x12+\n\ncandidates\x18\x05 \x03(\x0b\x32\x17.modelyard.v1.Candidate\x12\x0f\n\x07summary\x18\x06 \x01(\t\"\xc4\x01\n\tCandidate\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08provider\x18\x03 \x01(\t\x12\r\n\x05score\x18\x04 \x01(\x01\x12&\n\x05parts\x18\x05 \x03(\x0b\x32\x17.modelyard.v1.ScorePart\x12+\n\nrejections\x18\x06 \x03(\x0b\x32\x17.modelyard.v1.Rejection\x12\x1f\n\x17\x65stimated_cost_nano_usd\x18\x07 \x01(\x03\":\n\tScorePart\x12\x0e\n\x06scorer\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"]\n\tRejection\x12-\n\x06reason\x18\x01 \x01(\x0e\x32\x1d.modelyard.v1.RejectionReason\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\x11\n\tpermanent\x18\x03 \x01(\x08*`\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x12\n\x0eVERDICT_CHOSEN\x10\x01\x12\x10\n\x0cVERDICT_WAIT\x10\x02\x12\x16\n\x12VERDICT_IMPOSSIBLE\x10\x03*\xb2\x05\n\x0fRejectionReason\x12 \n\x1cREJECTION_REASON_UNSPECIFIED\x10\x00\x12#\n\x1fREJECTION_REASON_MODEL_MISMATCH\x10\x01\x12&\n\"REJECTION_REASON_PROVIDER_MISMATCH\x10\x02\x12$\n REJECTION_REASON_SERVER_MISMATCH\x10\x03\x12\x1e\n\x1aREJECTION_REASON_TASK_TYPE\x10\x04\x12&\n\"REJECTION_REASON_CONTEXT_TOO_SHORT\x10\x05\x12$\n REJECTION_REASON_FEATURE_MISSING\x10\x06\x12\x1d\n\x19REJECTION_REASON_EXCLUDED\x10\x07\x12!\n\x1dREJECTION_REASON_AVAILABILITY\x10\x08\x12!\n\x1dREJECTION_REASON_BREAKER_OPEN\x10\t\x12\x1e\n\x1aREJECTION_REASON_NOT_READY\x10\n\x12\x1d\n\x19REJECTION_REASON_DRAINING\x10\x0b\x12!\n\x1dREJECTION_REASON_NO_FREE_SLOT\x10\x0c\x12)\n%REJECTION_REASON_LOADING_TAKES_LONGER\x10\r\x12#\n\x1fREJECTION_REASON_MODEL_NOT_HERE\x10\x0e\x12\"\n\x1eREJECTION_REASON_TOO_EXPENSIVE\x10\x0f\x12\x1b\n\x17REJECTION_REASON_BUDGET\x10\x10\x12!\n\x1dREJECTION_REASON_PREFILL_BUSY\x10\x11\x12!\n\x1dREJECTION_REASON_BETTER_LATER\x10\x12\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmodelyard/v1/selection.proto\x12\x0cmodelyard.v1\x1a\x18modelyard/v1/fleet.proto\"\xc4\x02\n\x0cRequirements\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08provider\x18\x02 \x01(\t\x12\x11\n\tserver_id\x18\x03 \x01(\t\x12\x1b\n\x13\x65xcluded_server_ids\x18\x04 \x03(\t\x12\x1a\n\x12min_context_length\x18\x05 \x01(\x05\x12,\n\x08\x66\x65\x61tures\x18\x06 \x03(\x0e\x32\x1a.modelyard.v1.ModelFeature\x12\x36\n\x06labels\x18\x07 \x03(\x0b\x32&.modelyard.v1.Requirements.LabelsEntry\x12\x19\n\x11max_cost_nano_usd\x18\x08 \x01(\x03\x12\x17\n\x0f\x65xcluded_models\x18\t \x03(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xd3\x02\n\x08\x44\x65\x63ision\x12&\n\x07verdict\x18\x01 \x01(\x0e\x32\x15.modelyard.v1.Verdict\x12\x11\n\tserver_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x10\n\x08provider\x18\x04 \x01(\t\x12+\n\ncandidates\x18\x05 \x03(\x0b\x32\x17.modelyard.v1.Candidate\x12\x0f\n\x07summary\x18\x06 \x01(\t\x12\'\n\x08\x66ormulas\x18\x07 \x03(\x0b\x32\x15.modelyard.v1.Formula\x12\x30\n\x05terms\x18\x08 \x03(\x0b\x32!.modelyard.v1.Decision.TermsEntry\x12\x12\n\npropensity\x18\t \x01(\x01\x12\x10\n\x08\x65xplored\x18\n \x01(\x08\x1a,\n\nTermsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"%\n\x07\x46ormula\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"\xa5\x02\n\tCandidate\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08provider\x18\x03 \x01(\t\x12\r\n\x05score\x18\x04 \x01(\x01\x12&\n\x05parts\x18\x05 \x03(\x0b\x32\x17.modelyard.v1.ScorePart\x12+\n\nrejections\x18\x06 \x03(\x0b\x32\x17.modelyard.v1.Rejection\x12\x1f\n\x17\x65stimated_cost_nano_usd\x18\x07 \x01(\x03\x12\x31\n\x05terms\x18\x08 \x03(\x0b\x32\".modelyard.v1.Candidate.TermsEntry\x1a,\n\nTermsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\":\n\tScorePart\x12\x0e\n\x06scorer\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"]\n\tRejection\x12-\n\x06reason\x18\x01 \x01(\x0e\x32\x1d.modelyard.v1.RejectionReason\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\x11\n\tpermanent\x18\x03 \x01(\x08*`\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x12\n\x0eVERDICT_CHOSEN\x10\x01\x12\x10\n\x0cVERDICT_WAIT\x10\x02\x12\x16\n\x12VERDICT_IMPOSSIBLE\x10\x03*\xb2\x05\n\x0fRejectionReason\x12 \n\x1cREJECTION_REASON_UNSPECIFIED\x10\x00\x12#\n\x1fREJECTION_REASON_MODEL_MISMATCH\x10\x01\x12&\n\"REJECTION_REASON_PROVIDER_MISMATCH\x10\x02\x12$\n REJECTION_REASON_SERVER_MISMATCH\x10\x03\x12\x1e\n\x1aREJECTION_REASON_TASK_TYPE\x10\x04\x12&\n\"REJECTION_REASON_CONTEXT_TOO_SHORT\x10\x05\x12$\n REJECTION_REASON_FEATURE_MISSING\x10\x06\x12\x1d\n\x19REJECTION_REASON_EXCLUDED\x10\x07\x12!\n\x1dREJECTION_REASON_AVAILABILITY\x10\x08\x12!\n\x1dREJECTION_REASON_BREAKER_OPEN\x10\t\x12\x1e\n\x1aREJECTION_REASON_NOT_READY\x10\n\x12\x1d\n\x19REJECTION_REASON_DRAINING\x10\x0b\x12!\n\x1dREJECTION_REASON_NO_FREE_SLOT\x10\x0c\x12)\n%REJECTION_REASON_LOADING_TAKES_LONGER\x10\r\x12#\n\x1fREJECTION_REASON_MODEL_NOT_HERE\x10\x0e\x12\"\n\x1eREJECTION_REASON_TOO_EXPENSIVE\x10\x0f\x12\x1b\n\x17REJECTION_REASON_BUDGET\x10\x10\x12!\n\x1dREJECTION_REASON_PREFILL_BUSY\x10\x11\x12!\n\x1dREJECTION_REASON_BETTER_LATER\x10\x12\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,20 +34,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_REQUIREMENTS_LABELSENTRY']._loaded_options = None
   _globals['_REQUIREMENTS_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_VERDICT']._serialized_start=920
-  _globals['_VERDICT']._serialized_end=1016
-  _globals['_REJECTIONREASON']._serialized_start=1019
-  _globals['_REJECTIONREASON']._serialized_end=1709
+  _globals['_DECISION_TERMSENTRY']._loaded_options = None
+  _globals['_DECISION_TERMSENTRY']._serialized_options = b'8\001'
+  _globals['_CANDIDATE_TERMSENTRY']._loaded_options = None
+  _globals['_CANDIDATE_TERMSENTRY']._serialized_options = b'8\001'
+  _globals['_VERDICT']._serialized_start=1231
+  _globals['_VERDICT']._serialized_end=1327
+  _globals['_REJECTIONREASON']._serialized_start=1330
+  _globals['_REJECTIONREASON']._serialized_end=2020
   _globals['_REQUIREMENTS']._serialized_start=73
   _globals['_REQUIREMENTS']._serialized_end=397
   _globals['_REQUIREMENTS_LABELSENTRY']._serialized_start=352
   _globals['_REQUIREMENTS_LABELSENTRY']._serialized_end=397
   _globals['_DECISION']._serialized_start=400
-  _globals['_DECISION']._serialized_end=564
-  _globals['_CANDIDATE']._serialized_start=567
-  _globals['_CANDIDATE']._serialized_end=763
-  _globals['_SCOREPART']._serialized_start=765
-  _globals['_SCOREPART']._serialized_end=823
-  _globals['_REJECTION']._serialized_start=825
-  _globals['_REJECTION']._serialized_end=918
+  _globals['_DECISION']._serialized_end=739
+  _globals['_DECISION_TERMSENTRY']._serialized_start=695
+  _globals['_DECISION_TERMSENTRY']._serialized_end=739
+  _globals['_FORMULA']._serialized_start=741
+  _globals['_FORMULA']._serialized_end=778
+  _globals['_CANDIDATE']._serialized_start=781
+  _globals['_CANDIDATE']._serialized_end=1074
+  _globals['_CANDIDATE_TERMSENTRY']._serialized_start=695
+  _globals['_CANDIDATE_TERMSENTRY']._serialized_end=739
+  _globals['_SCOREPART']._serialized_start=1076
+  _globals['_SCOREPART']._serialized_end=1134
+  _globals['_REJECTION']._serialized_start=1136
+  _globals['_REJECTION']._serialized_end=1229
 # @@protoc_insertion_point(module_scope)

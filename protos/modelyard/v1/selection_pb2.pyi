@@ -90,23 +90,53 @@ class Requirements(_message.Message):
     def __init__(self, model: _Optional[str] = ..., provider: _Optional[str] = ..., server_id: _Optional[str] = ..., excluded_server_ids: _Optional[_Iterable[str]] = ..., min_context_length: _Optional[int] = ..., features: _Optional[_Iterable[_Union[_fleet_pb2.ModelFeature, str]]] = ..., labels: _Optional[_Mapping[str, str]] = ..., max_cost_nano_usd: _Optional[int] = ..., excluded_models: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Decision(_message.Message):
-    __slots__ = ("verdict", "server_id", "model", "provider", "candidates", "summary")
+    __slots__ = ("verdict", "server_id", "model", "provider", "candidates", "summary", "formulas", "terms", "propensity", "explored")
+    class TermsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     VERDICT_FIELD_NUMBER: _ClassVar[int]
     SERVER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROVIDER_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    FORMULAS_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
+    PROPENSITY_FIELD_NUMBER: _ClassVar[int]
+    EXPLORED_FIELD_NUMBER: _ClassVar[int]
     verdict: Verdict
     server_id: str
     model: str
     provider: str
     candidates: _containers.RepeatedCompositeFieldContainer[Candidate]
     summary: str
-    def __init__(self, verdict: _Optional[_Union[Verdict, str]] = ..., server_id: _Optional[str] = ..., model: _Optional[str] = ..., provider: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., summary: _Optional[str] = ...) -> None: ...
+    formulas: _containers.RepeatedCompositeFieldContainer[Formula]
+    terms: _containers.ScalarMap[str, float]
+    propensity: float
+    explored: bool
+    def __init__(self, verdict: _Optional[_Union[Verdict, str]] = ..., server_id: _Optional[str] = ..., model: _Optional[str] = ..., provider: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., summary: _Optional[str] = ..., formulas: _Optional[_Iterable[_Union[Formula, _Mapping]]] = ..., terms: _Optional[_Mapping[str, float]] = ..., propensity: _Optional[float] = ..., explored: bool = ...) -> None: ...
+
+class Formula(_message.Message):
+    __slots__ = ("name", "text")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    text: str
+    def __init__(self, name: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
 
 class Candidate(_message.Message):
-    __slots__ = ("server_id", "model", "provider", "score", "parts", "rejections", "estimated_cost_nano_usd")
+    __slots__ = ("server_id", "model", "provider", "score", "parts", "rejections", "estimated_cost_nano_usd", "terms")
+    class TermsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     SERVER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROVIDER_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +144,7 @@ class Candidate(_message.Message):
     PARTS_FIELD_NUMBER: _ClassVar[int]
     REJECTIONS_FIELD_NUMBER: _ClassVar[int]
     ESTIMATED_COST_NANO_USD_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
     server_id: str
     model: str
     provider: str
@@ -121,7 +152,8 @@ class Candidate(_message.Message):
     parts: _containers.RepeatedCompositeFieldContainer[ScorePart]
     rejections: _containers.RepeatedCompositeFieldContainer[Rejection]
     estimated_cost_nano_usd: int
-    def __init__(self, server_id: _Optional[str] = ..., model: _Optional[str] = ..., provider: _Optional[str] = ..., score: _Optional[float] = ..., parts: _Optional[_Iterable[_Union[ScorePart, _Mapping]]] = ..., rejections: _Optional[_Iterable[_Union[Rejection, _Mapping]]] = ..., estimated_cost_nano_usd: _Optional[int] = ...) -> None: ...
+    terms: _containers.ScalarMap[str, float]
+    def __init__(self, server_id: _Optional[str] = ..., model: _Optional[str] = ..., provider: _Optional[str] = ..., score: _Optional[float] = ..., parts: _Optional[_Iterable[_Union[ScorePart, _Mapping]]] = ..., rejections: _Optional[_Iterable[_Union[Rejection, _Mapping]]] = ..., estimated_cost_nano_usd: _Optional[int] = ..., terms: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class ScorePart(_message.Message):
     __slots__ = ("scorer", "value", "weight")

@@ -257,6 +257,27 @@ def test_the_nearest_miss_lacks_least() -> None:
     )
 
 
+# --------------------------------------------------------------- exploration ---
+
+
+def test_exploring_is_bounded_and_its_propensity_is_the_frequency() -> None:
+    table = fleet("a", "b", "c", "d")
+    policy = Policy(exploration=0.3, exploration_margin=0.1)
+    table.set_stats(ServerId("d"), ModelName("llama"), Provider("mlx"), success=0.3, ttft=None, tpot=None)
+    draws = [number / 1000 for number in range(1000)]
+    choices = [select(Query(table, REQUEST, policy, draw=draw)) for draw in draws]
+    chosen = [choice.row for choice in choices]
+    assert [chosen.count(row) for row in range(4)] == [800, 100, 100, 0]
+    for choice in choices:
+        assert choice.propensity == pytest.approx(0.8 if choice.row == 0 else 0.1)
+        assert choice.explored == (choice.row != 0)
+    record = explain(Query(table, REQUEST, policy, draw=0.15))
+    assert record.explored and record.chosen is not None and record.chosen.server_id == "b"
+    assert record.propensity == pytest.approx(0.1) and "explor" in record.summary
+    alone = select(Query(fleet("a"), REQUEST, policy, draw=0.0))
+    assert (alone.propensity, alone.explored) == (1.0, False)
+
+
 # ------------------------------------------------------------------ property ---
 
 servers = st.sampled_from([ServerId(name) for name in "abcd"])

@@ -45,6 +45,21 @@ def decision_lines(screen: Console, decision: Decision, *, legend: bool = True, 
         screen.print(weights_of(decision), style="dim")
 
 
+def print_arithmetic(decision: Decision, most: int = 2) -> None:
+    """Step by step, of the candidates with the best scores: `most` of them."""
+    from modelyard.cli.arithmetic import steps
+
+    for candidate in decision.candidates[:most]:
+        print(printable(f"\n{_mark(decision, candidate)} {candidate.server_id}/{candidate.model}"))
+        rows = [
+            [step.name, f"{step.value:.4g}", f"= {step.text}", f"= {step.numbers}"]
+            for step in steps(decision, candidate)
+        ]
+        for name, value, text, numbers in rows:
+            print(f"  {name:<13} {value:>9} {text}")
+            print(f"  {'':<13} {'':>9} {numbers}")
+
+
 def candidates(decision: Decision, *, short: bool = False) -> tuple[list[Column], list[list[str]]]:
     """One row per candidate."""
     scorers = [part.scorer for part in decision.candidates[0].parts] if decision.candidates else []

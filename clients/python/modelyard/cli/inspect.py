@@ -137,16 +137,17 @@ def _state(server: ServerStatus) -> str:
 
 @click.command("explain")
 @click.argument("prompt", required=False)
+@click.option("--arithmetic", is_flag=True, help="Show how the two best scores are computed, step by step.")
 @request_options
 @as_json
 @tenant_option
 @click.pass_obj
-def explain(session: Session, /, prompt: str | None, **options: Any) -> int:
+def explain(session: Session, /, prompt: str | None, arithmetic: bool, **options: Any) -> int:
     """Show what would be chosen for a request, and why. Nothing is generated.
 
     Exit status 0 if a server would be chosen now, 4 if none ever could, 5 if the request would have to wait.
     """
-    from modelyard.cli.decision_view import print_decision
+    from modelyard.cli.decision_view import print_arithmetic, print_decision
     from modelyard.cli.errors import NOT_FOUND, UNAVAILABLE
 
     asked, given = request(read_prompt(prompt), **options)
@@ -155,6 +156,8 @@ def explain(session: Session, /, prompt: str | None, **options: Any) -> int:
         output.print_json(decision.to_dict())
     else:
         print_decision(decision)
+        if arithmetic:
+            print_arithmetic(decision)
     return {"chosen": 0, "wait": UNAVAILABLE}.get(decision.verdict, NOT_FOUND)
 
 

@@ -135,6 +135,10 @@ def decision(message: selection_pb2.Decision, estimated_prompt_tokens: int | Non
         candidates=tuple(_candidate(candidate) for candidate in message.candidates),
         summary=message.summary,
         estimated_prompt_tokens=estimated_prompt_tokens,
+        formulas={formula.name: formula.text for formula in message.formulas},
+        terms=dict(message.terms),
+        propensity=message.propensity or 1.0,  # an older control plane does not tell
+        explored=message.explored,
     )
 
 
@@ -150,6 +154,7 @@ def _candidate(message: selection_pb2.Candidate) -> types.Candidate:
             for each in message.rejections
         ),
         estimated_cost_usd=message.estimated_cost_nano_usd / 1e9,
+        terms=dict(message.terms),
     )
 
 

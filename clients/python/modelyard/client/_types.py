@@ -198,6 +198,8 @@ class Candidate(Value):
     rejections: tuple[Rejection, ...] = ()
     estimated_cost_usd: float = 0.0
     """With as many tokens as the request may generate."""
+    terms: Mapping[str, float] = field(default_factory=dict)
+    """Numbers that enter the formulas of the decision, and what is expected: start, ttft, tpot, seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +217,14 @@ class Decision(Value):
     """One sentence for people."""
     estimated_prompt_tokens: int | None = None
     """Of dry runs only."""
+    formulas: Mapping[str, str] = field(default_factory=dict)
+    """How scores are computed, in the order in which they can be: `modelyard explain --arithmetic`."""
+    terms: Mapping[str, float] = field(default_factory=dict)
+    """Numbers of the request and of the configuration that enter the formulas."""
+    propensity: float = 1.0
+    """Probability with which this choice was made."""
+    explored: bool = False
+    """One about as good as the best was chosen, to learn of it."""
 
 
 @dataclass(frozen=True, slots=True)
