@@ -106,6 +106,8 @@ class ControlPlane:
             on_selected=self.metrics.selection_time.observe,
             on_granted=self.metrics.granted,
         )
+        self.scheduler.on_explored = self.metrics.explore
+        self.scheduler.class_policies = _class_policies(settings.selection)
         self.metrics.observe(self.fleet, self.scheduler)
         self.accounts = Accounts(
             Ledger(
@@ -486,6 +488,19 @@ def _fleet_policy(settings: ControlPlaneSettings) -> FleetPolicy:
     )
 
 
+def _class_policies(selection: SelectionSettings) -> dict[Priority, Policy]:
+    """Of classes with weights of their own. Raises SettingsError."""
+    common, policies = selection.weights.model_dump(), {}
+    for priority in Priority:
+        own = getattr(selection.class_weights, priority.name.lower())
+        if own:
+            try:
+                policies[priority] = _selection_policy(selection, {**common, **own})
+            except ValueError as error:
+                raise SettingsError(f"selection.class_weights.{priority.name.lower()}: {error}") from None
+    return policies
+
+
 def _selection_policy(selection: SelectionSettings, weights: Mapping[str, float]) -> Policy:
     return Policy(
         weights=Weights(**weights),
@@ -501,4 +516,6 @@ def _selection_policy(selection: SelectionSettings, weights: Mapping[str, float]
         cost_reference_usd=selection.cost_reference_usd,
         expected_output_tokens=selection.expected_output_tokens,
         provider_preference=selection.provider_preference,  # type: ignore[arg-type]
+        exploration=selection.exploration,
+        exploration_margin=selection.exploration_margin,
     )

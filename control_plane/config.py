@@ -79,8 +79,25 @@ class SelectionWeights(Settings):
         return self
 
 
+Scorer = Literal["capability", "success", "latency", "cost", "load", "provider"]
+
+
+class ClassWeights(Settings):
+    low: dict[Scorer, Weight] = Field(default_factory=dict, description="Weights for requests of priority low.")
+    normal: dict[Scorer, Weight] = Field(default_factory=dict, description="Weights for those of priority normal.")
+    high: dict[Scorer, Weight] = Field(default_factory=dict, description="Weights for those of priority high.")
+    critical: dict[Scorer, Weight] = Field(default_factory=dict, description="Weights for those of priority critical.")
+
+
 class SelectionSettings(Settings):
     weights: SelectionWeights = SelectionWeights()
+    class_weights: ClassWeights = Field(
+        ClassWeights(), description="Weights by priority, in place of those; a preset's own go before both."
+    )
+    exploration: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        0.0, description="Share of requests that go to a server about as good as the best, to learn of it."
+    )
+    exploration_margin: Share = Field(0.05, description="By how much the score of such a server may be less.")
     availability_threshold: Share = Field(
         0.2, description="A server and model whose success rate is lower are not chosen."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -110,6 +110,8 @@ class TaskExecutor:
             raise
         assert answer.result is not None
         take_down(flight.charge, answer.result.usage)
+        if flight.request is not None:  # it was made for a lane of tasks; now it is this one's
+            flight.request = replace(flight.request, request_id=_request_id(claim))
         ttft = answer.first - started if answer.first else None
         self._release(flight, Outcome(OutcomeKind.SUCCESS, ttft=ttft, tpot=answer.tpot()))
         return self._result(claim, flight, answer, started)

@@ -67,6 +67,12 @@ class Metrics:
             buckets=_SELECTION_SECONDS,
             registry=self.registry,
         )
+        self.explored = Counter(
+            "modelyard_explored",
+            "Requests that went to a server about as good as the best, to learn of it.",
+            ["model"],
+            registry=self.registry,
+        )
         self.retries = Counter(
             "modelyard_retries",
             "Attempts that were followed by another one, by the reason of the failure.",
@@ -138,6 +144,10 @@ class Metrics:
     def granted(self, priority: Priority, queued: float) -> None:
         """A request got a server after so many seconds."""
         self._child(self.queue_time, priority.name.lower()).observe(queued)
+
+    def explore(self, model: str, propensity: float) -> None:
+        """A request explores."""
+        self._child(self.explored, model).inc()
 
     def first_token(self, model: str, ttft: float) -> None:
         """A request got its first token after so many seconds."""

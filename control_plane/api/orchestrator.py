@@ -16,7 +16,7 @@ from control_plane.api.lifecycle import LOAD, PULL, UNLOAD, ModelLifecycle
 from control_plane.api.metrics import Metrics
 from control_plane.api.tenant import tenant_of
 from control_plane.config import FleetSettings
-from control_plane.domain.errors import DomainError, draining, unknown_model
+from control_plane.domain.errors import DomainError, draining, unknown_model, unknown_request
 from control_plane.domain.ports import Clock
 from control_plane.domain.server import Report
 from control_plane.fleet.registry import Fleet, superseded
@@ -26,7 +26,7 @@ from control_plane.scheduling.pace import TokenBucket
 from modelyard.rpc.errors import Refusal, Violation, invalid
 from modelyard.rpc.reasons import Reason
 from modelyard.rpc.server import InFlight, Unread, reads_as, takes_unread
-from modelyard.rpc.validation import check_generate_request, check_report, check_ticket_report
+from modelyard.rpc.validation import check_feedback, check_generate_request, check_report, check_ticket_report
 from modelyard.v1 import fleet_pb2, orchestrator_pb2
 
 T = TypeVar("T")
@@ -171,6 +171,19 @@ class OrchestratorServicer:
             decision=convert.decision(self._scheduler.explain(route)),
             estimated_prompt_tokens=route.prompt_tokens,
         )
+
+    @served
+    async def ReportFeedback(
+        self, request: orchestrator_pb2.ReportFeedbackRequest, context: grpc.aio.ServicerContext
+    ) -> orchestrator_pb2.ReportFeedbackResponse:
+        violations = check_feedback(request)
+        if violations:
+            raise invalid(violations)
+        now = self._clock.monotonic()
+        counted = self._fleet.judge(tenant_of(context), request.request_id, request.score, now)
+        if counted is None:
+            raise unknown_request(request.request_id)
+        return orchestrator_pb2.ReportFeedbackResponse(counted=counted)
 
     @served
     async def ListPresets(

@@ -23,6 +23,10 @@ def unknown_model(name: str, known: tuple[str, ...]) -> DomainError:
     return DomainError("UNKNOWN_MODEL", f"no model {name!r}; known: {listed or 'none'}")
 
 
+def unknown_request(request_id: str) -> DomainError:
+    return DomainError("UNKNOWN_REQUEST", f"no answer to a request {request_id[:100]!r} is remembered")
+
+
 def unknown_server(server_id: str, known: tuple[str, ...]) -> DomainError:
     listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
     return DomainError("UNKNOWN_SERVER", f"no model server {server_id!r}; known: {listed or 'none'}")

@@ -14,6 +14,7 @@ from dataclasses import replace
 from control_plane.domain.model import ModelCard, ModelName, ModelState, ServerId
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.task import Feature, TaskType
+from control_plane.fleet.judgements import Judgements
 from control_plane.fleet.server import Expected, Flight, Outcome, OutcomeKind, Pair, Server
 from control_plane.prediction.features import Coefficients, Features, Kin, RowKey, ttft
 from control_plane.prediction.latency import LatencyModel
@@ -38,6 +39,7 @@ class Expectations:
     """Owner of the predictors."""
 
     def __init__(self) -> None:
+        self.judgements = Judgements()
         self._latency = LatencyModel()
         self._coefficients: dict[RowKey, Coefficients[float]] = {}
         """Of every row of the table, as the table has them."""
@@ -63,10 +65,11 @@ class Expectations:
         """A server holds a model no more."""
         self._latency.forget((server_id, card.name, card.provider))
 
-    def rebuilt(self, table: CandidateTable, servers: Mapping[ServerId, Server]) -> None:
+    def rebuilt(self, table: CandidateTable, servers: Mapping[ServerId, Server], now: float) -> None:
         """There is a new table."""
         self._table = table
         self._coefficients.clear()
+        self.judgements.rebuilt(table, now)
         self.caches_prefixes = any(Feature.PREFIX_CACHE in row.card.features for row in table.rows)
         self._prefixes.align(
             CacheRow(
@@ -123,6 +126,7 @@ class Expectations:
         succeeded = outcome.kind is OutcomeKind.SUCCESS
         if succeeded and flight.request is not None:
             self._learn(flight, flight.request, outcome, now)
+            self.judgements.answered(flight.request, flight.model, now)
         credit, flight.expected.credit = flight.expected.credit, None
         if credit is not None:
             if begun or succeeded:
@@ -145,6 +149,7 @@ class Expectations:
 
     def tick(self, servers: Iterable[Server], now: float) -> None:
         """Let time pass: what it alone changes of a prediction reaches the table, and first tokens are overdue."""
+        self.judgements.tick(now)
         for key in self._latency.moved(now):
             self.predict(key, now)
         for server in servers:

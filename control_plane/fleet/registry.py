@@ -328,6 +328,10 @@ class Fleet:
         """Tokens of the prompt that each row of the table is expected to have in its prefix cache, shape (rows,)."""
         return self._expectations.cached(request)
 
+    def judge(self, tenant: str, request_id: str, score: float, now: float) -> bool | None:
+        """See `Judgements.judge`."""
+        return self._expectations.judgements.judge(tenant, request_id, score, now)
+
     # ------------------------------------------------------------- learned ---
 
     def learned(self, now: float, wall: float) -> list[Learned]:
@@ -435,7 +439,7 @@ class Fleet:
                 for card in server.cards
             ]
         )
-        self._expectations.rebuilt(self.table, self._servers)
+        self._expectations.rebuilt(self.table, self._servers, now)
         for server in self._servers.values():
             self._refresh(server)
             self._expectations.refresh(server, now)

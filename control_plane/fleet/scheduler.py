@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -25,7 +26,7 @@ from control_plane.domain.errors import (
     queue_timeout,
     servers_away,
 )
-from control_plane.domain.model import ServerId
+from control_plane.domain.model import ModelName, ServerId
 from control_plane.domain.ports import Clock
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Failed, Health, LeaseState
@@ -177,17 +178,23 @@ class Scheduler:
         on_selected: Callable[[float], None],
         on_granted: Callable[[Priority, float], None],
         loop: Loop | None = None,
+        draw: Callable[[], float] = random.random,
     ) -> None:
-        """`loop`: None takes asyncio's."""
+        """`loop`: None takes asyncio's. `draw`: uniform in [0, 1), where a policy explores."""
         self._fleet = fleet
         self._policy = policy
         self.policies: Mapping[str, Policy] = {}
         """Of presets with weights of their own, by name."""
+        self.on_explored: Callable[[ModelName, float], None] = lambda model, propensity: None
+        """Told of each request that explores."""
+        self.class_policies: Mapping[Priority, Policy] = {}
+        """Of classes with weights of their own."""
         self._queue = queue
         self._clock = clock
         self._on_selected = on_selected
         self._on_granted = on_granted
         self._own_loop = loop
+        self._draw = draw
         self._granted = 0
         self._rate = 0.0
         self._ticked = clock.monotonic()
@@ -531,9 +538,11 @@ class Scheduler:
         self, request: RouteRequest, avoid: frozenset[Failed], now: float, waited: float = 0.0, **more: Any
     ) -> Query:
         """The question to the selector; `more` are fields of it that depend on who else waits."""
+        policy = self._policy_for(request)
         return Query(
-            self._fleet.table, request, self._policy_for(request), self._avoided(avoid), now=now, waited=waited,
-            funds=self._accounts.funds(request.tenant), cached=self._fleet.cached(request), **more,
+            self._fleet.table, request, policy, self._avoided(avoid), now=now, waited=waited,
+            funds=self._accounts.funds(request.tenant), cached=self._fleet.cached(request),
+            draw=self._draw() if policy.exploration else 0.0, **more,
         )  # fmt: skip
 
     def _open(self, now: float) -> Mask:
@@ -623,6 +632,8 @@ class Scheduler:
             self._granted += 1
             if not wanted.background:
                 self._on_granted(request.priority, now - wanted.since)
+            if choice.explored:
+                self.on_explored(flight.model, choice.propensity)
             return Grant(flight, now - wanted.since, record)
         if query.funds is not None and (choice.verdict is Verdict.WAIT or wanted.background):
             self._short.add(request.tenant)
@@ -641,7 +652,8 @@ class Scheduler:
         return None
 
     def _policy_for(self, request: RouteRequest) -> Policy:
-        return self.policies.get(request.preset, self._policy) if request.preset else self._policy
+        own = self.policies.get(request.preset) if request.preset else None
+        return own or self.class_policies.get(request.priority, self._policy)
 
     def _may_return(self) -> bool:
         """Whether some server is expected back at any moment."""

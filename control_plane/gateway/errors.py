@@ -30,6 +30,7 @@ _SHAPES: Mapping[Reason, _Shape] = MappingProxyType(
         Reason.UNKNOWN_SERVER: _Shape(404, _BAD, "server_not_found"),
         Reason.UNKNOWN_TASK: _Shape(404, _BAD, "task_not_found"),
         Reason.UNKNOWN_BELIEF: _Shape(404, _BAD, "belief_not_found"),
+        Reason.UNKNOWN_REQUEST: _Shape(404, _BAD, "request_not_found"),
         Reason.IDEMPOTENCY_CONFLICT: _Shape(400, _BAD, "idempotency_conflict"),
         Reason.WRONG_STATE: _Shape(400, _BAD, "wrong_state"),
         Reason.NO_CAPABLE_SERVER: _Shape(400, _BAD, "no_capable_server"),

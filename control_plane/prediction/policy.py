@@ -68,7 +68,7 @@ class SuccessPolicy:
         ValueError: a value is out of its range; names the field.
     """
 
-    initial: float = 0.95
+    initial: float = 1.0
     """Probability that an answer is a good one before any was seen, [0, 1]."""
     kin_weight: float = 5.0
     """Observations for which the rate above counts, > 0."""

@@ -87,7 +87,6 @@ class HistogramState:
 @dataclass(frozen=True, slots=True)
 class TallyState:
     model: str
-    """Empty: of all models."""
     task: int
     """0: of all kinds of work."""
     good: float

@@ -45,12 +45,11 @@ class Tally:
 
 
 class SuccessModel:
-    """(model, kind of work) <- model <- all, each a Beta distribution whose prior is the mean of the one above. One
-    thread; `now` is monotonic seconds."""
+    """(model, kind of work) <- model, each a Beta distribution whose prior is the mean of the one above. Models are no
+    kin: what one does badly says nothing of another. One thread; `now` is monotonic seconds."""
 
     def __init__(self, policy: SuccessPolicy | None = None) -> None:
         self.policy = policy or SuccessPolicy()
-        self._all = Tally()
         self._models: OrderedDict[str, Tally] = OrderedDict()
         self._pairs: OrderedDict[tuple[str, TaskType], Tally] = OrderedDict()
 
@@ -65,14 +64,13 @@ class SuccessModel:
             return
         score, weight = min(max(score, 0.0), 1.0), min(weight, self.policy.most_weight)
         half_life = self.policy.half_life_s
-        self._all.add(score, weight, now, half_life)
         _kept(self._models, model, self.policy.kept).add(score, weight, now, half_life)
         _kept(self._pairs, (model, task), self.policy.kept).add(score, weight, now, half_life)
 
     def expect(self, model: str, task: TaskType, now: float) -> Success:
         """Of the next answer."""
         rate, evidence = self.policy.initial, 0.0
-        for tally in (self._all, self._models.get(model), self._pairs.get((model, task))):
+        for tally in (self._models.get(model), self._pairs.get((model, task))):
             good = bad = 0.0
             if tally is not None:
                 left = tally.weight(now, self.policy.half_life_s)
@@ -83,8 +81,7 @@ class SuccessModel:
 
     def state(self, now: float) -> tuple[TallyState, ...]:
         """What outlives this process."""
-        entries = [("", 0, self._all)]
-        entries += [(model, 0, tally) for model, tally in self._models.items()]
+        entries = [(model, 0, tally) for model, tally in self._models.items()]
         entries += [(model, int(task), tally) for (model, task), tally in self._pairs.items()]
         return tuple(TallyState(model, task, t.good, t.bad, max(0.0, now - t.at)) for model, task, t in entries)
 
@@ -93,9 +90,7 @@ class SuccessModel:
         for entry in state:
             if not all(0 <= value < math.inf for value in (entry.good, entry.bad, entry.age)):
                 continue
-            if not entry.model:
-                tally = self._all
-            elif not entry.task:
+            if not entry.task:
                 tally = _kept(self._models, entry.model, self.policy.kept)
             elif entry.task in _TASKS:
                 tally = _kept(self._pairs, (entry.model, TaskType(entry.task)), self.policy.kept)

@@ -259,10 +259,12 @@ class CandidateTable:
         self.sigmas[1, row] = sigma(coefficients.tpot_spread)
         self._unpredicted.discard(row)
 
-    def set_good(self, task: TaskType, shares: Mapping[ModelName, float]) -> None:
-        """The expected share of good answers of every model to a kind of work."""
-        by_code = [_unit(shares.get(name, 1.0)) for name in self.model_codes]
-        self.good[task] = np.array(by_code, dtype=np.float64)[self.model_code]
+    def set_good(self, model: ModelName, task: TaskType, share: float) -> None:
+        """The expected share of good answers of a model to a kind of work."""
+        good = self.good.get(task)
+        if good is None:
+            good = self.good[task] = np.ones(len(self), dtype=np.float64)
+        good[self.model_code == self.model_codes[model]] = _unit(share)
 
     @property
     def predicted(self) -> bool:

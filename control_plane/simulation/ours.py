@@ -8,6 +8,7 @@ granted, tell of first tokens and ends, repeat elsewhere what failed before its 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -165,6 +166,7 @@ class Ours:
             on_selected=lambda seconds: None,
             on_granted=lambda priority, queued: None,
             loop=self._loop,
+            draw=random.Random(seed).random,
         )
         self._infos = {info.id: info for info in hosts}
         self._attachments: dict[str, Attachment] = {}

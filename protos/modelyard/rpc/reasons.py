@@ -24,6 +24,7 @@ class Reason(StrEnum):
     UNKNOWN_SERVER = "UNKNOWN_SERVER"
     UNKNOWN_TASK = "UNKNOWN_TASK"
     UNKNOWN_BELIEF = "UNKNOWN_BELIEF"
+    UNKNOWN_REQUEST = "UNKNOWN_REQUEST"
     IDEMPOTENCY_CONFLICT = "IDEMPOTENCY_CONFLICT"
     NO_CAPABLE_SERVER = "NO_CAPABLE_SERVER"
     CONTENT_REFUSED = "CONTENT_REFUSED"
@@ -60,6 +61,7 @@ CODES: Mapping[Reason, grpc.StatusCode] = MappingProxyType(
         Reason.UNKNOWN_SERVER: grpc.StatusCode.NOT_FOUND,
         Reason.UNKNOWN_TASK: grpc.StatusCode.NOT_FOUND,
         Reason.UNKNOWN_BELIEF: grpc.StatusCode.NOT_FOUND,
+        Reason.UNKNOWN_REQUEST: grpc.StatusCode.NOT_FOUND,
         Reason.IDEMPOTENCY_CONFLICT: grpc.StatusCode.ALREADY_EXISTS,
         Reason.NO_CAPABLE_SERVER: grpc.StatusCode.FAILED_PRECONDITION,
         Reason.CONTENT_REFUSED: grpc.StatusCode.FAILED_PRECONDITION,

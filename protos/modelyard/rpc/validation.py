@@ -135,6 +135,18 @@ def check_model_server_embed_request(request: model_server_pb2.ModelServerEmbedR
     return found
 
 
+def check_feedback(request: orchestrator_pb2.ReportFeedbackRequest) -> Violations:
+    """Which answer, and what somebody says of it."""
+    found: Violations = []
+    if not _REQUEST_ID.fullmatch(request.request_id):
+        found.append(Violation("request_id", "is required, at most 64 printable ASCII characters"))
+    if not request.HasField("score"):
+        found.append(Violation("score", "is required"))
+    elif not 0 <= request.score <= 1:
+        found.append(Violation("score", f"must be between 0 and 1, is {request.score:g}"))
+    return found
+
+
 def check_tenant(name: str) -> Violations:
     """Violations of the metadata `modelyard-tenant`."""
     if _TENANT.fullmatch(name):

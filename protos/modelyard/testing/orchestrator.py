@@ -185,6 +185,12 @@ class FakeOrchestrator(FakeServer):
         async with self._received("ExplainSelection", context, request):
             return orchestrator_pb2.ExplainSelectionResponse(decision=self.decision, estimated_prompt_tokens=3)
 
+    async def ReportFeedback(
+        self, request: orchestrator_pb2.ReportFeedbackRequest, context: ServicerContext
+    ) -> orchestrator_pb2.ReportFeedbackResponse:
+        async with self._received("ReportFeedback", context, request):
+            return orchestrator_pb2.ReportFeedbackResponse(counted=True)
+
     async def DrainModelServer(
         self, request: orchestrator_pb2.DrainModelServerRequest, context: ServicerContext
     ) -> orchestrator_pb2.DrainModelServerResponse:

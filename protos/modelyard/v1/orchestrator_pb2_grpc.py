@@ -86,6 +86,11 @@ class OrchestratorStub(object):
                 request_serializer=modelyard_dot_v1_dot_orchestrator__pb2.ExplainSelectionRequest.SerializeToString,
                 response_deserializer=modelyard_dot_v1_dot_orchestrator__pb2.ExplainSelectionResponse.FromString,
                 _registered_method=True)
+        self.ReportFeedback = channel.unary_unary(
+                '/modelyard.v1.Orchestrator/ReportFeedback',
+                request_serializer=modelyard_dot_v1_dot_orchestrator__pb2.ReportFeedbackRequest.SerializeToString,
+                response_deserializer=modelyard_dot_v1_dot_orchestrator__pb2.ReportFeedbackResponse.FromString,
+                _registered_method=True)
         self.DrainModelServer = channel.unary_unary(
                 '/modelyard.v1.Orchestrator/DrainModelServer',
                 request_serializer=modelyard_dot_v1_dot_orchestrator__pb2.DrainModelServerRequest.SerializeToString,
@@ -248,6 +253,22 @@ class OrchestratorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportFeedback(self, request, context):
+        """Says how good an answer was, so that models that answer this kind of work
+        badly get less of it: the part `capability` of a score is the model's own
+        number times the share of its answers that were good ones. An answer of
+        which nobody says anything counts as a good one, a judgement as five.
+
+        The latest 20,000 answers of a control plane can be judged, each once, by the
+        tenant that asked.
+
+        Idempotent: the first judgement of an answer stands.
+        Errors: INVALID_REQUEST, UNKNOWN_REQUEST.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DrainModelServer(self, request, context):
         """Tells a model server to finish what it has and take nothing new, or to
         serve again.
@@ -368,6 +389,11 @@ def add_OrchestratorServicer_to_server(servicer, server):
                     servicer.ExplainSelection,
                     request_deserializer=modelyard_dot_v1_dot_orchestrator__pb2.ExplainSelectionRequest.FromString,
                     response_serializer=modelyard_dot_v1_dot_orchestrator__pb2.ExplainSelectionResponse.SerializeToString,
+            ),
+            'ReportFeedback': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportFeedback,
+                    request_deserializer=modelyard_dot_v1_dot_orchestrator__pb2.ReportFeedbackRequest.FromString,
+                    response_serializer=modelyard_dot_v1_dot_orchestrator__pb2.ReportFeedbackResponse.SerializeToString,
             ),
             'DrainModelServer': grpc.unary_unary_rpc_method_handler(
                     servicer.DrainModelServer,
@@ -649,6 +675,33 @@ class Orchestrator(object):
             '/modelyard.v1.Orchestrator/ExplainSelection',
             modelyard_dot_v1_dot_orchestrator__pb2.ExplainSelectionRequest.SerializeToString,
             modelyard_dot_v1_dot_orchestrator__pb2.ExplainSelectionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportFeedback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modelyard.v1.Orchestrator/ReportFeedback',
+            modelyard_dot_v1_dot_orchestrator__pb2.ReportFeedbackRequest.SerializeToString,
+            modelyard_dot_v1_dot_orchestrator__pb2.ReportFeedbackResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,7 +34,7 @@ def test_a_model_carries_over_to_other_work_and_not_to_other_models() -> None:
         model.observe("good", CODE, True, 0.0)
     assert model.expect("bad", CHAT, 0.0).rate < 0.2
     assert model.expect("good", CHAT, 0.0).rate > 0.8
-    assert 0.4 < model.expect("new", CHAT, 0.0).rate < 0.7
+    assert model.expect("new", CHAT, 0.0).rate == 1.0
     for _ in range(30):
         model.observe("bad", CHAT, True, 0.0)
     assert model.expect("bad", CHAT, 0.0).rate > 0.85
@@ -55,7 +55,7 @@ def test_forgets_with_time() -> None:
     model = SuccessModel(SuccessPolicy(half_life_s=100, initial=1.0))
     for _ in range(40):
         model.observe("m", CODE, False, 0.0)
-    assert model.expect("m", CODE, 0.0).rate < 0.01
+    assert model.expect("m", CODE, 0.0).rate < 0.02
     assert model.expect("m", CODE, 100.0).evidence == 20
     assert model.expect("m", CODE, 2000.0).rate > 0.99
     for _ in range(10):
@@ -67,7 +67,7 @@ def test_memory_is_bounded() -> None:
     model = SuccessModel(SuccessPolicy(kept=5))
     for number in range(50):
         model.observe(f"m{number}", CODE, True, 0.0)
-    assert len(model.state(0.0)) == 1 + 5 + 5
+    assert len(model.state(0.0)) == 5 + 5
     assert model.expect("m49", CODE, 0.0).evidence == 1
     assert model.expect("m0", CODE, 0.0).evidence == 0
 

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from control_plane.domain.decision import DecisionRecord, ScoredCandidate
-from control_plane.domain.model import ModelName
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.task import TaskType
 from control_plane.prediction.features import Coefficients
@@ -53,7 +52,8 @@ def questions(draw: st.DrawFn) -> Query:
             server, streams=draw(st.integers(0, 9)), lane_until=draw(small), slot_at=draw(st.just(math.nan) | small)
         )
     if draw(st.booleans()):
-        table.set_good(TaskType.CHAT, {ModelName("m1"): draw(st.floats(0, 1))})
+        for model in table.model_codes:
+            table.set_good(model, TaskType.CHAT, draw(st.floats(0, 1)))
     planned = None
     if draw(st.booleans()):
         planned = Planned(np.array(draw(st.lists(small, min_size=size, max_size=size))), np.zeros(size, dtype=np.int64))

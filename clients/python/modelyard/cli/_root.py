@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "chat": ("chat", "chat", "Talk with the fleet, turn by turn."),
     "embed": ("generate", "embed", "Turn texts into vectors."),
     "explain": ("inspect", "explain", "Show what would be chosen for a request, and why."),
+    "feedback": ("inspect", "feedback", "Say how good an answer was."),
     "tasks": ("tasks", "tasks", "Submit, follow and steer durable tasks; answer a file of prompts."),
     "beliefs": ("beliefs", "beliefs", "Write, read and follow facts that agents and services share."),
     "usage": ("usage", "usage", "Show what a tenant has used, and how its budgets stand."),

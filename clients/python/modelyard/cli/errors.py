@@ -31,6 +31,7 @@ REASONS: Mapping[str, tuple[int, str]] = {
     "UNKNOWN_SERVER": (NOT_FOUND, SERVERS),
     "UNKNOWN_TASK": (NOT_FOUND, TASKS),
     "UNKNOWN_BELIEF": (NOT_FOUND, "see `modelyard beliefs list`"),
+    "UNKNOWN_REQUEST": (NOT_FOUND, "judge an answer while it is fresh; `generate --json` tells its request_id"),
     "IDEMPOTENCY_CONFLICT": (USAGE, "choose another key"),
     "WRONG_STATE": (FAILED, "see `modelyard tasks get`"),
     "NO_CAPABLE_SERVER": (NOT_FOUND, "`modelyard explain` with the same options shows every candidate"),

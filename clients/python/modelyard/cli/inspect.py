@@ -161,6 +161,33 @@ def explain(session: Session, /, prompt: str | None, arithmetic: bool, **options
     return {"chosen": 0, "wait": UNAVAILABLE}.get(decision.verdict, NOT_FOUND)
 
 
+# ------------------------------------------------------------------ feedback ---
+
+
+@click.command("feedback")
+@click.argument("request_id")
+@click.argument("score", metavar="good|bad|0..1")
+@as_json
+@tenant_option
+@click.pass_obj
+def feedback(session: Session, request_id: str, score: str) -> None:
+    """Say how good the answer to a request was: models that answer a kind of work badly get less of it.
+
+    The id of a request is in `modelyard generate --json` and in a task's result. Each answer can be judged once.
+    """
+    value = {"good": 1.0, "bad": 0.0}.get(score)
+    if value is None:
+        try:
+            value = float(score)
+        except ValueError:
+            raise click.BadParameter("must be `good`, `bad` or a number from 0 to 1", param_hint="SCORE") from None
+    counted = call(session, lambda client: client.report_feedback(request_id, value))
+    if session.json:
+        output.print_json({"request_id": request_id, "score": value, "counted": counted})
+    else:
+        print("noted" if counted else "it had been judged before, that stands")
+
+
 # --------------------------------------------------------------------- drain ---
 
 

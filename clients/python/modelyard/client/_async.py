@@ -230,6 +230,13 @@ class AsyncClient:
             async for message in messages:
                 yield answers.fleet_change(message)
 
+    async def report_feedback(self, request_id: str, score: float, *, timeout: float | None = None) -> bool:
+        """Say how good an answer was, from 0 (of no use) to 1 (good): models that answer a kind of work badly get less
+        of it. False: it had been judged before. Raises UnknownRequest: no such answer, or long ago."""
+        request = orchestrator_pb2.ReportFeedbackRequest(request_id=request_id, score=score)
+        counted: bool = (await self._call("ReportFeedback", request, timeout)).counted
+        return counted
+
     async def drain(self, server_id: str, *, undo: bool = False, timeout: float | None = None) -> ServerStatus:
         """Tell a model server to finish what it has and take nothing new, or to serve again."""
         request = orchestrator_pb2.DrainModelServerRequest(server_id=server_id, undo=undo)

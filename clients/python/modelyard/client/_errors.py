@@ -167,6 +167,12 @@ class UnknownBelief(ModelyardError):
     default_reason = "UNKNOWN_BELIEF"
 
 
+class UnknownRequest(ModelyardError):
+    """No such answer, or it is too long ago to be judged."""
+
+    default_reason = "UNKNOWN_REQUEST"
+
+
 class IdempotencyConflict(ModelyardError):
     """The idempotency key names another task: choose another key. `metadata` has "task_id" and "differing"."""
 
@@ -355,6 +361,7 @@ BY_REASON: Mapping[Reason, type[ModelyardError]] = {
     Reason.UNKNOWN_SERVER: UnknownServer,
     Reason.UNKNOWN_TASK: UnknownTask,
     Reason.UNKNOWN_BELIEF: UnknownBelief,
+    Reason.UNKNOWN_REQUEST: UnknownRequest,
     Reason.IDEMPOTENCY_CONFLICT: IdempotencyConflict,
     Reason.WRONG_STATE: WrongState,
     Reason.NO_CAPABLE_SERVER: NoCapableServer,

@@ -244,6 +244,10 @@ class Client:
         """The whole fleet first, then every change, without end."""
         return self._each(self._client.watch_fleet())
 
+    def report_feedback(self, request_id: str, score: float, *, timeout: float | None = None) -> bool:
+        """Say how good an answer was: see `AsyncClient.report_feedback`."""
+        return self._run(self._client.report_feedback(request_id, score, timeout=timeout))
+
     def drain(self, server_id: str, *, undo: bool = False, timeout: float | None = None) -> ServerStatus:
         """Tell a model server to finish what it has and take nothing new, or to serve again."""
         return self._run(self._client.drain(server_id, undo=undo, timeout=timeout))
