@@ -185,11 +185,12 @@ class ControlPlane:
             place = located(tasks.store, os.environ)
             policy = StorePolicy(lease=tasks.lease, max_lost=tasks.max_lost, retention=tasks.retention)
             self.store = store = await open_store(place, policy, self.metrics.store_time.observe)
-            learned = await store.learned()
+            learned, knowledge = await store.learned(), await store.knowledge()
         except (StoreError, DomainError) as error:
             raise SettingsError(str(error)) from None
         log.info("tasks are kept in %s", place.shown)
         self.fleet.remember(learned, self.clock.monotonic(), self.clock.wall())
+        self.fleet.know(knowledge, self.clock.monotonic())
         retry = tasks.retry
         self.dispatcher = Dispatcher(
             store,
@@ -278,6 +279,7 @@ class ControlPlane:
         try:
             if learned:
                 await store.keep_learned(learned)
+            await store.keep_knowledge(self.fleet.knowledge(self.clock.monotonic()))
         except Exception as error:
             log.warning("what was learned of the fleet is not kept for now: %s", privacy.kind(error))
 

@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+import msgspec
+
 from control_plane.domain.model import ModelCard, ModelName, ModelState, ServerId
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.task import Feature, TaskType
@@ -19,6 +21,7 @@ from control_plane.fleet.server import Expected, Flight, Outcome, OutcomeKind, P
 from control_plane.prediction.features import Coefficients, Features, Kin, RowKey, ttft
 from control_plane.prediction.latency import LatencyModel
 from control_plane.prediction.output_length import OutputLength
+from control_plane.prediction.state import HistogramState, LatencyState, TallyState
 from control_plane.prefix.cache import CacheRow
 from control_plane.prefix.index import Floats, PrefixIndex
 from control_plane.selection.table import CandidateTable
@@ -30,6 +33,10 @@ _OVERDUE = 2.0
 _OVERDUE_SOONEST = 1.0
 # Observations before it is known how long that takes. Till then nobody is waited for longer than the objective.
 _EVIDENCE = 0.5
+
+# Names of what is kept: of all rows together, and of each.
+_COMMON, _ROW, _LENGTHS, _SUCCESS = "latency", "latency/", "lengths", "success"
+_ROWS_AT_ONCE = 256
 
 # Kinds of requests whose length of answer is looked up once a second.
 _LENGTHS_KEPT = 1000
@@ -48,6 +55,8 @@ class Expectations:
         """Mean of an answer, and until when it is good enough, monotonic seconds."""
         self._prefixes = PrefixIndex()
         self._table = CandidateTable([])
+        self._unkept: dict[RowKey, None] = {}
+        """Rows that have learned since what they know was handed out."""
         self.caches_prefixes = False
         """Whether some model here keeps the beginnings of prompts."""
 
@@ -156,6 +165,38 @@ class Expectations:
             if server.prefilling and now >= min(server.lane_until, next(iter(server.prefilling)).expected.overdue_at):
                 self._overdue(server, now)
 
+    # ------------------------------------------------------------- survival ---
+
+    def knowledge(self, now: float) -> dict[str, str]:
+        """What has been learned since this was asked last, JSON by name: for the next process to `know`."""
+        keys = list(self._unkept)[:_ROWS_AT_ONCE]
+        if not keys:
+            return {}
+        for key in keys:
+            del self._unkept[key]
+        state = self._latency.state(now, keys)
+        parts: dict[str, object] = {_COMMON: replace(state, rows=())}
+        parts.update({f"{_ROW}{'/'.join(row.key)}": replace(state, rows=(row,), groups=()) for row in state.rows})
+        parts[_LENGTHS] = self._lengths.state()
+        parts[_SUCCESS] = self.judgements.success.state(now)
+        return {name: msgspec.json.encode(part).decode() for name, part in parts.items()}
+
+    def know(self, entries: Mapping[str, str], now: float) -> None:
+        """Take over what an earlier process has learned. What cannot be read is left out."""
+        unread = 0
+        for name in sorted(entries, key=lambda name: name == _COMMON):  # the newest state of all rows has the last word
+            try:
+                if name == _LENGTHS:
+                    self._lengths.restore(msgspec.json.decode(entries[name], type=tuple[HistogramState, ...]))
+                elif name == _SUCCESS:
+                    self.judgements.restore(msgspec.json.decode(entries[name], type=tuple[TallyState, ...]), now)
+                elif name == _COMMON or name.startswith(_ROW):
+                    self._latency.restore(msgspec.json.decode(entries[name], type=LatencyState), now)
+            except msgspec.MsgspecError:
+                unread += 1
+        if unread:
+            log.warning("%d entries of what was learned cannot be read and are left out", unread)
+
     # -------------------------------------------------------------- private ---
 
     def _expected(
@@ -232,5 +273,6 @@ class Expectations:
             flight.row_key, features, outcome.ttft, outcome.tpot, now,
             promised_ttft=expected.ttft, promised_tpot=expected.tpot,
         )  # fmt: skip
+        self._unkept[flight.row_key] = None
         if used is not None and used.whole and used.completion:
             self._lengths.observe(request.task_type, flight.model, used.completion)

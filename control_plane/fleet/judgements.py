@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from control_plane.domain.model import ModelName
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.task import TaskType
+from control_plane.prediction.state import TallyState
 from control_plane.prediction.success import SuccessModel
 from control_plane.selection.table import CandidateTable
 
@@ -58,6 +60,12 @@ class Judgements:
         self._judged = True
         self._refresh(answer.model, now)
         return True
+
+    def restore(self, state: Iterable[TallyState], now: float) -> None:
+        """Take over what was said to an earlier process."""
+        tallies = tuple(state)
+        self.success.restore(tallies, now)
+        self._judged |= any(tally.bad > 0 for tally in tallies)
 
     def rebuilt(self, table: CandidateTable, now: float) -> None:
         """There is a new table."""

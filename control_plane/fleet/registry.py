@@ -346,6 +346,14 @@ class Fleet:
             if (stats := pair.stats).requests
         ]  # fmt: skip
 
+    def knowledge(self, now: float) -> dict[str, str]:
+        """See `Expectations.knowledge`."""
+        return self._expectations.knowledge(now)
+
+    def know(self, entries: Mapping[str, str], now: float) -> None:
+        """See `Expectations.know`. To be called before a server attaches."""
+        self._expectations.know(entries, now)
+
     def remember(self, learned: Iterable[Learned], now: float, wall: float) -> None:
         """Take over what an earlier process measured, once a server reports the model under the same fingerprint."""
         for entry in learned:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from statistics import NormalDist
@@ -149,8 +150,9 @@ class LatencyModel:
 
     # ----------------------------------------------------------- survival ---
 
-    def state(self, now: float) -> LatencyState:
-        """What outlives this process."""
+    def state(self, now: float, keys: Iterable[RowKey] | None = None) -> LatencyState:
+        """What outlives this process: of these rows, or of all."""
+        rows = self._rows.items() if keys is None else [(key, self._rows[key]) for key in keys if key in self._rows]
         return LatencyState(
             levels=self.policy.levels,
             rows=tuple(
@@ -167,7 +169,7 @@ class LatencyModel:
                     evidence=self._evidence(row, now),
                     age=max(0.0, now - row.belief.at),
                 )
-                for key, row in self._rows.items()
+                for key, row in rows
                 if row.observed
             ),
             groups=tuple(

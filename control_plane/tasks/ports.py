@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from control_plane.domain.learned import Learned
@@ -130,6 +130,14 @@ class TaskStore(Protocol):
 
     async def keep_learned(self, learned: Sequence[Learned]) -> None:
         """Keep what was learned of these pairs over what is kept of them."""
+        ...
+
+    async def knowledge(self) -> dict[str, str]:
+        """What was last kept by `keep_knowledge`, but for what is very old."""
+        ...
+
+    async def keep_knowledge(self, entries: Mapping[str, str]) -> None:
+        """Keep what predictors know, JSON by name, over what is kept under these names."""
         ...
 
     async def sweep(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,6 +40,10 @@ from control_plane.tasks.transaction import Batch, Transaction
 
 _PURGE_INTERVAL = 60.0
 _LANES_INTERVAL = 3600.0
+
+# Seconds after which what a predictor knew of a server that is no more is forgotten, and most entries that are read.
+_KNOWLEDGE_KEPT = 30 * 86400.0
+_KNOWLEDGE_MOST = 2000
 """Between two looks for lanes that no task needs: a look reads every task."""
 
 
@@ -208,6 +212,27 @@ class SqlTaskStore:
         def write(transaction: Transaction) -> None:
             values = [(*key, *rest) for key, rest in sorted(rows.items())]
             bulk.upsert(transaction.connection, schema.statistics, columns, columns[:3], values)
+
+        if rows:
+            await self.database.write(write)
+
+    async def knowledge(self) -> dict[str, str]:
+        table, oldest = schema.knowledge, self.now() - _KNOWLEDGE_KEPT
+
+        def read(connection: Connection) -> dict[str, str]:
+            query = select(table.c.name, table.c.data).where(table.c.updated_at > oldest)
+            newest = query.order_by(table.c.updated_at.desc()).limit(_KNOWLEDGE_MOST)
+            return {row.name: row.data for row in connection.execute(newest)}
+
+        return await self.database.read(read)
+
+    async def keep_knowledge(self, entries: Mapping[str, str]) -> None:
+        table, now = schema.knowledge, self.now()
+        rows = [(name, data, now) for name, data in sorted(entries.items())]
+
+        def write(transaction: Transaction) -> None:
+            bulk.upsert(transaction.connection, table, ("name", "data", "updated_at"), ("name",), rows)
+            transaction.connection.execute(table.delete().where(table.c.updated_at < now - _KNOWLEDGE_KEPT))
 
         if rows:
             await self.database.write(write)

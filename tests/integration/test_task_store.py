@@ -354,6 +354,13 @@ async def test_learned_statistics_are_kept(store: SqlTaskStore) -> None:
     assert sorted(await store.learned(), key=lambda learned: learned.model) == [newer, two]
 
 
+async def test_knowledge_is_kept_by_name(store: SqlTaskStore) -> None:
+    await store.keep_knowledge({"a": "1", "b": "2"})
+    await store.keep_knowledge({"b": "3"})
+    await store.keep_knowledge({})
+    assert await store.knowledge() == {"a": "1", "b": "3"}
+
+
 # ---------------------------------------------------------------- reading ---
 
 
