@@ -518,6 +518,8 @@ def _selection_policy(selection: SelectionSettings, weights: Mapping[str, float]
         cost_reference_usd=selection.cost_reference_usd,
         expected_output_tokens=selection.expected_output_tokens,
         provider_preference=selection.provider_preference,  # type: ignore[arg-type]
+        spill_usd=selection.spill_usd,
+        spill_below=selection.spill_below,
         exploration=selection.exploration,
         exploration_margin=selection.exploration_margin,
     )

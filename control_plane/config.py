@@ -94,6 +94,12 @@ class SelectionSettings(Settings):
     class_weights: ClassWeights = Field(
         ClassWeights(), description="Weights by priority, in place of those; a preset's own go before both."
     )
+    spill_usd: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="Models that cost money are kept for what free ones cannot serve in time, up to so many US dollars "
+        "a request. None: the score decides.",
+    )
+    spill_below: Share = Field(0.5, description="Chance to meet the objectives at home below which that is so.")
     exploration: Annotated[float, Field(ge=0, le=0.5)] = Field(
         0.0, description="Share of requests that go to a server about as good as the best, to learn of it."
     )

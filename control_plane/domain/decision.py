@@ -38,6 +38,7 @@ class RejectionReason(IntEnum):
     BUDGET = 16
     PREFILL_BUSY = 17
     BETTER_LATER = 18
+    SPARED = 19
 
     @property
     def permanent(self) -> bool:

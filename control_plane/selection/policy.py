@@ -76,6 +76,11 @@ class Policy:
     provider_preference: Mapping[Provider, float] = field(default_factory=lambda: MappingProxyType({}))
     """Liking per provider, >= 0; one that is missing has 1. Scores are these divided by the largest."""
 
+    spill_usd: float | None = None
+    """Models that cost money are kept for what free ones cannot serve in time, at up to so many US dollars a request,
+    >= 0. None: the score decides."""
+    spill_below: float = 0.5
+    """Chance to meet the objectives at home below which that is so, [0, 1]."""
     exploration: float = 0.0
     """Share of requests that go to one of those that score about as well as the best, in [0, 0.5]."""
     exploration_margin: float = 0.05
@@ -97,6 +102,10 @@ class Policy:
         for name in ("ttft_prior_s", "tpot_prior_s", "load_time_prior_s", "ttft_objective_per_prompt_token_s"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and >= 0, is {getattr(self, name)}")
+        if self.spill_usd is not None and not 0 <= self.spill_usd < math.inf:
+            raise ValueError(f"spill_usd must be finite and >= 0, is {self.spill_usd}")
+        if not 0 <= self.spill_below <= 1:
+            raise ValueError(f"spill_below must be in [0, 1], is {self.spill_below}")
         if not 0 <= self.exploration <= 0.5:
             raise ValueError(f"exploration must be in [0, 0.5], is {self.exploration}")
         if not 0 <= self.exploration_margin <= 1:

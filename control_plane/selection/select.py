@@ -21,6 +21,7 @@ from control_plane.selection.loading import outrun
 from control_plane.selection.patience import Better, better_later, worth_waiting_for
 from control_plane.selection.query import Query
 from control_plane.selection.scorers import SCORERS, parts, weigh
+from control_plane.selection.spill import spared
 from control_plane.selection.summary import summarise
 from control_plane.selection.table import Floats, Mask
 
@@ -68,6 +69,14 @@ def select(query: Query) -> Choice:
         slower = outrun(query, capable)
         if slower is not None:
             eligible &= ~slower.rows
+    spare = spared(query, capable, present)
+    if spare is not None:
+        left_alone, eligible = (eligible & spare.rows).any(), eligible & ~spare.rows
+        present = present & ~spare.rows
+        if left_alone and spare.home >= 0 and not eligible.any():
+            return Choice(
+                Verdict.WAIT, later=spare.home, prefill=float(query.forecast.prefill[spare.home]), prefers=True
+            )
     rows = eligible.nonzero()[0]
     if len(rows) == 0:
         return _refusal(query, capable, present)
@@ -168,10 +177,15 @@ def _candidates(query: Query, choice: Choice) -> list[ScoredCandidate]:
         if mask is not None:
             for row in (~mask).nonzero()[0].tolist():
                 rejections[row].append(Rejection(condition.reason, condition.detail(query, row)))
-    slower = outrun(query, _capable(query))
+    capable = _capable(query)
+    slower = outrun(query, capable)
     if slower is not None:
         for row in slower.rows.nonzero()[0].tolist():
             rejections[row].append(Rejection(RejectionReason.LOADING_TAKES_LONGER, slower.detail(query, row)))
+    spare = spared(query, capable, capable & passing(PRESENT, query))
+    if spare is not None:
+        for row in spare.rows.nonzero()[0].tolist():
+            rejections[row].append(Rejection(RejectionReason.SPARED, spare.detail(query, row)))
     if choice.prefers:
         better = Better(choice.later, float(query.forecast.start[choice.later]))
         for row, reasons in enumerate(rejections):

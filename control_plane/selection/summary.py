@@ -20,6 +20,7 @@ _STATE = {
     RejectionReason.LOADING_TAKES_LONGER: "would have to load the model",
     RejectionReason.PREFILL_BUSY: "is busy with the prompts of others",
     RejectionReason.BETTER_LATER: "would take longer than waiting for another",
+    RejectionReason.SPARED: "is kept for what free models cannot serve in time",
 }
 
 

@@ -73,6 +73,7 @@ class CandidateTable:
         "model_codes",
         "obtainable",
         "offers",
+        "paid",
         "per_prompt_token",
         "prompt_price",
         "provider_code",
@@ -127,6 +128,10 @@ class CandidateTable:
             completion=max((card.price.completion for card in cards), default=0.0),
         )
         """No row costs more."""
+        self.paid: Mask | None = None
+        """Costs money. None: nothing does."""
+        if self.dearest.prompt or self.dearest.completion:
+            self.paid = np.asarray((self.prompt_price > 0) | (self.completion_price > 0), dtype=np.bool_)
         self.longest = max((card.context_length for card in cards), default=0)
         """No row has a longer context."""
         self.offers: dict[TaskType, Mask] = {

@@ -36,6 +36,7 @@ class RejectionReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REJECTION_REASON_BUDGET: _ClassVar[RejectionReason]
     REJECTION_REASON_PREFILL_BUSY: _ClassVar[RejectionReason]
     REJECTION_REASON_BETTER_LATER: _ClassVar[RejectionReason]
+    REJECTION_REASON_SPARED: _ClassVar[RejectionReason]
 VERDICT_UNSPECIFIED: Verdict
 VERDICT_CHOSEN: Verdict
 VERDICT_WAIT: Verdict
@@ -59,6 +60,7 @@ REJECTION_REASON_TOO_EXPENSIVE: RejectionReason
 REJECTION_REASON_BUDGET: RejectionReason
 REJECTION_REASON_PREFILL_BUSY: RejectionReason
 REJECTION_REASON_BETTER_LATER: RejectionReason
+REJECTION_REASON_SPARED: RejectionReason
 
 class Requirements(_message.Message):
     __slots__ = ("model", "provider", "server_id", "excluded_server_ids", "min_context_length", "features", "labels", "max_cost_nano_usd", "excluded_models")

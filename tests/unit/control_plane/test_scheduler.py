@@ -855,3 +855,37 @@ async def test_money_that_comes_while_others_are_offered_a_slot_is_not_overlooke
     for other in others:
         other.cancel()
     await asyncio.gather(*others, return_exceptions=True)
+
+
+# --------------------------------------------------------------------- spill ---
+
+
+async def test_a_request_waits_for_home_and_spills_when_that_is_too_late() -> None:
+    house = House()
+    house.scheduler.class_policies = {Priority.NORMAL: Policy(spill_usd=1.0)}
+    paid = replace(card("big"), price=Price(10.0, 0.0, 10.0))
+    attachments: list[Any] = [house.attach("api", models=(paid,), slots=8), house.attach("mac", slots=1)]
+
+    def later(seconds: float) -> None:
+        for attachment in attachments:
+            house.fleet.heard(attachment, 1, house.clock.now)
+        house.later(seconds)
+
+    for _ in range(20):
+        quick = await house.acquire(RouteRequest("quick", prompt_tokens=10, max_tokens=10))
+        quick.flight.charge.count(10, 0, 10)
+        house.scheduler.release(quick.flight, Outcome(OutcomeKind.SUCCESS, 0.1, 0.01))
+        later(1.0)
+    first = await house.acquire(RouteRequest("first", prompt_tokens=10, max_tokens=10))
+    assert first.flight.server_id == "mac"
+    house.fleet.first_token(first.flight, house.clock.now)
+    waiting = house.acquire(RouteRequest("second", prompt_tokens=10, max_tokens=10))
+    await asyncio.sleep(0)
+    assert not waiting.done(), "the one at home is nearly through"
+    for _ in range(40):
+        later(0.25)
+        await asyncio.sleep(0)
+        if waiting.done():
+            break
+    grant = await waiting
+    assert grant.flight.server_id == "api" and 0.5 <= grant.queued <= 4.0
