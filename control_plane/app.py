@@ -40,7 +40,7 @@ from control_plane.presets import compile_presets
 from control_plane.scheduling.breaker import BreakerPolicy
 from control_plane.scheduling.budgets import Ledger
 from control_plane.scheduling.queue import FairQueue
-from control_plane.scheduling.retry import RetryPolicy
+from control_plane.scheduling.retry import Allowance, RetryPolicy
 from control_plane.scheduling.stats import StatsPolicy
 from control_plane.selection.policy import Policy, Weights
 from control_plane.tasks.dispatcher import Dispatcher, DispatchPolicy
@@ -125,6 +125,7 @@ class ControlPlane:
             RetryPolicy(max_attempts=retry.max_attempts, base=retry.base, factor=retry.factor, cap=retry.cap),
             clock,
             self.metrics,
+            Allowance(retry.hedging) if retry.hedging else None,
         )
         generation = Generation(
             orchestrator_id,

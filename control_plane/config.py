@@ -153,6 +153,11 @@ class RetrySettings(Settings):
     base: Seconds = Field(0.02, description="Seconds before the first retry; the actual delay is random below it.")
     factor: Annotated[float, Field(ge=1)] = Field(2.0, description="Growth of the delay per retry.")
     cap: Seconds = Field(2.0, description="Longest delay in seconds.")
+    hedging: Share = Field(
+        0.0,
+        description="Share of streamed requests for which a second server is asked when nine of ten would have had "
+        "their first token; the first to answer goes on, the other is told to stop.",
+    )
 
 
 class LimitSettings(Settings):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from random import random
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -22,7 +23,7 @@ from control_plane.domain.server import Failed
 from control_plane.fleet.charge import Charge
 from control_plane.fleet.scheduler import Grant, Outlook, Scheduler
 from control_plane.fleet.server import Flight, Outcome, OutcomeKind
-from control_plane.scheduling.retry import REQUEST_REASONS, RetryPolicy, blames_server, repeatable, retryable
+from control_plane.scheduling.retry import REQUEST_REASONS, Allowance, RetryPolicy, blames_server, repeatable, retryable
 from modelyard.program.process import first_of
 from modelyard.rpc.calls import UnaryCall
 from modelyard.rpc.errors import Refusal, from_rpc_error
@@ -59,6 +60,14 @@ class Progress:
     may_leave: Callable[[], bool] = lambda: False
     """Whether there is another."""
     call: UnaryCall | grpc.aio.Call | None = None
+    on_begin: Callable[[Progress], None] | None = None
+    """Of an attempt beside which there may be another."""
+
+    def begin(self) -> None:
+        """The server has something to say, and nothing of it was passed on. Raises CancelledError where another server
+        was sooner."""
+        if self.on_begin is not None:
+            self.on_begin(self)
 
     def leave(self) -> None:
         """End the attempt because its first token is overdue, if there is another server to ask."""
@@ -73,14 +82,35 @@ class Progress:
             self.call.cancel()
 
 
+@dataclass(slots=True, eq=False)
+class _Try:
+    """One attempt."""
+
+    grant: Grant
+    entry: Attempt
+    progress: Progress
+    server: Failed
+    task: asyncio.Task[object] | None = None
+    """Where it is one of two."""
+
+
 class Attempts:
     """Runs requests against the fleet."""
 
-    def __init__(self, scheduler: Scheduler, policy: RetryPolicy, clock: Clock, metrics: Metrics) -> None:
-        self._scheduler = scheduler
-        self._policy = policy
-        self._clock = clock
-        self._metrics = metrics
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        policy: RetryPolicy,
+        clock: Clock,
+        metrics: Metrics,
+        hedging: Allowance | None = None,
+    ) -> None:
+        """`hedging`: for how many requests two servers may be asked. None: for none."""
+        self.scheduler = scheduler
+        self.policy = policy
+        self.clock = clock
+        self.metrics = metrics
+        self._hedging = hedging
 
     async def run(
         self,
@@ -90,6 +120,8 @@ class Attempts:
         on_grant: Callable[[Grant], Awaitable[None]] | None = None,
         size: int = 0,
         avoid: Iterable[Failed] = (),
+        *,
+        hedge: bool = False,
     ) -> T:
         """Return what the first successful attempt returns; `history` gets one entry per attempt. `size` is that of
         the request in bytes; those to `avoid` have failed it before it came here.
@@ -97,84 +129,193 @@ class Attempts:
         A server that failed is avoided while there is another that can do it. If there is none, it is asked again,
         unless it would say the same; one that could not be reached is waited for, as it may be starting anew.
 
+        With `hedge` a second server may be asked while the first is slow; `attempt` then says with `Progress.begin`
+        that it has something, before it passes anything on.
+
         Raises Refusal or DomainError when no attempt can be made or none succeeded.
         """
-        place, arrived = self._scheduler.take_place(), self._clock.monotonic()
-        unfit: frozenset[Failed] = frozenset()
-        failed: Mapping[Failed, Flight | None] = dict.fromkeys(avoid)
+        life = _Life(self, request, attempt, history, on_grant, size, avoid)
+        hedging = self._hedging if hedge and on_grant is None else None
+        if hedging is not None:
+            hedging.request()
+        while True:
+            grant = await life.next()
+            try:
+                if hedging is None:
+                    return await life.ask(life.begin(grant))
+                return await life.race(grant, hedging)
+            except AttemptFailed as failure:
+                self.metrics.retries.labels(reason=failure.refusal.reason).inc()
+            await asyncio.sleep(self.policy.delay(len(history), random()))
+
+
+class _Life(Generic[T]):
+    """What one request goes through."""
+
+    def __init__(
+        self,
+        owner: Attempts,
+        request: RouteRequest,
+        attempt: Callable[[Grant, Progress], Awaitable[tuple[T, Outcome]]],
+        history: list[Attempt],
+        on_grant: Callable[[Grant], Awaitable[None]] | None,
+        size: int,
+        avoid: Iterable[Failed],
+    ) -> None:
+        self._owner = owner
+        self._request = request
+        self._attempt = attempt
+        self._history = history
+        self._on_grant = on_grant
+        self._size = size
+        self._place, self._arrived = owner.scheduler.take_place(), owner.clock.monotonic()
+        self._unfit: frozenset[Failed] = frozenset()
+        self._failed: Mapping[Failed, Flight | None] = dict.fromkeys(avoid)
         """Those that may do another time; with the flight if there was no word from the server."""
-        unsuited: Refusal | None = None
+        self._unsuited: Refusal | None = None
         """What the latest server said, if the request suits none of those asked."""
+        self._going: list[_Try] = []
+        self._winner: Progress | None = None
+
+    async def next(self) -> Grant:
+        """A server that can be asked. Raises Refusal or DomainError if there is none."""
         while True:
             try:
-                grant = await self._scheduler.acquire(
-                    request,
-                    unfit.union(failed),
-                    explain=on_grant is not None,
-                    size=size,
-                    place=place,
-                    again=bool(history),
-                    arrived=arrived,
+                return await self._owner.scheduler.acquire(
+                    self._request,
+                    self._unfit.union(self._failed),
+                    explain=self._on_grant is not None,
+                    size=self._size,
+                    place=self._place,
+                    again=bool(self._history),
+                    arrived=self._arrived,
                 )
             except DomainError as error:
-                if not (history or failed) or error.reason not in ("NO_CAPABLE_SERVER", "SERVERS_AWAY"):
+                known = self._history or self._failed
+                if not known or error.reason not in ("NO_CAPABLE_SERVER", "SERVERS_AWAY"):
                     raise
-                if not failed:
-                    raise unsuited or exhausted(history, error.message) from error
-                # Nobody else is there. Whoever fell silent must first give a sign of life, or be given up.
-                silent = {server: flight for server, flight in failed.items() if flight is not None}
-                if len(silent) == len(failed):
-                    await first_of(*(self._scheduler.heard_from(flight) for flight in silent.values()))
-                    silent = {}
-                failed = silent
-                continue
-            flight = grant.flight
-            server = Failed(flight.server_id, flight.server.report.identity.instance_id)
-            entry = Attempt(server_id=flight.server_id, model=flight.model, provider=flight.provider)
-            entry.started_at.CopyFrom(timestamp(self._clock.wall()))
-            history.append(entry)
-            progress = Progress()
-            flight.on_lost = progress.lose
-            tried = unfit.union(failed, {server})
+                if not self._failed:
+                    raise self._unsuited or exhausted(self._history, error.message) from error
+            # Nobody else is there. Whoever fell silent must first give a sign of life, or be given up.
+            silent = {server: flight for server, flight in self._failed.items() if flight is not None}
+            if len(silent) == len(self._failed):
+                await first_of(*(self._owner.scheduler.heard_from(flight) for flight in silent.values()))
+                silent = {}
+            self._failed = silent
 
-            def may_leave(tried: frozenset[Failed] = tried) -> bool:
-                more = len(history) < self._policy.max_attempts
-                return more and self._scheduler.outlook(request, tried) is Outlook.HERE
+    def begin(self, grant: Grant) -> _Try:
+        """Note that a server is asked now."""
+        flight = grant.flight
+        entry = Attempt(server_id=flight.server_id, model=flight.model, provider=flight.provider)
+        entry.started_at.CopyFrom(timestamp(self._owner.clock.wall()))
+        self._history.append(entry)
+        server = Failed(flight.server_id, flight.server.report.identity.instance_id)
+        one = _Try(grant, entry, Progress(), server)
+        self._going.append(one)
+        tried = self._tried()
 
-            progress.may_leave = may_leave
-            try:
-                if on_grant:
-                    await on_grant(grant)
-                result, outcome = await judged(attempt(grant, progress), progress)
-            except AttemptFailed as failure:
-                refusal = failure.refusal
-            except BaseException:
-                self._scheduler.release(flight, NEUTRAL)
-                raise
-            else:
-                self._scheduler.release(flight, outcome)
-                return result
-            reason = refusal.reason
-            foreign = is_foreign(refusal)
-            self._scheduler.release(flight, outcome_of(refusal, flight, server.instance_id))
-            entry.failure_reason = reason
-            entry.failure_message = refusal.message
-            # Not the message: it is for the caller and may quote the request (modelyard.program.privacy).
-            log.info("%s: attempt on %s failed: %s", request.request_id, flight.server_id, reason)
-            if not retryable(reason):
-                raise refusal
-            if progress.tokens_sent:
-                raise broken(flight, refusal)
-            suits = foreign or reason not in REQUEST_REASONS
-            unsuited = None if suits or (unsuited is None and len(history) > 1) else refusal
-            if len(history) >= self._policy.max_attempts:
-                raise unsuited or exhausted(history)
-            if repeatable(reason):
-                failed = {**failed, server: flight if refusal.transport else None}
-            else:
-                unfit |= {server}
-            self._metrics.retries.labels(reason=reason).inc()
-            await asyncio.sleep(self._policy.delay(len(history), random()))
+        def may_leave() -> bool:
+            more = len(self._history) < self._owner.policy.max_attempts
+            return more and self._owner.scheduler.outlook(self._request, tried) is Outlook.HERE
+
+        one.progress.may_leave = may_leave
+        flight.on_lost = one.progress.lose
+        return one
+
+    async def ask(self, one: _Try) -> T:
+        """What the server answers. Raises AttemptFailed if another may do, Refusal or DomainError if none will."""
+        grant, progress, scheduler = one.grant, one.progress, self._owner.scheduler
+        try:
+            if self._on_grant:
+                await self._on_grant(grant)
+            result, outcome = await judged(self._attempt(grant, progress), progress)
+        except AttemptFailed as failure:
+            self._going.remove(one)
+            scheduler.release(grant.flight, outcome_of(failure.refusal, grant.flight, one.server.instance_id))
+            self._note(one, failure.refusal)
+            raise
+        except BaseException:
+            self._going.remove(one)
+            scheduler.release(grant.flight, NEUTRAL)
+            raise
+        scheduler.release(grant.flight, outcome)
+        return result
+
+    def _note(self, one: _Try, refusal: Refusal) -> None:
+        """A server has failed. Raises Refusal if no other is to be asked."""
+        reason, history = refusal.reason, self._history
+        one.entry.failure_reason = reason
+        one.entry.failure_message = refusal.message
+        # Not the message: it is for the caller and may quote the request (modelyard.program.privacy).
+        log.info("%s: attempt on %s failed: %s", self._request.request_id, one.server.server_id, reason)
+        if not retryable(reason):
+            raise refusal
+        if one.progress.tokens_sent:
+            raise broken(one.grant.flight, refusal)
+        suits = is_foreign(refusal) or reason not in REQUEST_REASONS
+        self._unsuited = None if suits or (self._unsuited is None and len(history) > 1) else refusal
+        if len(history) >= self._owner.policy.max_attempts and not self._going:
+            raise self._unsuited or exhausted(history)
+        if repeatable(reason):
+            self._failed = {**self._failed, one.server: one.grant.flight if refusal.transport else None}
+        else:
+            self._unfit |= {one.server}
+
+    # --------------------------------------------------------------- hedging ---
+
+    async def race(self, grant: Grant, hedging: Allowance) -> T:
+        """As `ask`; while nothing has come from a server that should have begun to answer, another is asked, too. The
+        first that has something to say goes on, the other is told to stop."""
+        wait = grant.flight.expected.slow_at - self._owner.clock.monotonic()
+        tasks = {self._started(grant)}
+        try:
+            ended, _ = await asyncio.wait(tasks, timeout=max(0.0, wait) if wait < math.inf else None)
+            if not ended and self._winner is None and len(self._history) < self._owner.policy.max_attempts:
+                scheduler = self._owner.scheduler
+                other = scheduler.try_acquire(self._request, self._tried(), self._place) if hedging.left() else None
+                if other is not None:
+                    hedging.spend()
+                    self._owner.metrics.hedged.labels(model=other.flight.model).inc()
+                    tasks.add(self._started(other))
+            while True:
+                ended, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                failures = [error for task in ended if (error := _failure(task)) is not None]
+                for task in ended:
+                    if not task.cancelled() and task.exception() is None:
+                        return task.result()
+                final = next((error for error in failures if not isinstance(error, AttemptFailed)), None)
+                if final is not None or not tasks:
+                    raise final or (failures[0] if failures else asyncio.CancelledError())
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _started(self, grant: Grant) -> asyncio.Task[T]:
+        one = self.begin(grant)
+        one.progress.on_begin = self._won
+        task = one.task = asyncio.ensure_future(self.ask(one))
+        return task
+
+    def _won(self, winner: Progress) -> None:
+        """One has something to say. Raises CancelledError if another was sooner."""
+        if self._winner is None:
+            self._winner = winner
+            for one in self._going:
+                if one.progress is not winner and one.task is not None:
+                    one.entry.overtaken = True
+                    one.task.cancel()
+        elif self._winner is not winner:
+            raise asyncio.CancelledError
+
+    def _tried(self) -> frozenset[Failed]:
+        """Everybody who is being asked or has failed."""
+        return self._unfit.union(self._failed, (one.server for one in self._going))
+
+
+def _failure(task: asyncio.Task[T]) -> BaseException | None:
+    """What a task that has ended raised; None if it was told to stop."""
+    return None if task.cancelled() else task.exception()
 
 
 @contextmanager

@@ -212,7 +212,7 @@ class Generation:
         try:
             async with asyncio.timeout(limit):
                 await self.funded(route)
-                await self._attempts.run(route, relay.attempt, history, on_grant, body.size, avoid)
+                await self._attempts.run(route, relay.attempt, history, on_grant, body.size, avoid, hedge=relay.streams)
         except TimeoutError:
             raise out_of_time(limit) from None
         finally:
@@ -359,6 +359,8 @@ class _Relay:
         self._history = history
         self._chosen: Callable[[Flight, int], None] | None = getattr(context, "chosen", None)
         self._whole: TakeWhole | None = getattr(context, "whole", None)
+        self.streams = self._whole is None
+        """Whether its client sees the first token when it comes."""
         self._unary = unary and self._whole is not None
         self._queued = 0.0
         self._slow = False
@@ -442,6 +444,14 @@ class _Relay:
             await self._write(response.SerializeToString())
         return None, outcome
 
+    def _begin(self, progress: Progress, flight: Flight) -> None:
+        """There is something to pass on. Raises CancelledError where another server was sooner."""
+        progress.begin()
+        if progress.on_begin is not None:
+            self._task = asyncio.current_task()
+            if self._chosen is not None:
+                self._chosen(flight, len(self._history))
+
     async def _relay(self, upstream: Upstream, request: bytes, progress: Progress, flight: Flight) -> _Told:
         """Ask for a stream and pass on what comes, or keep it for who wants it whole."""
         clock, keep = self._owner._clock.monotonic, self._whole is not None
@@ -461,6 +471,7 @@ class _Relay:
                     if not first:
                         first = last
                         self._owner._fleet.first_token(flight, first)
+                        self._begin(progress, flight)
                     progress.tokens += 1
                     if keep:
                         kept.append(ModelServerGenerateResponse.FromString(chunk).delta)
@@ -476,6 +487,8 @@ class _Relay:
         except BaseException:
             call.cancel()
             raise
+        if not progress.tokens:
+            self._begin(progress, flight)
         if message.HasField("delta"):
             last = clock()
             first = first or last

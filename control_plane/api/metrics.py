@@ -73,6 +73,12 @@ class Metrics:
             ["model"],
             registry=self.registry,
         )
+        self.hedged = Counter(
+            "modelyard_hedged",
+            "Requests for which a second server was asked, the first being slow to begin; by its model.",
+            ["model"],
+            registry=self.registry,
+        )
         self.retries = Counter(
             "modelyard_retries",
             "Attempts that were followed by another one, by the reason of the failure.",

@@ -213,12 +213,13 @@ class Expectations:
         first = ttft(coefficients, uncached, backlog, float(load.waiting))
         each = coefficients.tpot_base + coefficients.tpot_per_stream * streams
         first_at = now + max(0.0, server.lane_until - now) + ttft(coefficients, uncached, 0.0, 0.0)
-        overdue_at = math.inf
+        overdue_at = slow_at = math.inf
         if flight.cold:
             first_at += float(table.load_time[row]) if table.load_time[row] > 0 else 0.0
         else:
             longest = math.inf if coefficients.evidence >= _EVIDENCE else patience
             late = _OVERDUE * first * coefficients.ttft_spread[-1]
+            slow_at = first_at + first * (coefficients.ttft_spread[-1] - 1.0)
             overdue_at = now + min(longest, max(_OVERDUE_SOONEST, late))
         lane = coefficients.per_backlog_token * uncached
         decoding = self._length(request, flight.model, now) * each
@@ -228,6 +229,7 @@ class Expectations:
             tpot=each,
             first_at=first_at,
             end_at=first_at + decoding,
+            slow_at=slow_at,
             overdue_at=overdue_at,
             work=lane + decoding / max(load.slots, 1),
             lane=lane,

@@ -64,6 +64,8 @@ class Expected:
     """Monotonic seconds of the first token, after the prompts of those before."""
     end_at: float = 0.0
     """Monotonic seconds of the end of its answer; put right when the first token comes."""
+    slow_at: float = math.inf
+    """Monotonic seconds at which nine of ten have their first token."""
     overdue_at: float = math.inf
     """Monotonic seconds at which its first token is too late."""
     work: float = 0.0

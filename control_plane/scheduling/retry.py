@@ -41,6 +41,34 @@ def blames_server(reason: str) -> bool:
     return reason not in FINAL_REASONS and reason not in BLAMELESS_REASONS
 
 
+class Allowance:
+    """For how many requests two servers may be asked: a share of them all, and a few at once.
+
+    Source: the retry budget of Finagle, a token bucket that requests fill.
+    """
+
+    _MOST = 10.0
+
+    def __init__(self, share: float) -> None:
+        """`share` of the requests, in [0, 1]. Raises ValueError."""
+        if not 0 <= share <= 1:
+            raise ValueError(f"share must be in [0, 1], is {share}")
+        self._share = share
+        self._tokens = 0.0
+
+    def request(self) -> None:
+        """One more has come."""
+        self._tokens = min(self._MOST, self._tokens + self._share)
+
+    def left(self) -> bool:
+        """Whether one may be asked twice now."""
+        return self._tokens >= 1.0
+
+    def spend(self) -> None:
+        """One is."""
+        self._tokens -= 1.0
+
+
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
     """Exponential backoff with full jitter.

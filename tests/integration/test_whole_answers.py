@@ -201,14 +201,14 @@ async def test_a_server_cannot_claim_what_did_not_happen(told: float) -> None:
         assert 0 <= ttft <= took and 0 <= tpot <= took / 2
         total = timings.total.ToNanoseconds() / 1e9
         # The two of them make up what was measured, whatever was told.
-        assert ttft + 2 * tpot == pytest.approx(total, abs=max(0.005, took / 4))
+        assert ttft + 2 * tpot == pytest.approx(total, abs=max(0.1, took / 2))
         assert timings.HasField("tpot") == (told > 0)
 
 
 @pytest.mark.parametrize("kind", [FakeModelServer, Sharing])
 async def test_a_lease_that_runs_out_ends_the_wait(kind: type[FakeModelServer]) -> None:
     fake, other = kind(FIRST), FakeModelServer(SECOND)
-    async with fleet(fake, other, fleet={"report_interval": 0.1, "lease_duration": 1.5}) as door:
+    async with fleet(fake, other, fleet={"report_interval": 0.1, "lease_duration": 3.0}) as door:
         if fake.shares_streams:
             await joined(door, fake)
         gate = fake.gate("Complete")

@@ -113,20 +113,22 @@ class GenerationSummary(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., finish_reason: _Optional[_Union[_generation_pb2.FinishReason, str]] = ..., usage: _Optional[_Union[_generation_pb2.Usage, _Mapping]] = ..., timings: _Optional[_Union[_generation_pb2.Timings, _Mapping]] = ..., server_id: _Optional[str] = ..., model: _Optional[str] = ..., provider: _Optional[str] = ..., attempts: _Optional[_Iterable[_Union[Attempt, _Mapping]]] = ..., cost_nano_usd: _Optional[int] = ...) -> None: ...
 
 class Attempt(_message.Message):
-    __slots__ = ("server_id", "model", "provider", "started_at", "failure_reason", "failure_message")
+    __slots__ = ("server_id", "model", "provider", "started_at", "failure_reason", "failure_message", "overtaken")
     SERVER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROVIDER_FIELD_NUMBER: _ClassVar[int]
     STARTED_AT_FIELD_NUMBER: _ClassVar[int]
     FAILURE_REASON_FIELD_NUMBER: _ClassVar[int]
     FAILURE_MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    OVERTAKEN_FIELD_NUMBER: _ClassVar[int]
     server_id: str
     model: str
     provider: str
     started_at: _timestamp_pb2.Timestamp
     failure_reason: str
     failure_message: str
-    def __init__(self, server_id: _Optional[str] = ..., model: _Optional[str] = ..., provider: _Optional[str] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., failure_reason: _Optional[str] = ..., failure_message: _Optional[str] = ...) -> None: ...
+    overtaken: bool
+    def __init__(self, server_id: _Optional[str] = ..., model: _Optional[str] = ..., provider: _Optional[str] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., failure_reason: _Optional[str] = ..., failure_message: _Optional[str] = ..., overtaken: bool = ...) -> None: ...
 
 class AssignRequest(_message.Message):
     __slots__ = ("request", "prompt_tokens")

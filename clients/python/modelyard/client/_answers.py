@@ -108,6 +108,7 @@ def _attempt(message: orchestrator_pb2.Attempt) -> types.Attempt:
         time(message, "started_at"),
         message.failure_reason,
         message.failure_message,
+        message.overtaken,
     )
 
 

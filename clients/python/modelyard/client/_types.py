@@ -163,6 +163,8 @@ class Attempt(Value):
     failure_reason: str = ""
     """Empty: it succeeded."""
     failure_message: str = ""
+    overtaken: bool = False
+    """Another server, which was asked beside this one, was sooner."""
 
 
 @dataclass(frozen=True, slots=True)
