@@ -17,7 +17,7 @@ def decision(**formulas: str) -> Decision:
 def test_each_step_takes_what_came_before() -> None:
     found = steps(decision(seconds="ttft + tpot * output_tokens", score="5 / (max(seconds, 5) + 5)"), CANDIDATE)
     assert [(step.name, step.value) for step in found] == [("seconds", 1.25), ("score", 0.5)]
-    assert found[0].numbers == "0.25 + 0.01 * 100.0" and found[1].numbers == "5 / (max(1.25, 5) + 5)"
+    assert found[0].numbers == "0.25 + 0.01 * 100" and found[1].numbers == "5 / (max(1.25, 5) + 5)"
 
 
 @pytest.mark.parametrize(

@@ -76,4 +76,7 @@ class _Numbers(ast.NodeTransformer):
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         value = self._known.get(node.id)
-        return node if value is None else ast.Constant(float(f"{value:.4g}"))
+        if value is None:
+            return node
+        rounded = float(f"{value:.4g}")
+        return ast.Constant(int(rounded) if rounded.is_integer() else rounded)
