@@ -35,6 +35,7 @@ def configure_logging(level: str, form: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # At "debug" gRPC tells every start of its event loop.
     logging.getLogger("grpc").setLevel(max(logging.INFO, logging.getLogger().level))
+    logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)  # a list of its own parts, each time
 
 
 class _TextFormatter(logging.Formatter):
