@@ -37,6 +37,9 @@ from control_plane.routing.policy import RoutePolicy
 _SOONEST, _UNKNOWN = 0.1, 1.0
 """Seconds after which asking again may help, at least, and where nobody's duration is known."""
 
+_LOOK_INTERVAL = 1.0
+"""Seconds between two looks for agents that are gone for long."""
+
 _NAMED = 3
 """Agents that a sentence names."""
 
@@ -118,6 +121,7 @@ class TaskRouter:
         self._running: dict[tuple[str, AgentId], dict[str, Assignment]] = {}
         self._deadlines: list[tuple[float, str]] = []
         self._ended: OrderedDict[str, Ended] = OrderedDict()
+        self._look_at = -math.inf
         self._interactions = Interactions(policy.most_interactions)
 
     # -------------------------------------------------------------- agents ---
@@ -315,6 +319,9 @@ class TaskRouter:
             if assignment is not None:
                 taken = assignment.deadline - assignment.began
                 expired.append(self._end(assignment, AssignmentOutcome.EXPIRED, 0.0, taken, now))
+        if now < self._look_at:
+            return expired
+        self._look_at = now + _LOOK_INTERVAL
         for tenant, agents in list(self._agents.items()):
             for agent in [one for one in agents.values() if one.lease_until + self._policy.forget_after <= now]:
                 del agents[agent.id]
