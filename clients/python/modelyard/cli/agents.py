@@ -289,8 +289,7 @@ def _explain(refusals: Sequence[tuple[str, list[str]]], terms: Sequence[Sequence
 
 
 def _compared(similarity: str, detail: str) -> None:
-    if similarity:
-        how = "embeddings of" if similarity == "embedding" else "words"
-        output.note(
-            f"texts were compared by {how}{' ' if similarity == 'embedding' else ': ' if detail else ''}{detail}"
-        )
+    if similarity == "embedding":
+        output.note(f"texts were compared by embeddings of {detail}")
+    elif similarity:
+        output.note("texts were compared by words" + (f": {detail}" if detail else ""))
