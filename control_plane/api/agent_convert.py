@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from google.protobuf.duration_pb2 import Duration
@@ -24,6 +24,7 @@ from control_plane.domain.agent import (
     SkillNeed,
     Tally,
     Term,
+    contributions,
 )
 from control_plane.domain.task import TaskType
 from control_plane.routing.interactions import Interaction
@@ -310,12 +311,12 @@ def _experience(kind: int, tally: Tally) -> agents_pb2.AgentExperience:
     return message
 
 
-def _terms(terms: Iterable[Term]) -> list[agents_pb2.ScoreTerm]:
+def _terms(terms: Sequence[Term]) -> list[agents_pb2.ScoreTerm]:
     return [
         agents_pb2.ScoreTerm(
-            name=term.name, value=term.value, weight=term.weight, contribution=term.contribution, detail=term.detail
+            name=term.name, value=term.value, weight=term.weight, contribution=contribution, detail=term.detail
         )
-        for term in terms
+        for term, contribution in zip(terms, contributions(terms), strict=True)
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from types import MappingProxyType
@@ -105,8 +105,19 @@ class Term:
     """>= 0"""
     detail: str = ""
     """For people: from what the value was made."""
-    contribution: float = 0.0
-    """value * weight / sum of the weights of all terms"""
+
+
+def contributions(terms: Sequence[Term]) -> list[float]:
+    """What each term adds to the score: value * weight / sum of the weights."""
+    total = sum(term.weight for term in terms)
+    return [term.value * term.weight / total if total else 0.0 for term in terms]
+
+
+def score(terms: Sequence[Term]) -> float:
+    """The sum of the contributions, [0, 1]; 1 if nothing counts."""
+    if not any(term.weight for term in terms):
+        return 1.0
+    return min(1.0, sum(contributions(terms)))
 
 
 @dataclass(frozen=True, slots=True)

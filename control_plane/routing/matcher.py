@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from control_plane.domain.agent import (
     Skill,
     SkillNeed,
     Term,
+    score,
 )
 from control_plane.domain.task import TaskType
 from control_plane.routing import words
@@ -51,16 +52,6 @@ def candidate_of(spec: AgentSpec) -> Candidate:
     kinds = ", ".join(kind.name.replace("_", " ").lower() for kind in sorted(spec.task_types))
     text = ". ".join(part for part in (spec.description, skills, kinds) if part)
     return Candidate(spec.id, text, spec.skills, dict.fromkeys(sorted(spec.task_types), 1.0))
-
-
-def weighed(terms: Iterable[Term]) -> tuple[float, tuple[Term, ...]]:
-    """The score of terms, and the terms with their contributions. 1 if nothing counts."""
-    terms = tuple(terms)
-    total = sum(term.weight for term in terms)
-    if not total:
-        return 1.0, terms
-    told = tuple(replace(term, contribution=term.value * term.weight / total) for term in terms)
-    return min(1.0, sum(term.contribution for term in told)), told
 
 
 class CapabilityMatcher:
@@ -115,8 +106,7 @@ class CapabilityMatcher:
                 rejections.append(CandidateRejection(CandidateRejectionReason.TASK_TYPE, f"does not take {kind}"))
             else:
                 terms.append(Term("task_type", _UNSAID, policy.task_type, "takes any"))
-        score, told = weighed(terms)
-        return Match(candidate.id, score, told, tuple(rejections))
+        return Match(candidate.id, score(terms), tuple(terms), tuple(rejections))
 
     def _skill(self, wanted: SkillNeed, candidate: Candidate, vectors: Vectors | None) -> tuple[float, str, str]:
         """Value, detail, and what is missing if something is."""

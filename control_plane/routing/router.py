@@ -21,6 +21,7 @@ from control_plane.domain.agent import (
     RoutingDecision,
     Tally,
     Term,
+    score,
 )
 from control_plane.domain.errors import (
     agents_busy,
@@ -31,7 +32,7 @@ from control_plane.domain.errors import (
 )
 from control_plane.routing.experience import Experience, Pace, in_kind, paces, reliability, together
 from control_plane.routing.interactions import Interaction, Interactions
-from control_plane.routing.matcher import Candidate, CapabilityMatcher, Vectors, candidate_of, weighed
+from control_plane.routing.matcher import Candidate, CapabilityMatcher, Vectors, candidate_of
 from control_plane.routing.policy import RoutePolicy
 
 _SOONEST, _UNKNOWN = 0.1, 1.0
@@ -221,31 +222,29 @@ class TaskRouter:
         if not free:
             reject(CandidateRejectionReason.BUSY, f"all its {places} places are taken")
         expected = "" if pace.seconds is None else f"{pace.seconds:.3g} s expected"
-        score, terms = weighed(
-            (
-                Term("capability", match.score, policy.capability),
-                Term(
-                    "experience",
-                    in_kind(here, policy.shrinkage),
-                    policy.experience,
-                    f"{here.successes:.3g} of {here.tasks:.3g} tasks of this kind",
-                ),
-                Term(
-                    "availability",
-                    free / places if alive else 0.0,
-                    policy.availability,
-                    f"{free} of {places} places free",
-                ),
-                Term(
-                    "success",
-                    record.reliable,
-                    policy.success,
-                    f"{total.successes:.3g} of {total.tasks:.3g} tasks, mean of all {record.mean:.2f}",
-                ),
-                Term("speed", pace.value, policy.speed, expected),
-            )
+        terms = (
+            Term("capability", match.score, policy.capability),
+            Term(
+                "experience",
+                in_kind(here, policy.shrinkage),
+                policy.experience,
+                f"{here.successes:.3g} of {here.tasks:.3g} tasks of this kind",
+            ),
+            Term(
+                "availability",
+                free / places if alive else 0.0,
+                policy.availability,
+                f"{free} of {places} places free",
+            ),
+            Term(
+                "success",
+                record.reliable,
+                policy.success,
+                f"{total.successes:.3g} of {total.tasks:.3g} tasks, mean of all {record.mean:.2f}",
+            ),
+            Term("speed", pace.value, policy.speed, expected),
         )
-        return AgentCandidate(agent.id, score, terms, match, tuple(rejections))
+        return AgentCandidate(agent.id, score(terms), terms, match, tuple(rejections))
 
     def refusal(self, tenant: str, task: AgentTask, decision: RoutingDecision, now: float) -> Exception:
         """Why nobody was chosen: AGENTS_BUSY if waiting can help, with the time in which a place may be free, else

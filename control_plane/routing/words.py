@@ -143,14 +143,20 @@ def similarities(query: Sketch, texts: Sequence[Sketch]) -> list[float]:
     have (smoothed as in scikit-learn's TfidfTransformer)."""
     if not texts:
         return []
-    frequency = np.bincount(np.concatenate([text.buckets for text in texts]), minlength=_BUCKETS)
-    rarity = np.log((1.0 + len(texts)) / (1.0 + frequency)) + 1.0
+    buckets = np.concatenate([text.buckets for text in texts])
+    owners = np.repeat(np.arange(len(texts)), [len(text.buckets) for text in texts])
+    frequency = np.bincount(buckets, minlength=_BUCKETS)
+
+    def rarity(at: NDArray[np.int64]) -> NDArray[np.float64]:
+        rare: NDArray[np.float64] = np.log((1.0 + len(texts)) / (1.0 + frequency[at])) + 1.0
+        return rare
+
+    asked = query.weights * rarity(query.buckets)
     wanted = np.zeros(_BUCKETS)
-    wanted[query.buckets] = query.weights * rarity[query.buckets]
-    length = float(np.linalg.norm(wanted))
-    found = []
-    for text in texts:
-        weights = text.weights * rarity[text.buckets]
-        scale = length * float(np.linalg.norm(weights))
-        found.append(min(1.0, float(wanted[text.buckets] @ weights) / scale) if scale else 0.0)
+    wanted[query.buckets] = asked
+    weights = np.concatenate([text.weights for text in texts]) * rarity(buckets)
+    products = np.bincount(owners, wanted[buckets] * weights, minlength=len(texts))
+    scales = np.sqrt(np.bincount(owners, weights * weights, minlength=len(texts)) * (asked * asked).sum())
+    cosines = np.divide(products, scales, out=np.zeros(len(texts)), where=scales > 0.0)
+    found: list[float] = np.minimum(cosines, 1.0).tolist()
     return found

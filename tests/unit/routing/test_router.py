@@ -21,6 +21,7 @@ from control_plane.domain.agent import (
     Skill,
     SkillNeed,
     Tally,
+    contributions,
 )
 from control_plane.domain.errors import DomainError
 from control_plane.domain.task import TaskType
@@ -112,7 +113,7 @@ def made(world: Any) -> TaskRouter:
     return built
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(worlds, tasks)
 def test_decisions_can_be_redone_by_hand_and_are_the_same_each_time(world: Any, task: AgentTask) -> None:
     decision = made(world).decide(T, task, 30.0)
@@ -124,7 +125,7 @@ def test_decisions_can_be_redone_by_hand_and_are_the_same_each_time(world: Any, 
         assert all(0.0 <= term.value <= 1.0 for term in one.terms)
         by_hand = sum(term.value * weights[term.name] for term in one.terms) / 9
         assert one.score == pytest.approx(by_hand, abs=1e-12)
-        assert sum(term.contribution for term in one.terms) == pytest.approx(one.score, abs=1e-12)
+        assert sum(contributions(one.terms)) == pytest.approx(one.score, abs=1e-12)
         assert one.terms[0].value == one.capability.score
     eligible = [one for one in decision.candidates if not one.rejections]
     best = min(eligible, key=lambda one: (-one.score, one.id), default=None)
@@ -132,7 +133,7 @@ def test_decisions_can_be_redone_by_hand_and_are_the_same_each_time(world: Any, 
     assert eligible == list(decision.candidates[: len(eligible)])
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(worlds, tasks)
 def test_who_lacks_a_required_skill_is_never_chosen(world: Any, task: AgentTask) -> None:
     decision = made(world).decide(T, task, 30.0)
