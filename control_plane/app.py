@@ -78,7 +78,7 @@ _FILES_INTERVAL = 1.0
 # Seconds between two times at which what was learned of the fleet is written down.
 _LEARNED_INTERVAL = 30.0
 
-# Rows of what was learned of agents that are read at the start, and half-lives after which a row is forgotten.
+# Rows of what was learned of agents that are kept, and half-lives after which one is forgotten.
 _MOST_LEARNED_OF_AGENTS = 100_000
 _AGENT_HALF_LIVES = 30
 
@@ -316,7 +316,8 @@ class ControlPlane:
         wall = self.clock.wall()
         changed = self.router.experience.changed(self.clock.monotonic(), wall)
         try:
-            await self.agent_store.keep(changed, wall - _AGENT_HALF_LIVES * self.settings.agents.half_life)
+            before = wall - _AGENT_HALF_LIVES * self.settings.agents.half_life
+            await self.agent_store.keep(changed, before, _MOST_LEARNED_OF_AGENTS)
         except Exception as error:
             self.router.experience.again(changed)
             log.warning("what was learned of agents is not kept for now: %s", privacy.kind(error))

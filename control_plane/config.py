@@ -321,6 +321,7 @@ class AgentMatchSettings(Settings):
 
 
 class AgentEmbeddingSettings(Settings):
+    enabled: bool = Field(True, description="Compare descriptions by embeddings; off: always by words.")
     model: str = Field(
         "", description="Model that descriptions are compared with. Empty: the cheapest of the fleet that embeds."
     )
@@ -341,7 +342,7 @@ class AgentSettings(Settings):
     assignment_timeout: Annotated[float, Field(ge=1, le=7 * 86400)] = Field(
         600.0, description="Seconds within which an assignment must be reported, where the request says nothing else."
     )
-    max_agents: int = Field(500, ge=1, le=5000, description="Most agents of a tenant; of all, 5,000.")
+    max_agents: int = Field(500, ge=1, le=2000, description="Most agents of a tenant; of all, 2,000.")
     half_life: PositiveSeconds = Field(14 * 86400.0, description="Seconds in which what was learned counts half.")
     shrinkage: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         4.0, description="Tasks that an agent must have had to be judged half by itself, half as an average one."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections import OrderedDict
 from collections.abc import Awaitable, Collection
@@ -19,9 +20,12 @@ from control_plane.domain.server import LeaseState
 from control_plane.domain.task import Feature, TaskType
 from control_plane.fleet.registry import Fleet
 from control_plane.routing.matcher import Vectors
+from modelyard.program import privacy
 from modelyard.rpc.errors import Refusal
 from modelyard.rpc.reasons import Reason
 from modelyard.v1.orchestrator_pb2 import EmbedRequest, EmbedResponse
+
+log = logging.getLogger(__name__)
 
 _PAUSE = 10.0
 """Seconds for which a model that failed or hung is not asked again."""
@@ -81,6 +85,8 @@ class Embedder:
     async def vectors(self, tenant: str, texts: Collection[str]) -> tuple[Vectors | None, str]:
         """The embeddings of the texts and the model, or None and why there are none. Never raises, but when it is
         cancelled."""
+        if not self._settings.enabled:
+            return None, "agents.embedding.enabled is off"
         model = self._model()
         if not model:
             return None, f"model {self._settings.model!r} embeds nothing" if self._settings.model else "no model embeds"
@@ -104,6 +110,10 @@ class Embedder:
             if error.reason not in _OWN_FAULTS:
                 self._pause(model)
             return None, f"{model} does not embed: {Reason(error.reason)}"
+        except Exception as error:
+            self._pause(model)
+            log.warning("%s does not embed: %s", model, privacy.kind(error))
+            return None, f"{model} does not embed: {Reason.INTERNAL}"
         return found, model
 
     async def _ask(self, tenant: str, model: str, texts: list[str]) -> list[NDArray[np.float32]]:

@@ -37,7 +37,7 @@ class RoutePolicy:
     """Seconds after the end of its lease at which an agent is no longer listed."""
     max_agents: int = 500
     """Of a tenant."""
-    most_agents: int = 5000
+    most_agents: int = 2000
     """Of all tenants."""
     most_learned: int = 20_000
     """Agents of which something is remembered; those whose last task is longest ago are forgotten."""

@@ -116,9 +116,9 @@ def _triples(word: str) -> list[str]:
 class Sketch:
     """A text as hashed words and letter triples."""
 
-    buckets: NDArray[np.int64]
+    buckets: NDArray[np.uint16]
     """Distinct."""
-    weights: NDArray[np.float64]
+    weights: NDArray[np.float32]
     """1 + ln(how often), times the weight of the kind."""
 
 
@@ -135,7 +135,7 @@ def sketch(text: str) -> Sketch:
         bucket = zlib.crc32(feature.encode()) % _BUCKETS
         weight = (1.0 if feature.endswith("=") else _TRIPLE_WEIGHT) * (1.0 + math.log(count))
         found[bucket] = found.get(bucket, 0.0) + weight
-    return Sketch(np.fromiter(found, np.int64, len(found)), np.fromiter(found.values(), np.float64, len(found)))
+    return Sketch(np.fromiter(found, np.uint16, len(found)), np.fromiter(found.values(), np.float32, len(found)))
 
 
 def similarities(query: Sketch, texts: Sequence[Sketch]) -> list[float]:
@@ -147,7 +147,7 @@ def similarities(query: Sketch, texts: Sequence[Sketch]) -> list[float]:
     owners = np.repeat(np.arange(len(texts)), [len(text.buckets) for text in texts])
     frequency = np.bincount(buckets, minlength=_BUCKETS)
 
-    def rarity(at: NDArray[np.int64]) -> NDArray[np.float64]:
+    def rarity(at: NDArray[np.uint16]) -> NDArray[np.float64]:
         rare: NDArray[np.float64] = np.log((1.0 + len(texts)) / (1.0 + frequency[at])) + 1.0
         return rare
 

@@ -41,9 +41,9 @@ class AgentStore:
 
         return await self._database.read(read)
 
-    async def keep(self, learned: Sequence[LearnedOfAgent], before: float) -> None:
+    async def keep(self, learned: Sequence[LearnedOfAgent], before: float, limit: int) -> None:
         """Keep this over what is kept of the same; forget what has seen no outcome since `before` (seconds since
-        1970)."""
+        1970), and all but the newest `limit` rows."""
         rows = sorted(
             (one.tenant, one.agent_id, one.task_type, one.at, t.tasks, t.successes, t.timed, t.log_seconds)
             for one in learned
@@ -53,7 +53,8 @@ class AgentStore:
         def write(transaction: Transaction) -> None:
             connection = transaction.connection
             bulk.upsert(connection, _TABLE, _COLUMNS, _KEY, rows)
-            connection.execute(delete(_TABLE).where(_TABLE.c.at < before))
+            newest = select(_TABLE.c.at).order_by(_TABLE.c.at.desc()).offset(limit - 1).limit(1).scalar_subquery()
+            connection.execute(delete(_TABLE).where((_TABLE.c.at < before) | (_TABLE.c.at < newest)))
 
         if rows:
             await self._database.write(write)

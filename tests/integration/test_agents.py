@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import io
 import json
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from control_plane.domain.agent import AgentId, LearnedOfAgent, Tally
 from model_servers import registry
 from modelyard.cli import main
 from modelyard.client import (
@@ -302,9 +304,7 @@ async def test_another_tenants_agent_is_as_one_that_is_not_there() -> None:
 AGENT = {"id": "a"}
 
 
-@pytest.mark.parametrize(
-    ("method", "request_", "fields"),
-    [
+VIOLATIONS: list[tuple[str, Any, list[str]]] = [
         ("RegisterAgent", {}, ["agent"]),
         ("RegisterAgent", {"agent": {}}, ["agent.id"]),
         ("RegisterAgent", {"agent": {"id": "Not An Id"}}, ["agent.id"]),
@@ -347,19 +347,17 @@ AGENT = {"id": "a"}
         ("ReportAssignment", {"assignment_id": "x", "outcome": 1, "score": 1.5}, ["score"]),
         ("ReportAssignment", {"assignment_id": "x", "outcome": 2, "score": 1.0}, ["score"]),
         ("ListInteractions", {"agent_id": "A", "limit": 1001}, ["agent_id", "limit"]),
-    ],
-)  # fmt: skip
-async def test_limits_are_told_by_field(shared_door: FrontDoor, method: str, request_: Any, fields: list[str]) -> None:
-    message = getattr(agents_pb2, f"{method}Request")(**request_)
-    refusal = await shared_door.refusal(getattr(stub(shared_door), method)(message))
-    assert refusal.reason is Reason.INVALID_REQUEST
-    assert [violation.field for violation in refusal.violations] == fields
+]  # fmt: skip
 
 
-@pytest.fixture
-async def shared_door() -> AsyncIterator[FrontDoor]:
+async def test_limits_are_told_by_field() -> None:
     async with front_door() as door:
-        yield door
+        for method, given, fields in VIOLATIONS:
+            message = getattr(agents_pb2, f"{method}Request")(**given)
+            refusal = await door.refusal(getattr(stub(door), method)(message))
+            assert refusal.reason is Reason.INVALID_REQUEST, (method, given)
+            assert [violation.field for violation in refusal.violations] == fields, (method, given)
+        assert not door.plane.router.registered() and not door.plane.router.open()
 
 
 async def test_a_tenant_has_so_many_agents_and_no_more() -> None:
@@ -479,6 +477,23 @@ async def test_an_embedder_that_fails_or_is_not_there_is_named() -> None:
         client.agents.register("a", description="x"),
     ):
         assert (await client.agents.explain("y")).similarity_detail == "model 'other' embeds nothing"
+    async with (
+        door_with(embedding(), agents={"embedding": {"enabled": False}}) as (_, client),
+        client.agents.register("a", description="x"),
+    ):
+        assert (await client.agents.explain("y")).similarity_detail == "agents.embedding.enabled is off"
+
+
+async def test_a_fault_of_ours_in_embedding_ends_in_words(caplog: pytest.LogCaptureFixture) -> None:
+    async with door_with(embedding()) as (door, client), client.agents.register("a", description="x"):
+
+        async def broken(*_: Any) -> Any:
+            raise KeyError("a secret description")
+
+        door.plane.agents._embedder._embed = broken
+        decision = await client.agents.explain("y")
+        assert decision.similarity_detail == "fake/embedder does not embed: INTERNAL"
+        assert "does not embed" in caplog.text and "secret" not in caplog.text
 
 
 async def test_with_a_real_model_the_cosine_can_be_redone() -> None:
@@ -629,3 +644,18 @@ async def test_a_client_that_nobody_here_wrote() -> None:
             {"assignmentId": assignment["id"], "outcome": "ASSIGNMENT_OUTCOME_SUCCESS"},
         )
         assert ended.messages == [{"outcome": "ASSIGNMENT_OUTCOME_SUCCESS", "agentId": "coder"}]
+
+
+async def test_the_store_keeps_the_newest_rows(tmp_path: Path) -> None:
+    async with door_with(tasks={"store": f"sqlite:///{tmp_path}/tasks.db"}) as (door, _):
+        store = door.plane.agent_store
+        assert store is not None
+        rows = [
+            LearnedOfAgent("default", AgentId(f"a{at}"), 1, float(at), Tally(1.0, 0.5, 0.5, -0.25)) for at in range(10)
+        ]
+        await store.keep(rows, before=2.0, limit=5)
+        assert await store.learned(100) == rows[5:], "the oldest first"
+        assert await store.learned(2) == rows[8:]
+        await store.keep([dataclasses.replace(rows[9], tally=Tally(3.0))], before=7.0, limit=5)
+        kept = await store.learned(100)
+        assert [one.agent_id for one in kept] == ["a7", "a8", "a9"] and kept[-1].tally == Tally(3.0)

@@ -176,8 +176,10 @@ class AsyncAgents(Service):
 
     # What Registration needs.
 
-    async def _register(self, request: agents_pb2.RegisterAgentRequest) -> tuple[types.AgentStatus, float]:
-        response = await self._call("RegisterAgent", request)
+    async def _register(
+        self, request: agents_pb2.RegisterAgentRequest, timeout: float | None = None
+    ) -> tuple[types.AgentStatus, float]:
+        response = await self._call("RegisterAgent", request, timeout)
         return _status(response.agent), response.ttl.ToTimedelta().total_seconds()
 
     async def _renew(self, id: str, timeout: float) -> float:
@@ -212,6 +214,8 @@ class AsyncRegistration:
         self._renewing.cancel()
         await asyncio.gather(self._renewing, return_exceptions=True)
         self._renewing = None
+        if self._agents._client._closed:
+            return
         with contextlib.suppress(ModelyardError):
             await self._agents.unregister(self.id, timeout=_CLOSING)
 
@@ -222,7 +226,7 @@ class AsyncRegistration:
                 try:
                     ttl = await self._agents._renew(self.id, ttl / 3)
                 except UnknownAgent:
-                    self.status, ttl = await self._agents._register(self._request)
+                    self.status, ttl = await self._agents._register(self._request, ttl)
                 self.failure = None
             except ModelyardError as failure:
                 self.failure = failure
