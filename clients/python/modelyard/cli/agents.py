@@ -270,6 +270,10 @@ def _decision(decision: RoutingDecision) -> None:
     _compared(decision.similarity, decision.similarity_detail)
 
 
+_EXPLAINED = 3
+"""Candidates whose values are explained."""
+
+
 def _names(terms: Sequence[Sequence[ScoreTerm]]) -> list[str]:
     return [term.name for term in terms[0]] if terms else []
 
@@ -281,10 +285,12 @@ def _values(terms: Sequence[ScoreTerm], names: Sequence[str]) -> list[str]:
 
 def _explain(refusals: Sequence[tuple[str, list[str]]], terms: Sequence[Sequence[ScoreTerm]]) -> None:
     """Why some will not do, and what the best ones' values were made of."""
-    for (id, details), parts in zip(refusals, terms, strict=True):
+    for place, ((id, details), parts) in enumerate(zip(refusals, terms, strict=True)):
         if details:
             print(output.printable(f"{REJECTED} {id}: {'; '.join(details)}"))
-        elif said := [f"{part.name} {part.value:.2f} ({part.detail})" for part in parts if part.detail]:
+        elif place < _EXPLAINED and (
+            said := [f"{part.name} {part.value:.2f} ({part.detail})" for part in parts if part.detail]
+        ):
             output.note(f"{id}: {', '.join(said)}")
 
 
