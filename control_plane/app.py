@@ -16,6 +16,7 @@ from prometheus_client import start_http_server
 from control_plane import definitions as definition_files
 from control_plane import delivery
 from control_plane.api.accounting import AccountingServicer
+from control_plane.api.agents import AgentsServicer, route_policy
 from control_plane.api.assign import Assignments
 from control_plane.api.attempts import Attempts
 from control_plane.api.beliefs import BeliefsServicer
@@ -24,6 +25,7 @@ from control_plane.api.generate import Generation
 from control_plane.api.lifecycle import ModelLifecycle
 from control_plane.api.metrics import Metrics
 from control_plane.api.orchestrator import OrchestratorServicer
+from control_plane.api.similarity import Embedder
 from control_plane.api.task_queue import TaskQueueServicer
 from control_plane.api.upstream import Upstreams
 from control_plane.config import ControlPlaneSettings, SelectionSettings
@@ -37,6 +39,7 @@ from control_plane.fleet.registry import Fleet, FleetPolicy, InitialStats
 from control_plane.fleet.scheduler import Scheduler
 from control_plane.gateway.door import HttpDoor
 from control_plane.presets import compile_presets
+from control_plane.routing.router import TaskRouter
 from control_plane.scheduling.breaker import BreakerPolicy
 from control_plane.scheduling.budgets import Ledger
 from control_plane.scheduling.queue import FairQueue
@@ -49,10 +52,11 @@ from modelyard.program.process import announce_ready, settle_memory, told_to_sto
 from modelyard.program.settings import SettingsError
 from modelyard.rpc.calls_server import CALLS, add_services
 from modelyard.rpc.server import bind, create_server, drain, enable_standard_services, service_handler
-from modelyard.v1 import accounting_pb2, belief_pb2, orchestrator_pb2, task_queue_pb2
+from modelyard.v1 import accounting_pb2, agents_pb2, belief_pb2, orchestrator_pb2, task_queue_pb2
 
 if TYPE_CHECKING:
     from control_plane.gateway.server import HttpServer
+    from control_plane.tasks.agents import AgentStore
     from control_plane.tasks.beliefs import Beliefs
     from control_plane.tasks.bookkeeper import Bookkeeper
     from control_plane.tasks.deliverer import Deliverer
@@ -64,6 +68,7 @@ log = logging.getLogger(__name__)
 SERVICE = orchestrator_pb2.DESCRIPTOR.services_by_name["Orchestrator"]
 BELIEFS = belief_pb2.DESCRIPTOR.services_by_name["Beliefs"]
 ACCOUNTING = accounting_pb2.DESCRIPTOR.services_by_name["Accounting"]
+AGENTS = agents_pb2.DESCRIPTOR.services_by_name["Agents"]
 TASK_QUEUE = task_queue_pb2.DESCRIPTOR.services_by_name["TaskQueue"]
 
 # Leases, queue timeouts and breaker pauses end at most this many seconds late.
@@ -72,6 +77,10 @@ _FILES_INTERVAL = 1.0
 
 # Seconds between two times at which what was learned of the fleet is written down.
 _LEARNED_INTERVAL = 30.0
+
+# Rows of what was learned of agents that are kept, and half-lives after which one is forgotten.
+_MOST_LEARNED_OF_AGENTS = 100_000
+_AGENT_HALF_LIVES = 30
 
 
 class SystemClock:
@@ -161,6 +170,17 @@ class ControlPlane:
             clock,
             self.metrics,
         )
+        self.router = TaskRouter(route_policy(settings.agents))
+        self.agents = AgentsServicer(
+            self.router,
+            Embedder(generation.embed, self.fleet, clock, settings.agents.embedding),
+            self.fleet,
+            settings.agents,
+            clock,
+            self.metrics,
+            self.servicer.in_flight,
+        )
+        self.agent_store: AgentStore | None = None
         self.gateway: HttpDoor | None = None
         self.store: SqlTaskStore | None = None
         self.dispatcher: Dispatcher | None = None
@@ -187,6 +207,7 @@ class ControlPlane:
             policy = StorePolicy(lease=tasks.lease, max_lost=tasks.max_lost, retention=tasks.retention)
             self.store = store = await open_store(place, policy, self.metrics.store_time.observe)
             learned, knowledge = await store.learned(), await store.knowledge()
+            await self._open_agents(store)
         except (StoreError, DomainError) as error:
             raise SettingsError(str(error)) from None
         log.info("tasks are kept in %s", place.shown)
@@ -219,6 +240,15 @@ class ControlPlane:
         self.metrics.observe_tasks(self.dispatcher)
         self._open_deliveries(store)
         self._open_accounts(store)
+
+    async def _open_agents(self, store: SqlTaskStore) -> None:
+        """What was learned of agents. Raises DomainError."""
+        from control_plane.tasks.agents import AgentStore
+
+        self.agent_store = AgentStore(store.database)
+        self.router.remember(
+            await self.agent_store.learned(_MOST_LEARNED_OF_AGENTS), self.clock.monotonic(), self.clock.wall()
+        )
 
     def _open_deliveries(self, store: SqlTaskStore) -> None:
         """What is told to others of tasks, and beliefs."""
@@ -283,6 +313,19 @@ class ControlPlane:
             await store.keep_knowledge(self.fleet.knowledge(self.clock.monotonic()))
         except Exception as error:
             log.warning("what was learned of the fleet is not kept for now: %s", privacy.kind(error))
+        await self._keep_agents()
+
+    async def _keep_agents(self) -> None:
+        if self.agent_store is None:
+            return
+        wall = self.clock.wall()
+        changed = self.router.experience.changed(self.clock.monotonic(), wall)
+        try:
+            before = wall - _AGENT_HALF_LIVES * self.settings.agents.half_life
+            await self.agent_store.keep(changed, before, _MOST_LEARNED_OF_AGENTS)
+        except Exception as error:
+            self.router.experience.again(changed)
+            log.warning("what was learned of agents is not kept for now: %s", privacy.kind(error))
 
     def _put_in_force(self, catalogue: definition_files.Catalogue) -> None:
         """New definitions and presets; running requests keep what they began with. Raises SettingsError."""
@@ -344,13 +387,14 @@ class ControlPlane:
             service_handler(TASK_QUEUE, self._task_queue, max_request_bytes=limit),
             service_handler(BELIEFS, self._beliefs, max_request_bytes=limit),
             service_handler(ACCOUNTING, self._accounting, max_request_bytes=limit),
+            service_handler(AGENTS, self.agents, max_request_bytes=limit),
         )
         self._health = enable_standard_services(
-            server, [service.full_name for service in (SERVICE, TASK_QUEUE, BELIEFS, ACCOUNTING, CALLS)]
+            server, [service.full_name for service in (SERVICE, TASK_QUEUE, BELIEFS, ACCOUNTING, AGENTS, CALLS)]
         )
         port = bind(server, settings.host, settings.port)
         await server.start()
-        for service in (SERVICE, CALLS):
+        for service in (SERVICE, AGENTS, CALLS):
             await self._health.set_serving(service.full_name, True)
         for service in (TASK_QUEUE, BELIEFS, ACCOUNTING):
             await self._health.set_serving(service.full_name, self.store is not None)
@@ -381,6 +425,7 @@ class ControlPlane:
         self._task_queue.stop_accepting()
         self._beliefs.stop_accepting()
         self._accounting.stop_accepting()
+        self.agents.stop_accepting()
         self._calls.stop()
         if self.gateway:
             self.gateway.stop_accepting()
@@ -391,6 +436,7 @@ class ControlPlane:
             now = self.clock.monotonic()
             self.fleet.tick(now)
             self.scheduler.tick(now)
+            self.agents.tick()
             self.upstreams.keep_only(server.report.identity.endpoint for server in self.fleet.servers())
             await asyncio.sleep(_TICK)
 

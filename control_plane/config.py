@@ -320,6 +320,66 @@ class GatewaySettings(Settings):
     body_timeout: PositiveSeconds = Field(30.0, description="Seconds in which the body of an HTTP request must arrive.")
 
 
+class AgentWeights(Settings):
+    capability: Weight = Field(3.0, description="Weight of how well an agent fits a task.")
+    experience: Weight = Field(1.0, description="Weight of its successes in this kind of task.")
+    availability: Weight = Field(2.0, description="Weight of its share of free places.")
+    success: Weight = Field(2.0, description="Weight of its success rate in all tasks.")
+    speed: Weight = Field(1.0, description="Weight of its pace in this kind of task, compared with the other agents'.")
+
+    @model_validator(mode="after")
+    def _something_counts(self) -> AgentWeights:
+        if not any(getattr(self, name) for name in type(self).model_fields):
+            raise ValueError("at least one weight must be above 0")
+        return self
+
+
+class AgentMatchSettings(Settings):
+    skills: Weight = Field(2.0, description="Weight of the required skills, all together.")
+    description: Weight = Field(1.0, description="Weight of the similarity of the descriptions.")
+    task_type: Weight = Field(1.0, description="Weight of the score for the kind of task.")
+    skill_threshold: Share = Field(
+        0.75, description="Similarity of words from which an offered skill is the required one; 1: only another form."
+    )
+    skill_embedding_threshold: Share | None = Field(
+        None,
+        description="Cosine of embeddings from which it is, too. Empty: never, for what a cosine means depends on the "
+        "model.",
+    )
+
+
+class AgentEmbeddingSettings(Settings):
+    enabled: bool = Field(True, description="Compare descriptions by embeddings; off: always by words.")
+    model: str = Field(
+        "", description="Model that descriptions are compared with. Empty: the cheapest of the fleet that embeds."
+    )
+    timeout: PositiveSeconds = Field(1.0, description="Seconds after which they are compared by words instead.")
+    cache: int = Field(4096, ge=1, description="Embeddings that are kept in memory.")
+
+
+class AgentSettings(Settings):
+    ttl: Annotated[float, Field(ge=1, le=3600)] = Field(
+        30.0, description="Seconds that an agent is there without another word, where it says nothing else."
+    )
+    forget_after: Seconds = Field(
+        600.0, description="Seconds after the end of its lease at which an agent is no longer listed."
+    )
+    warm_up: Seconds = Field(
+        10.0, description="Seconds after the start during which it is not final that no agent can do a task."
+    )
+    assignment_timeout: Annotated[float, Field(ge=1, le=7 * 86400)] = Field(
+        600.0, description="Seconds within which an assignment must be reported, where the request says nothing else."
+    )
+    max_agents: int = Field(500, ge=1, le=2000, description="Most agents of a tenant; of all, 2,000.")
+    half_life: PositiveSeconds = Field(14 * 86400.0, description="Seconds in which what was learned counts half.")
+    shrinkage: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        4.0, description="Tasks that an agent must have had to be judged half by itself, half as an average one."
+    )
+    weights: AgentWeights = AgentWeights()
+    match: AgentMatchSettings = AgentMatchSettings()
+    embedding: AgentEmbeddingSettings = AgentEmbeddingSettings()
+
+
 class ControlPlaneSettings(Settings):
     host: str = Field("127.0.0.1", description="Address to listen on. Anything but loopback opens it to the network.")
     port: Port = Field(7460, description="gRPC port; 0 takes a free one.")
@@ -347,6 +407,7 @@ class ControlPlaneSettings(Settings):
     limits: LimitSettings = LimitSettings()
     tasks: TaskSettings = TaskSettings()
     budgets: BudgetSettings = BudgetSettings()
+    agents: AgentSettings = AgentSettings()
     model_initial_stats: dict[str, initial_stats.InitialStats] = Field(
         default_factory=dict,
         description='What is assumed per model ("name" or "provider/name") until it is measured: `success` 0 to 1, '

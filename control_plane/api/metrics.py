@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from control_plane.domain.agent import AssignmentOutcome
 from control_plane.domain.server import BreakerState, LeaseState
 from control_plane.domain.task import Priority
 from control_plane.fleet.registry import Fleet
@@ -123,6 +124,18 @@ class Metrics:
             ("outcome",),
             registry=self.registry,
         )
+        self.agent_assignments = Counter(
+            "modelyard_agent_assignments",
+            "Ended assignments of agents by outcome: success, failure, expired.",
+            ("outcome",),
+            registry=self.registry,
+        )
+        self.agent_comparisons = Counter(
+            "modelyard_agent_comparisons",
+            "Comparisons of a description with agents and models by method: embedding, lexical.",
+            ("method",),
+            registry=self.registry,
+        )
         self.store_time = Histogram(
             "modelyard_task_store_seconds",
             "Time that a transaction of the task store took, until it was on disk.",
@@ -172,6 +185,14 @@ class Metrics:
         ):
             if amount:
                 self._child(self.tokens, model, kind).inc(amount)
+
+    def assignment(self, outcome: AssignmentOutcome) -> None:
+        """An assignment of an agent has ended."""
+        self._child(self.agent_assignments, outcome.name.lower()).inc()
+
+    def compared(self, method: str) -> None:
+        """A description was compared by "embedding" or "lexical"."""
+        self._child(self.agent_comparisons, method).inc()
 
     def entered(self, state: TaskState) -> None:
         """A task has entered a state."""

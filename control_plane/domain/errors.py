@@ -71,5 +71,31 @@ def servers_away(summary: str, retry_after: float) -> DomainError:
     return DomainError("SERVERS_AWAY", summary, retry_after)
 
 
+def unknown_agent(agent_id: str) -> DomainError:
+    return DomainError("UNKNOWN_AGENT", f"there is no agent {agent_id!r}")
+
+
+def unknown_assignment(assignment_id: str) -> DomainError:
+    return DomainError("UNKNOWN_ASSIGNMENT", f"there is no assignment {assignment_id!r}, or it ended long ago")
+
+
+def too_many_agents(most: int) -> DomainError:
+    return DomainError("TOO_MANY_AGENTS", f"there are too many agents, a tenant may have {most} (agents.max_agents)")
+
+
+def no_capable_agent(summary: str) -> DomainError:
+    return DomainError("NO_CAPABLE_AGENT", summary)
+
+
+def agents_busy(summary: str, retry_after: float) -> DomainError:
+    return DomainError("AGENTS_BUSY", summary, retry_after)
+
+
+def agents_warming_up(retry_after: float) -> DomainError:
+    return DomainError(
+        "FLEET_WARMING_UP", "agents are still coming back: it is not known yet what they can do", retry_after
+    )
+
+
 def draining() -> DomainError:
     return DomainError("DRAINING", "this control plane is shutting down", 1.0)

@@ -25,7 +25,7 @@ from sqlalchemy import (
     text,
 )
 
-REVISION = "0003"
+REVISION = "0004"
 """Of these tables: the newest migration."""
 
 LATER = 0
@@ -268,6 +268,19 @@ accountants = Table(
     Column("number", BigInteger, nullable=False),
     Column("lease_until", Double, nullable=False),
 )
+
+
+# What agents have done, by kind of task; see control_plane.routing.experience.
+agent_experience = Table(
+    "agent_experience",
+    metadata,
+    _text("tenant", primary_key=True),
+    _text("agent_id", primary_key=True),
+    Column("task_type", SmallInteger, primary_key=True, autoincrement=False),
+    Column("at", Double, nullable=False),  # of the last outcome; the counts are those of then
+    *(Column(name, Double, nullable=False) for name in ("tasks", "successes", "timed", "log_seconds")),
+)
+Index("agent_experience_at", agent_experience.c.at)
 
 
 def for_postgresql() -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from control_plane.domain import decision, model, server, task
+from control_plane.domain import agent, decision, model, server, task
 from control_plane.scheduling import budgets
 from control_plane.tasks import model as task_model
 from model_servers import engine
 from modelyard.cli import usage as usage_command
 from modelyard.client import FEATURES, PRIORITIES, TASK_STATES, TASK_TYPES, _names
-from modelyard.v1 import accounting_pb2, fleet_pb2, generation_pb2, selection_pb2, task_pb2, task_queue_pb2
+from modelyard.v1 import accounting_pb2, agents_pb2, fleet_pb2, generation_pb2, selection_pb2, task_pb2, task_queue_pb2
 
 
 def numbers(enum, prefix: str) -> dict[str, int]:
@@ -33,6 +33,8 @@ MIRRORS = [
     (server.BreakerState, numbers(fleet_pb2.BreakerState, "BREAKER_STATE_")),
     (decision.Verdict, numbers(selection_pb2.Verdict, "VERDICT_")),
     (decision.RejectionReason, numbers(selection_pb2.RejectionReason, "REJECTION_REASON_")),
+    (agent.CandidateRejectionReason, numbers(agents_pb2.CandidateRejectionReason, "CANDIDATE_REJECTION_REASON_")),
+    (agent.AssignmentOutcome, numbers(agents_pb2.AssignmentOutcome, "ASSIGNMENT_OUTCOME_")),
     (engine.Role, numbers(generation_pb2.Role, "ROLE_")),
     (engine.FinishReason, numbers(generation_pb2.FinishReason, "FINISH_REASON_")),
     (engine.Health, HEALTH),
@@ -70,7 +72,7 @@ def test_permanent_rejections_are_those_the_contract_calls_so() -> None:
 
 
 def test_zero_is_always_unspecified() -> None:
-    for file in (accounting_pb2, fleet_pb2, generation_pb2, selection_pb2, task_pb2, task_queue_pb2):
+    for file in (accounting_pb2, agents_pb2, fleet_pb2, generation_pb2, selection_pb2, task_pb2, task_queue_pb2):
         for enum in file.DESCRIPTOR.enum_types_by_name.values():
             assert enum.values_by_number[0].name.endswith("_UNSPECIFIED")
 
@@ -93,6 +95,11 @@ def test_names_of_the_client() -> None:
         _names.USAGE_DIMENSION: (accounting_pb2.UsageDimension, "USAGE_DIMENSION_"),
         _names.BUDGET_UNIT: (accounting_pb2.BudgetUnit, "BUDGET_UNIT_"),
         _names.BUDGET_WINDOW: (accounting_pb2.BudgetWindow, "BUDGET_WINDOW_"),
+        _names.AGENT_STATE: (agents_pb2.AgentState, "AGENT_STATE_"),
+        _names.CANDIDATE_KIND: (agents_pb2.CandidateKind, "CANDIDATE_KIND_"),
+        _names.SIMILARITY: (agents_pb2.Similarity, "SIMILARITY_"),
+        _names.CANDIDATE_REJECTION: (agents_pb2.CandidateRejectionReason, "CANDIDATE_REJECTION_REASON_"),
+        _names.ASSIGNMENT_OUTCOME: (agents_pb2.AssignmentOutcome, "ASSIGNMENT_OUTCOME_"),
         _names.BREAKER_STATE: (fleet_pb2.BreakerState, "BREAKER_STATE_"),
     }
     for table, (enum, prefix) in tables.items():

@@ -35,7 +35,8 @@ def test_names_equal_values() -> None:
 
 
 def test_every_reason_named_by_an_rpc_exists() -> None:
-    for proto in ("orchestrator.proto", "model_server.proto", "task_queue.proto", "belief.proto", "accounting.proto"):
+    services = ("orchestrator", "model_server", "task_queue", "belief", "accounting", "agents")
+    for proto in [f"{name}.proto" for name in services]:
         for block in re.findall(
             r"(?:Errors|Errors of the stream): (.+?)\n *(?:rpc|// buf)", (PROTOS / proto).read_text(), re.DOTALL
         ):

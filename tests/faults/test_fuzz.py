@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from modelyard.testing import FakeModelServer
-from modelyard.v1 import belief_pb2, model_server_pb2, orchestrator_pb2, task_queue_pb2, task_queue_pb2_grpc
+from modelyard.v1 import agents_pb2, belief_pb2, model_server_pb2, orchestrator_pb2, task_queue_pb2, task_queue_pb2_grpc
 from tests.harness.front_door import ask, attached, front_door
 from tests.harness.model_servers import model_server, request
 
@@ -192,7 +192,7 @@ async def test_the_control_plane_refuses_in_order(seed, caplog):
     assert "incident" not in caplog.text
 
 
-@pytest.mark.parametrize("service", [task_queue_pb2, belief_pb2], ids=["TaskQueue", "Beliefs"])
+@pytest.mark.parametrize("service", [task_queue_pb2, belief_pb2, agents_pb2], ids=["TaskQueue", "Beliefs", "Agents"])
 async def test_durable_tasks_refuse_in_order(service, caplog, tmp_path):
     (described,) = service.DESCRIPTOR.services_by_name.values()
     store = f"sqlite:///{tmp_path / 'tasks.db'}"

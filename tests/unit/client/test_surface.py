@@ -11,7 +11,7 @@ import typing
 import pytest
 
 from modelyard import client
-from modelyard.client import _requests, _task_messages, _task_types, _types
+from modelyard.client import _agent_types, _requests, _task_messages, _task_types, _types
 
 
 def test_all_is_sorted_and_complete() -> None:
@@ -31,7 +31,7 @@ def test_everything_public_is_documented(name: str) -> None:
 
 
 def test_every_value_is_public_and_frozen() -> None:
-    for name, kind in {**vars(_types), **vars(_task_types)}.items():
+    for name, kind in {**vars(_types), **vars(_task_types), **vars(_agent_types)}.items():
         if dataclasses.is_dataclass(kind):
             assert name in client.__all__
             assert kind.__dataclass_params__.frozen
@@ -44,6 +44,7 @@ def test_sync_client_has_the_surface_of_the_async_one() -> None:
 
     assert surface(client.Client) == surface(client.AsyncClient)
     assert surface(client.Tasks) == surface(client.AsyncTasks)
+    assert surface(client.Agents) == surface(client.AsyncAgents)
     streams = surface(client.SyncGenerationStream).keys() | {"aclose", "abandon"}
     assert streams - {"close"} == surface(client.GenerationStream).keys()
 

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "feedback": ("inspect", "feedback", "Say how good an answer was."),
     "tasks": ("tasks", "tasks", "Submit, follow and steer durable tasks; answer a file of prompts."),
     "beliefs": ("beliefs", "beliefs", "Write, read and follow facts that agents and services share."),
+    "agents": ("agents", "agents", "List agents, and route tasks among them."),
     "usage": ("usage", "usage", "Show what a tenant has used, and how its budgets stand."),
     "models": ("models", "models", "List the models of the fleet; pull, load and unload one."),
     "presets": ("presets", "presets", "List the presets that a request may name."),

@@ -21,6 +21,7 @@ FAILED, USAGE, UNREACHABLE, NOT_FOUND, UNAVAILABLE, INTERRUPTED = 1, 2, 3, 4, 5,
 
 _UP = "start one with `modelyard up`, or name another with --address"
 SERVERS = "see `modelyard servers`"
+AGENTS = "see `modelyard agents list`"
 TASKS = "see `modelyard tasks list`"
 
 # Reason -> (exit status, cure). The reasons are those of the error table in orchestrator.proto.
@@ -32,6 +33,11 @@ REASONS: Mapping[str, tuple[int, str]] = {
     "UNKNOWN_TASK": (NOT_FOUND, TASKS),
     "UNKNOWN_BELIEF": (NOT_FOUND, "see `modelyard beliefs list`"),
     "UNKNOWN_REQUEST": (NOT_FOUND, "judge an answer while it is fresh; `generate --json` tells its request_id"),
+    "UNKNOWN_AGENT": (NOT_FOUND, AGENTS),
+    "UNKNOWN_ASSIGNMENT": (NOT_FOUND, ""),
+    "NO_CAPABLE_AGENT": (NOT_FOUND, "`modelyard agents route --dry-run` with the same options shows every agent"),
+    "AGENTS_BUSY": (UNAVAILABLE, "try again later"),
+    "TOO_MANY_AGENTS": (FAILED, AGENTS),
     "IDEMPOTENCY_CONFLICT": (USAGE, "choose another key"),
     "WRONG_STATE": (FAILED, "see `modelyard tasks get`"),
     "NO_CAPABLE_SERVER": (NOT_FOUND, "`modelyard explain` with the same options shows every candidate"),

@@ -9,10 +9,24 @@
 to do (see `modelyard.client.ModelyardError` and the tree in its module's docstring).
 """
 
+from modelyard.client._agent_types import (
+    Agent,
+    AgentCandidate,
+    AgentExperience,
+    AgentStatus,
+    CandidateRejection,
+    CapabilityMatch,
+    CapabilityMatches,
+    Interaction,
+    RoutingDecision,
+    ScoreTerm,
+)
+from modelyard.client._agents import AsyncAgents, AsyncAssignment, AsyncRegistration
 from modelyard.client._async import ADDRESS_VARIABLE, DEFAULT_ADDRESS, TENANT_VARIABLE, AsyncClient
 from modelyard.client._belief_types import Belief, CallbackDelivery
 from modelyard.client._beliefs import AsyncBeliefs, AsyncCallbacks
 from modelyard.client._errors import (
+    AgentsBusy,
     AttemptsExhausted,
     BudgetExhausted,
     Cancelled,
@@ -30,6 +44,7 @@ from modelyard.client._errors import (
     InvalidRequest,
     LeaseLost,
     ModelyardError,
+    NoCapableAgent,
     NoCapableServer,
     OutOfMemory,
     QueueFull,
@@ -45,7 +60,10 @@ from modelyard.client._errors import (
     TaskFailed,
     TicketRefused,
     TimedOut,
+    TooManyAgents,
     TryAgain,
+    UnknownAgent,
+    UnknownAssignment,
     UnknownBelief,
     UnknownModel,
     UnknownRequest,
@@ -59,6 +77,7 @@ from modelyard.client._request_queue import RequestOptions, RequestQueue, Reques
 from modelyard.client._requests import GenerateOptions, Input, Requirements
 from modelyard.client._stream import GenerationStream
 from modelyard.client._sync import Client, SyncGenerationStream
+from modelyard.client._sync_agents import Agents, Assignment, Registration
 from modelyard.client._sync_beliefs import Beliefs, Callbacks
 from modelyard.client._sync_tasks import Tasks
 from modelyard.client._task_messages import NewTask, TaskOptions
@@ -104,9 +123,19 @@ __all__ = [
     "TASK_STATES",
     "TASK_TYPES",
     "TENANT_VARIABLE",
+    "Agent",
+    "AgentCandidate",
+    "AgentExperience",
+    "AgentStatus",
+    "Agents",
+    "AgentsBusy",
+    "Assignment",
+    "AsyncAgents",
+    "AsyncAssignment",
     "AsyncBeliefs",
     "AsyncCallbacks",
     "AsyncClient",
+    "AsyncRegistration",
     "AsyncTasks",
     "Attempt",
     "AttemptsExhausted",
@@ -118,6 +147,9 @@ __all__ = [
     "Callbacks",
     "Cancelled",
     "Candidate",
+    "CandidateRejection",
+    "CapabilityMatch",
+    "CapabilityMatches",
     "Client",
     "ConnectionFailed",
     "ConnectionPool",
@@ -140,6 +172,7 @@ __all__ = [
     "IdempotencyConflict",
     "Image",
     "Input",
+    "Interaction",
     "InternalError",
     "InvalidRequest",
     "LeaseLost",
@@ -149,6 +182,7 @@ __all__ = [
     "ModelRuntime",
     "ModelyardError",
     "NewTask",
+    "NoCapableAgent",
     "NoCapableServer",
     "OutOfMemory",
     "Placement",
@@ -158,12 +192,15 @@ __all__ = [
     "QueueStats",
     "QueueTimeout",
     "RateLimited",
+    "Registration",
     "Rejection",
     "RequestOptions",
     "RequestQueue",
     "RequestQueueStatistics",
     "Requirements",
+    "RoutingDecision",
     "ScorePart",
+    "ScoreTerm",
     "ServedModel",
     "ServerBusy",
     "ServerStatus",
@@ -186,11 +223,14 @@ __all__ = [
     "TimedOut",
     "Timings",
     "TokenLogprob",
+    "TooManyAgents",
     "Tool",
     "ToolCall",
     "ToolCallDelta",
     "TopLogprob",
     "TryAgain",
+    "UnknownAgent",
+    "UnknownAssignment",
     "UnknownBelief",
     "UnknownModel",
     "UnknownRequest",

@@ -17,6 +17,7 @@ import grpc
 import grpc.aio
 
 from modelyard.client import _answers as answers
+from modelyard.client._agents import AsyncAgents
 from modelyard.client._beliefs import AsyncBeliefs, AsyncCallbacks
 from modelyard.client._direct import MODES, Direct, DirectCall, Hosts
 from modelyard.client._errors import Cancelled, from_call, parsed
@@ -75,7 +76,7 @@ class AsyncClient:
               MODELYARD_DIRECT, else "auto"
     retries   how often a call that failed with TryAgain is made again, after the pause that the
               control plane asks for; never after a part of the answer has come
-    tenant    whose durable tasks, beliefs, budgets and usage are meant; default: environment variable
+    tenant    whose durable tasks, beliefs, agents, budgets and usage are meant; default: environment variable
               MODELYARD_TENANT, else "default"
 
     May be made anywhere; belongs to the event loop that uses it first. One connection is used for
@@ -109,6 +110,8 @@ class AsyncClient:
         """What is held to be true."""
         self.callbacks = AsyncCallbacks(self)
         """What became of the callbacks of durable tasks."""
+        self.agents = AsyncAgents(self)
+        """Agents, and the routing of tasks among them."""
         self._accounting = AsyncAccounting(self)
 
     async def __aenter__(self) -> Self:

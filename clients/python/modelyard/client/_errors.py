@@ -8,14 +8,19 @@
     +-- UnknownServer              see Client.servers()
     +-- UnknownTask                see Client.tasks.list()
     +-- UnknownBelief              no fact has this key
+    +-- UnknownAgent               register it; see Client.agents.list()
+    +-- UnknownAssignment          it ended long ago
     +-- IdempotencyConflict        the key names another task: choose another key
     +-- WrongState                 the task's state forbids it: cancel or retry it first
     +-- TaskFailed                 a durable task did not succeed; .task says why
     +-- NoCapableServer            relax what the nearest miss names
+    +-- NoCapableAgent             relax what the nearest miss names
+    +-- TooManyAgents              unregister those that are not needed
     +-- Unsupported                choose another model
     +-- BudgetExhausted            until .retry_after only free models answer
     +-- TryAgain                   nothing was generated; waiting may help (see .retry_after)
     |   +-- QueueFull
+    |   +-- AgentsBusy             every capable agent is full or away
     |   +-- ServerBusy
     |   +-- RateLimited            the provider limits the rate
     |   +-- OutOfMemory            unload another model
@@ -173,6 +178,30 @@ class UnknownRequest(ModelyardError):
     default_reason = "UNKNOWN_REQUEST"
 
 
+class UnknownAgent(ModelyardError):
+    """There is no such agent: register it, or see `Client.agents.list()`."""
+
+    default_reason = "UNKNOWN_AGENT"
+
+
+class UnknownAssignment(ModelyardError):
+    """There is no such assignment, or it ended long ago."""
+
+    default_reason = "UNKNOWN_ASSIGNMENT"
+
+
+class NoCapableAgent(ModelyardError):
+    """No registered agent can ever do the task: relax what the nearest miss names."""
+
+    default_reason = "NO_CAPABLE_AGENT"
+
+
+class TooManyAgents(ModelyardError):
+    """The tenant has too many agents: unregister those that are not needed."""
+
+    default_reason = "TOO_MANY_AGENTS"
+
+
 class IdempotencyConflict(ModelyardError):
     """The idempotency key names another task: choose another key. `metadata` has "task_id" and "differing"."""
 
@@ -212,6 +241,12 @@ class BudgetExhausted(ModelyardError):
     weeks: nothing is tried again by itself. See `Client.usage`."""
 
     default_reason = "BUDGET_EXHAUSTED"
+
+
+class AgentsBusy(TryAgain):
+    """Every capable agent is full or away."""
+
+    default_reason = "AGENTS_BUSY"
 
 
 class ServerBusy(TryAgain):
@@ -362,6 +397,11 @@ BY_REASON: Mapping[Reason, type[ModelyardError]] = {
     Reason.UNKNOWN_TASK: UnknownTask,
     Reason.UNKNOWN_BELIEF: UnknownBelief,
     Reason.UNKNOWN_REQUEST: UnknownRequest,
+    Reason.UNKNOWN_AGENT: UnknownAgent,
+    Reason.UNKNOWN_ASSIGNMENT: UnknownAssignment,
+    Reason.NO_CAPABLE_AGENT: NoCapableAgent,
+    Reason.AGENTS_BUSY: AgentsBusy,
+    Reason.TOO_MANY_AGENTS: TooManyAgents,
     Reason.IDEMPOTENCY_CONFLICT: IdempotencyConflict,
     Reason.WRONG_STATE: WrongState,
     Reason.NO_CAPABLE_SERVER: NoCapableServer,

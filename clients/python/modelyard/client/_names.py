@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from modelyard.v1 import accounting_pb2, fleet_pb2, generation_pb2, selection_pb2, task_pb2, task_queue_pb2
+from modelyard.v1 import accounting_pb2, agents_pb2, fleet_pb2, generation_pb2, selection_pb2, task_pb2, task_queue_pb2
 
 
 class Names:
@@ -56,6 +56,12 @@ TASK_EVENT_TYPE = Names(task_queue_pb2.TaskEventType, "TASK_EVENT_TYPE_", "event
 USAGE_DIMENSION = Names(accounting_pb2.UsageDimension, "USAGE_DIMENSION_", "dimension of usage")
 BUDGET_UNIT = Names(accounting_pb2.BudgetUnit, "BUDGET_UNIT_", "unit of a budget")
 BUDGET_WINDOW = Names(accounting_pb2.BudgetWindow, "BUDGET_WINDOW_", "window of a budget")
+
+AGENT_STATE = Names(agents_pb2.AgentState, "AGENT_STATE_", "state of an agent")
+CANDIDATE_KIND = Names(agents_pb2.CandidateKind, "CANDIDATE_KIND_", "kind of candidate")
+SIMILARITY = Names(agents_pb2.Similarity, "SIMILARITY_", "similarity")
+CANDIDATE_REJECTION = Names(agents_pb2.CandidateRejectionReason, "CANDIDATE_REJECTION_REASON_", "rejection reason")
+ASSIGNMENT_OUTCOME = Names(agents_pb2.AssignmentOutcome, "ASSIGNMENT_OUTCOME_", "outcome")
 
 TASK_TYPES: tuple[str, ...] = tuple(TASK_TYPE)
 """Every value of `task_type`."""

@@ -17,6 +17,7 @@ from modelyard.client._direct import Direct
 from modelyard.client._errors import Cancelled
 from modelyard.client._requests import GenerateOptions, Input, Requirements
 from modelyard.client._stream import GenerationStream
+from modelyard.client._sync_agents import Agents
 from modelyard.client._sync_beliefs import Beliefs, Callbacks
 from modelyard.client._sync_tasks import Tasks
 from modelyard.client._types import (
@@ -133,6 +134,11 @@ class Client:
     def callbacks(self) -> Callbacks:
         """What became of the callbacks of durable tasks."""
         return Callbacks(self, self._client.callbacks)
+
+    @property
+    def agents(self) -> Agents:
+        """Agents, and the routing of tasks among them."""
+        return Agents(self, self._client.agents)
 
     @property
     def address(self) -> str:
