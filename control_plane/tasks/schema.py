@@ -25,7 +25,7 @@ from sqlalchemy import (
     text,
 )
 
-REVISION = "0002"
+REVISION = "0003"
 """Of these tables: the newest migration."""
 
 LATER = 0
@@ -201,6 +201,15 @@ statistics = Table(
     _text("model", primary_key=True),
     _text("provider", primary_key=True),
     _text("fingerprint"),
+    _text("data"),  # JSON
+    Column("updated_at", Double, nullable=False),
+)
+
+forecasts = Table(
+    "forecasts",
+    metadata,
+    Column("task_type", SmallInteger, primary_key=True, autoincrement=False),
+    _text("model", primary_key=True),
     _text("data"),  # JSON
     Column("updated_at", Double, nullable=False),
 )
