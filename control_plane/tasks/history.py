@@ -29,8 +29,8 @@ _LARGEST_RESULT = 256 << 10
 
 
 def page(connection: Connection, before: str, since: float, tokens_of: TokensOf) -> tuple[list[Attempt], str]:
-    """Attempts of the next tasks with ids before this one (empty: of the newest), submitted since then, and the id to go
-    on with; empty where there are no more."""
+    """Attempts of the next tasks with ids before this one (empty: of the newest), submitted since then, and the id to
+    go on with; empty where there are no more."""
     tasks, results, attempts = schema.tasks, schema.results, schema.attempts
     conditions = [tasks.c.attempts > 0, tasks.c.id >= least_id(since)]
     if before:
