@@ -198,7 +198,7 @@ class Forecast:
         """The one of which least is expected in the next week."""
         del self._series[min(self._series, key=lambda key: self._series[key].expect(now, WEEK).mean)]
 
-    def keys(self) -> list[Key]:
+    def known(self) -> list[Key]:
         """Of which something is known."""
         return sorted(self._series)
 
@@ -209,11 +209,11 @@ class Forecast:
 
     def model(self, model: str, now: float, seconds: float) -> float:
         """Mean number of requests for a model, whatever their kind."""
-        return math.fsum(self.expect(key, now, seconds).mean for key in self.keys() if key[1] == model)
+        return math.fsum(self.expect(key, now, seconds).mean for key in self.known() if key[1] == model)
 
     def dump(self) -> Iterator[tuple[Key, State]]:
         """Everything, for `load`."""
-        for key in self.keys():
+        for key in self.known():
             yield key, self._series[key].dump()
 
     def load(self, kept: Iterable[tuple[Key, State]]) -> None:

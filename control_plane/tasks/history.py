@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from sqlalchemy import Connection, case, func, select
 
 from control_plane.domain.task import Priority, TaskType
 from control_plane.predictors.attempt import Attempt, Question, hour_of
 from control_plane.tasks import schema, versions
+from control_plane.tasks.faults import brief
 from control_plane.tasks.lanes import from_json
 from control_plane.tasks.location import Location, SqliteFile, StoreError
 from control_plane.tasks.model import Lane, TaskState
@@ -89,42 +90,46 @@ def _tokens(answer: bytes | None, tokens_of: TokensOf) -> int | None:
 # -------------------------------------------------- beside a control plane ---
 
 
-class Reader:
-    """A store that a control plane may be using. Methods raise StoreError."""
+class Read(Protocol):
+    """Runs an operation on a connection that sees one moment. Raises StoreError."""
 
-    def __init__(self, place: Location) -> None:
-        self._place = place
-
-    def read(self, operation: Callable[[Connection], T]) -> T:
-        """One operation on a connection that sees one moment."""
-        try:
-            if isinstance(self._place, SqliteFile):
-                with _embedded(self._place) as connection:
-                    return operation(connection)
-            return asyncio.run(self._shared(operation))
-        except StoreError:
-            raise
-        except Exception as error:
-            raise StoreError(f"tasks.store {self._place.shown}: {type(error).__name__}") from None
-
-    async def _shared(self, operation: Callable[[Connection], T]) -> T:
-        from control_plane.tasks.opening import open_database
-
-        database = await open_database(self._place)
-        try:
-            return await database.read(operation)
-        finally:
-            await database.close()
+    def __call__(self, operation: Callable[[Connection], T]) -> T: ...
 
 
 @contextmanager
-def _embedded(place: SqliteFile) -> Iterator[Connection]:
-    from control_plane.tasks import sqlite
+def reader(place: Location) -> Iterator[Read]:
+    """A store that a control plane may be using. Raises StoreError."""
 
-    versions.check(sqlite.status(place), place.shown)
-    engine = sqlite.engine(place.path, write=False)
-    try:
-        with engine.connect() as connection:
-            yield connection
-    finally:
-        engine.dispose()
+    def told(read: Read) -> Read:
+        def call(operation: Callable[[Connection], T]) -> T:
+            try:
+                return read(operation)
+            except Exception as error:
+                raise StoreError(f"tasks.store {place.shown}: {brief(error)}") from None
+
+        return call
+
+    if isinstance(place, SqliteFile):
+        from control_plane.tasks import sqlite
+
+        versions.check(sqlite.status(place), place.shown)
+        engine = sqlite.engine(place.path, write=False)
+        try:
+            with engine.connect() as connection:
+                yield told(lambda operation: _at_one_moment(connection, operation))
+        finally:
+            engine.dispose()
+        return
+    from control_plane.tasks.opening import open_database
+
+    with asyncio.Runner() as runner:
+        database = runner.run(open_database(place))
+        try:
+            yield told(lambda operation: runner.run(database.read(operation)))
+        finally:
+            runner.run(database.close())
+
+
+def _at_one_moment(connection: Connection, operation: Callable[[Connection], T]) -> T:
+    with connection.begin():
+        return operation(connection)
