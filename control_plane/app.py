@@ -35,6 +35,7 @@ from control_plane.domain.task import Priority
 from control_plane.fleet.accounts import Accounts
 from control_plane.fleet.registry import Fleet, FleetPolicy, InitialStats
 from control_plane.fleet.scheduler import Scheduler
+from control_plane.foresight import Foresight
 from control_plane.gateway.door import HttpDoor
 from control_plane.presets import compile_presets
 from control_plane.scheduling.breaker import BreakerPolicy
@@ -147,13 +148,15 @@ class ControlPlane:
         )
         generation.give_back, generation.ticket_for = assignments.give_back, assignments.for_relay
         self._put_in_force(catalogue)
+        lifecycle = ModelLifecycle(self.fleet, self.upstreams, clock)
+        self.foresight = Foresight(settings, self.fleet, lifecycle, clock, self.metrics.registry)
         self.servicer = OrchestratorServicer(
             orchestrator_id,
             self.fleet,
             self.scheduler,
             generation,
             assignments,
-            ModelLifecycle(self.fleet, self.upstreams, clock),
+            lifecycle,
             settings.fleet,
             clock,
             self.metrics,
@@ -184,6 +187,7 @@ class ControlPlane:
             policy = StorePolicy(lease=tasks.lease, max_lost=tasks.max_lost, retention=tasks.retention)
             self.store = store = await open_store(place, policy, self.metrics.store_time.observe)
             learned = await store.learned()
+            await self.foresight.open(store, place)
         except (StoreError, DomainError) as error:
             raise SettingsError(str(error)) from None
         log.info("tasks are kept in %s", place.shown)
@@ -193,14 +197,16 @@ class ControlPlane:
             store,
             self.fleet,
             self.scheduler,
-            TaskExecutor(
-                self._orchestrator_id,
-                self._generation,
-                self.upstreams,
-                self.settings.limits,
-                self.clock,
-                self.metrics,
-                self.scheduler.release,
+            self.foresight.predicting(
+                TaskExecutor(
+                    self._orchestrator_id,
+                    self._generation,
+                    self.upstreams,
+                    self.settings.limits,
+                    self.clock,
+                    self.metrics,
+                    self.scheduler.release,
+                )
             ),
             DispatchPolicy(
                 workers=tasks.workers,
@@ -276,6 +282,7 @@ class ControlPlane:
         try:
             if learned:
                 await store.keep_learned(learned)
+            await self.foresight.keep(store)
         except Exception as error:
             log.warning("what was learned of the fleet is not kept for now: %s", privacy.kind(error))
 
@@ -330,6 +337,7 @@ class ControlPlane:
             write_timeout=self.settings.limits.write_timeout,
             dispatcher=self.dispatcher,
             deliveries=self.deliveries,
+            predicted=self.foresight.foreteller.of,
         )
         self._beliefs = BeliefsServicer(self.beliefs, self.metrics)
         self._accounting = AccountingServicer(self.bookkeeper, self.metrics)
@@ -425,6 +433,8 @@ async def running(
                 group.create_task(plane.keep_learned(), name="learned"),
                 group.create_task(plane.keep_books(), name="books"),
                 group.create_task(plane.deliver_callbacks(), name="callbacks"),
+                group.create_task(plane.foresight.watch(), name="predictors"),
+                group.create_task(plane.foresight.warmer.run(), name="forecast"),
             ]
             try:
                 plane.open_gateway()

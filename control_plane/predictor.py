@@ -284,21 +284,13 @@ def _attempts(arguments: argparse.Namespace, progress: Callable[[str, int, int],
 
 
 def _pages(place: Location, since: float) -> Iterator[list[Attempt]]:
-    from google.protobuf.message import DecodeError
-
+    from control_plane.api.task_convert import completion_tokens
     from control_plane.tasks import history
-    from modelyard.v1.task_queue_pb2 import TaskResult
-
-    def tokens_of(result: bytes) -> int:
-        try:
-            return TaskResult.FromString(result).summary.usage.completion_tokens
-        except DecodeError as error:
-            raise ValueError("no TaskResult") from error
 
     before = ""
     with history.reader(place) as read:
         while True:
-            some, before = read(partial(history.page, before=before, since=since, tokens_of=tokens_of))
+            some, before = read(partial(history.page, before=before, since=since, tokens_of=completion_tokens))
             yield some
             if not before:
                 return

@@ -20,7 +20,7 @@ Pure: times are seconds since 1970 and come in. Hours are those of UTC. At most 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -184,6 +184,7 @@ class Forecast:
         """`half_life` of what counts as just now, seconds."""
         self._half_life = half_life / MINUTE
         self._series: dict[Key, Series] = {}
+        self._changed: set[Key] = set()
 
     def add(self, key: Key, now: float, count: int = 1) -> None:
         """Requests have come."""
@@ -193,6 +194,7 @@ class Forecast:
                 self._forget_one(now)
             series = self._series[key] = Series(now, self._half_life)
         series.add(now, count)
+        self._changed.add(key)
 
     def _forget_one(self, now: float) -> None:
         """The one of which least is expected in the next week."""
@@ -211,10 +213,10 @@ class Forecast:
         """Mean number of requests for a model, whatever their kind."""
         return math.fsum(self.expect(key, now, seconds).mean for key in self.known() if key[1] == model)
 
-    def dump(self) -> Iterator[tuple[Key, State]]:
-        """Everything, for `load`."""
-        for key in self.known():
-            yield key, self._series[key].dump()
+    def changed(self) -> list[tuple[Key, State]]:
+        """The series in which something has come since this was last asked, for `load`."""
+        keys, self._changed = self._changed & self._series.keys(), set()
+        return [(key, self._series[key].dump()) for key in sorted(keys)]
 
     def load(self, kept: Iterable[tuple[Key, State]]) -> None:
         """Take over what an earlier process knew; what makes no sense is left out."""

@@ -1,4 +1,4 @@
-"""`modelyard control-plane`, `model-server`, `db`, `predictor` and `simulate`: the programs themselves, all arguments passed on."""
+"""`modelyard control-plane`, `model-server`, `db`, `predictor`, `simulate`: the programs, all arguments passed on."""
 
 from __future__ import annotations
 
