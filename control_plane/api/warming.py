@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 HORIZON = 600.0
 """Seconds that the exported forecast looks ahead."""
-INTERVAL = 5.0
+INTERVAL = 2.0
 """Seconds between two looks ahead."""
 _PAUSE, _PAUSE_CAP = 60.0, 3600.0
 """Seconds after a load until the same model may be ordered again; twice as long each time that it fails."""

@@ -5,11 +5,11 @@
     f(h)   (K + a(h)) / (K + e(h)): arrivals in that hour of the week over those that B led to expect, both discounted
            from week to week. The posterior mean of a gamma prior with mean 1 worth K arrivals: an hour of which little
            is known is like any other.
-    now    (P * m(h) + A * g) / (P + M): arrivals A over minutes M, discounted with a short half-life, beside the
-           profile, which is worth P minutes. What was seen just now is carried into another hour by
-           g = (1 + f(h)) / (1 + f(now)).
+    now    (P * m(h) + w * A) / (P + w * M): arrivals A over minutes M, discounted with a short half-life, beside the
+           profile, which is worth P minutes. What was seen just now says the less of an hour the less it is like this
+           one: w = min(f(h), f(now)) / max(f(h), f(now)). Silence before nine is no news of nine o'clock.
 
-So the rate is a gamma posterior with shape P m(h) + A g and rate P + M, and the number of arrivals in a time to come is
+So the rate is a gamma posterior with shape P m(h) + w A and rate P + w M, and the number of arrivals in a time to come is
 negative binomial: mean r t, variance mean + mean^2 / shape. Discounting the sums of a gamma-Poisson model is the local
 level model for counts of Harvey and Fernandes (Time series models for count or qualitative observations, 1989); the
 multiplicative seasonal factor is Winters' (1960).
@@ -116,10 +116,11 @@ class Series:
 
     def _posterior(self, hour: int) -> tuple[float, float]:
         """Shape and rate (in minutes) of what is believed of a minute of this hour."""
-        carried = (1.0 + self.factor(hour)) / (1.0 + self.factor(_hour(self._minute * MINUTE)))
+        then, now = self.factor(hour), self.factor(_hour(self._minute * MINUTE))
+        alike = min(then, now) / max(then, now)
         # The minute that goes on counts as it is: what has come has come.
         recent = self._recent + self._count
-        return P * self.level * self.factor(hour) + recent * carried, P + self._recent_minutes
+        return P * self.level * then + alike * recent, P + alike * self._recent_minutes
 
     def _advance(self, minute: int) -> None:
         """Bring everything before this minute into the sums. A clock that jumps back changes nothing."""
