@@ -9,8 +9,8 @@
            profile, which is worth P minutes. What was seen just now says the less of an hour the less it is like this
            one: w = min(f(h), f(now)) / max(f(h), f(now)). Silence before nine is no news of nine o'clock.
 
-So the rate is a gamma posterior with shape P m(h) + w A and rate P + w M, and the number of arrivals in a time to come is
-negative binomial: mean r t, variance mean + mean^2 / shape. Discounting the sums of a gamma-Poisson model is the local
+So the rate is a gamma posterior with shape P m(h) + w A and rate P + w M, and the number of arrivals in a time to come
+is negative binomial: mean r t, variance mean + mean^2 / shape. Discounting the sums of a gamma-Poisson model is the local
 level model for counts of Harvey and Fernandes (Time series models for count or qualitative observations, 1989); the
 multiplicative seasonal factor is Winters' (1960).
 
@@ -35,7 +35,7 @@ LONG = 7 * 1440.0
 """Half-life of the level in minutes."""
 WEEKLY = 0.5 ** (1 / 4)
 """What a week leaves of what was seen in an hour of it: a half-life of four weeks."""
-K = 5.0
+K = 2.0
 """Arrivals for which the prior of a factor counts."""
 P = 5.0
 """Minutes for which the profile counts beside what was just seen."""
