@@ -117,7 +117,7 @@ def _train(arguments: argparse.Namespace) -> Outcome:
     with bar() as told:
         progress = told or _silent
         attempts = _attempts(arguments, progress)
-        made = shelf.add(lambda version: artefacts.train(attempts, version, time.time(), progress))
+        made = shelf.add(artefacts.train(attempts, time.time(), progress))
     evaluation = None
     try:
         evaluation = _evaluated(shelf, made, attempts)

@@ -52,6 +52,7 @@ class Artefact(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     format: str
     version: str
+    """Its name in a folder; empty before it is in one."""
     created: float
     """Seconds since 1970."""
     library: str
@@ -94,10 +95,8 @@ def decode(data: bytes, sha256: str) -> Artefact:
     return artefact
 
 
-def train(
-    attempts: Sequence[Attempt], version: str, now: float, progress: Progress = lambda what, done, of: None
-) -> Artefact:
-    """A predictor trained on the earlier part of these attempts and measured on the later one.
+def train(attempts: Sequence[Attempt], now: float, progress: Progress = lambda what, done, of: None) -> Artefact:
+    """A predictor trained on the earlier part of these attempts and measured on the later one. It has no name yet.
 
     Raises ArtefactError where there are too few, and TreesError.
     """
@@ -115,7 +114,7 @@ def train(
     told = foretold(ordered)[cut:]
     predicted = made.predict_all([attempt.question for attempt in later], told)
     return Artefact(
-        FORMAT, version, now, f"lightgbm {library.__version__}",
+        FORMAT, "", now, f"lightgbm {library.__version__}",
         Data(earlier[0].at, earlier[-1].at, len(earlier)),
         Holdout(later[-1].at, score(predicted, later), score(told, later)),
         list(FEATURES), categories, models,

@@ -10,9 +10,9 @@
            one: w = min(f(h), f(now)) / max(f(h), f(now)). Silence before nine is no news of nine o'clock.
 
 So the rate is a gamma posterior with shape P m(h) + w A and rate P + w M, and the number of arrivals in a time to come
-is negative binomial: mean r t, variance mean + mean^2 / shape. Discounting the sums of a gamma-Poisson model is the local
-level model for counts of Harvey and Fernandes (Time series models for count or qualitative observations, 1989); the
-multiplicative seasonal factor is Winters' (1960).
+is negative binomial: mean r t, variance mean + mean^2 / shape. Discounting the sums of a gamma-Poisson model is the
+local level model for counts of Harvey and Fernandes (Time series models for count or qualitative observations, 1989);
+the multiplicative seasonal factor is Winters' (1960).
 
 Pure: times are seconds since 1970 and come in. Hours are those of UTC. At most SERIES series of about 3 kB.
 """

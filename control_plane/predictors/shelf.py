@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -151,20 +151,15 @@ class Shelf:
             yield registry
             _write(self.folder / REGISTRY, msgspec.json.format(msgspec.json.encode(registry), indent=1))
 
-    def add(self, make: Callable[[str], Artefact]) -> Artefact:
-        """Keep a new version. `make` is given its name; if it raises, or this process is stopped, nothing was there."""
+    def add(self, artefact: Artefact) -> Artefact:
+        """Keep it as a new version, whose name it is given."""
         with self._changed() as registry:
             registry.made += 1
-        artefact = make(f"v{registry.made}")
-        data = encode(artefact)
-        file = f"{artefact.version}.json"
-        _write(self.folder / file, data)
-        with self._changed() as registry:
-            registry.entries.append(
-                Entry(artefact.version, file, digest(data), artefact.created, artefact.library, artefact.data)
-            )
-            registry.entries.sort(key=lambda entry: int(entry.version[1:]))
-        return artefact
+            named = msgspec.structs.replace(artefact, version=f"v{registry.made}")
+            data, file = encode(named), f"{named.version}.json"
+            _write(self.folder / file, data)
+            registry.entries.append(Entry(named.version, file, digest(data), named.created, named.library, named.data))
+        return named
 
     def evaluated(self, version: str, evaluation: Evaluation) -> None:
         """Take down how a version did."""

@@ -98,7 +98,7 @@ def main() -> None:
         attempts = attempts_of(path, arguments.load)
         cut = int(len(attempts) * (1.0 - HELD_OUT))
         begun = time.perf_counter()
-        artefact = train(attempts, "v1", 0.0)
+        artefact = train(attempts, 0.0)
         took = time.perf_counter() - begun
         told = foretold(attempts)
         size = len(encode(artefact)) / 1e6
