@@ -74,13 +74,16 @@ class Foresight:
         return PredictingExecutor(executor, self.foreteller, self._clock)
 
     async def open(self, store: SqlTaskStore, place: Location) -> None:
-        """Begin with what the store knows, and with the predictor in force. Raises DomainError."""
+        """Begin with what the store knows, and with the predictor in force. Never raises: it goes without, too."""
         from control_plane.tasks import forecasts
         from control_plane.tasks.location import predictors_folder
 
-        self.forecast.load(await store.database.read(forecasts.kept))
-        for attempt in await self._recent(store):
-            self.live.rules.observe(attempt)
+        try:
+            self.forecast.load(await store.database.read(forecasts.kept))
+            for attempt in await self._recent(store):
+                self.live.rules.observe(attempt)
+        except Exception as error:
+            log.warning("predictions begin with nothing, the store does not say what was: %s", privacy.kind(error))
         folder = predictors_folder(self._folder, place)
         self._shelf = Shelf(folder) if folder else None
         await self.look()
@@ -104,7 +107,12 @@ class Foresight:
         """Write down the forecast, what has changed of it. Raises DomainError."""
         from control_plane.tasks import forecasts
 
-        await forecasts.keep(store.database, self.forecast.changed())
+        changed = self.forecast.changed()
+        try:
+            await forecasts.keep(store.database, changed)
+        except BaseException:
+            self.forecast.unkept(changed)
+            raise
 
     # ------------------------------------------------------------ hot swap ---
 

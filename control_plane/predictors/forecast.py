@@ -219,6 +219,10 @@ class Forecast:
         keys, self._changed = self._changed & self._series.keys(), set()
         return [(key, self._series[key].dump()) for key in sorted(keys)]
 
+    def unkept(self, states: Iterable[tuple[Key, State]]) -> None:
+        """What `changed` has told could not be kept: it tells it again."""
+        self._changed.update(key for key, _ in states)
+
     def load(self, kept: Iterable[tuple[Key, State]]) -> None:
         """Take over what an earlier process knew; what makes no sense is left out."""
         for key, state in kept:

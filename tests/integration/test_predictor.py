@@ -26,9 +26,10 @@ from control_plane.domain.task import TaskType
 from control_plane.predictors import live as live_module
 from control_plane.predictors.artefact import Artefact, train
 from control_plane.predictors.attempt import from_lines, to_lines
+from control_plane.predictors.forecast import Forecast
 from control_plane.predictors.live import Role
 from control_plane.predictors.shelf import Shelf
-from control_plane.tasks import history, versions
+from control_plane.tasks import forecasts, history, versions
 from control_plane.tasks.lanes import lane_of
 from control_plane.tasks.location import SqliteFile, located
 from control_plane.tasks.model import NewTask, Placement, TaskState, Tenant
@@ -42,6 +43,7 @@ from modelyard.v1 import fleet_pb2, generation_pb2, orchestrator_pb2
 from modelyard.v1.task_queue_pb2 import TaskResult
 from tests.harness import attempts as made_up
 from tests.harness.front_door import FrontDoor, ask, attached, front_door
+from tests.harness.kept_tasks import open_tasks, succeeded
 from tests.harness.model_servers import eventually, model_server
 from tests.harness.postgres import Postgres
 from tests.harness.tasks import Desk, desk
@@ -144,14 +146,25 @@ async def test_attempts_are_read_in_pages_and_say_what_happened(url: str, monkey
     assert list(from_lines(lines.splitlines())) == found
 
 
-async def test_a_shared_store_is_read_too(postgres_server: Postgres) -> None:
+async def test_a_shared_store_is_read_and_written_too(postgres_server: Postgres) -> None:
     url = await postgres_server.tables()
+    forecast, now = Forecast(600.0), time.time()
+    forecast.add((TaskType.CHAT, "llama"), now, 7)
+    kept = forecast.changed()
+    async with open_tasks(url) as store:
+        for _ in range(3):
+            await succeeded(store)
+        await forecasts.keep(store.database, kept)
+        await forecasts.keep(store.database, kept)
+        assert await store.database.read(forecasts.kept) == kept
 
-    def look() -> int:
+    def look() -> Any:
         with history.reader(located(url, {})) as read:
-            return len(read(lambda connection: history.page(connection, "", 0.0, completion_tokens))[0])
+            return read(lambda connection: history.page(connection, "", now - 60, completion_tokens))
 
-    assert await asyncio.to_thread(look) == 0
+    found, more = await asyncio.to_thread(look)
+    assert [(one.ok, one.completion_tokens, one.question.server_id) for one in found] == [(True, 0, "gpu-1")] * 3
+    assert more == ""
 
 
 async def test_a_store_from_before_is_upgraded_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

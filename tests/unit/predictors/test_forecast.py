@@ -105,6 +105,8 @@ def test_what_is_kept_is_taken_over_and_nonsense_left_out() -> None:
         forecast.add((TaskType.VISION, "llama"), BEGIN + minute * MINUTE)
     kept = forecast.changed()
     assert [key for key, _ in kept] == sorted(forecast.known()) and forecast.changed() == []
+    forecast.unkept(kept)
+    assert forecast.changed() == kept
     broken = forecast._series[KEY].dump()
     broken.seen = [float("nan")] * 3
     later.load([*kept, ((TaskType.CHAT, "broken"), broken)])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -116,6 +118,20 @@ def test_a_file_is_taken_for_what_its_checksum_says() -> None:
         Trees({"success": "tree\nnonsense"}, good().categories)
     with pytest.raises(TreesError, match="unknown target"):
         Trees({"happiness": good().models["success"]}, good().categories)
+
+
+def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = good()
+    monkeypatch.setitem(sys.modules, "lightgbm", None)
+    for work in (lambda: train(history(300), BEGIN), made.trees):
+        with pytest.raises(TreesError, match=r"pip install 'modelyard\[predictors\]'"):
+            work()
+
+
+def test_the_library_is_imported_only_where_it_is_wanted() -> None:
+    code = "import sys, control_plane.app, control_plane.predictor; print({'lightgbm', 'scipy'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_a_candidate_is_compared_on_what_is_new_to_both() -> None:
