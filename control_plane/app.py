@@ -37,6 +37,7 @@ from control_plane.domain.task import Priority
 from control_plane.fleet.accounts import Accounts
 from control_plane.fleet.registry import Fleet, FleetPolicy, InitialStats
 from control_plane.fleet.scheduler import Scheduler
+from control_plane.foresight import Foresight
 from control_plane.gateway.door import HttpDoor
 from control_plane.presets import compile_presets
 from control_plane.routing.router import TaskRouter
@@ -159,13 +160,15 @@ class ControlPlane:
         )
         generation.give_back, generation.ticket_for = assignments.give_back, assignments.for_relay
         self._put_in_force(catalogue)
+        lifecycle = ModelLifecycle(self.fleet, self.upstreams, clock)
+        self.foresight = Foresight(settings, self.fleet, lifecycle, clock, self.metrics.registry)
         self.servicer = OrchestratorServicer(
             orchestrator_id,
             self.fleet,
             self.scheduler,
             generation,
             assignments,
-            ModelLifecycle(self.fleet, self.upstreams, clock),
+            lifecycle,
             settings.fleet,
             clock,
             self.metrics,
@@ -208,6 +211,7 @@ class ControlPlane:
             self.store = store = await open_store(place, policy, self.metrics.store_time.observe)
             learned, knowledge = await store.learned(), await store.knowledge()
             await self._open_agents(store)
+            await self.foresight.open(store, place)
         except (StoreError, DomainError) as error:
             raise SettingsError(str(error)) from None
         log.info("tasks are kept in %s", place.shown)
@@ -218,14 +222,16 @@ class ControlPlane:
             store,
             self.fleet,
             self.scheduler,
-            TaskExecutor(
-                self._orchestrator_id,
-                self._generation,
-                self.upstreams,
-                self.settings.limits,
-                self.clock,
-                self.metrics,
-                self.scheduler.release,
+            self.foresight.predicting(
+                TaskExecutor(
+                    self._orchestrator_id,
+                    self._generation,
+                    self.upstreams,
+                    self.settings.limits,
+                    self.clock,
+                    self.metrics,
+                    self.scheduler.release,
+                )
             ),
             DispatchPolicy(
                 workers=tasks.workers,
@@ -311,6 +317,7 @@ class ControlPlane:
             if learned:
                 await store.keep_learned(learned)
             await store.keep_knowledge(self.fleet.knowledge(self.clock.monotonic()))
+            await self.foresight.keep(store)
         except Exception as error:
             log.warning("what was learned of the fleet is not kept for now: %s", privacy.kind(error))
         await self._keep_agents()
@@ -378,6 +385,7 @@ class ControlPlane:
             write_timeout=self.settings.limits.write_timeout,
             dispatcher=self.dispatcher,
             deliveries=self.deliveries,
+            predicted=self.foresight.foreteller.of,
         )
         self._beliefs = BeliefsServicer(self.beliefs, self.metrics)
         self._accounting = AccountingServicer(self.bookkeeper, self.metrics)
@@ -476,6 +484,8 @@ async def running(
                 group.create_task(plane.keep_learned(), name="learned"),
                 group.create_task(plane.keep_books(), name="books"),
                 group.create_task(plane.deliver_callbacks(), name="callbacks"),
+                group.create_task(plane.foresight.watch(), name="predictors"),
+                group.create_task(plane.foresight.warmer.run(), name="forecast"),
             ]
             try:
                 plane.open_gateway()

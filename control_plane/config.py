@@ -243,6 +243,26 @@ class TaskSettings(Settings):
     callbacks: CallbackSettings = CallbackSettings()
 
 
+class PredictorSettings(Settings):
+    dir: Path | None = Field(
+        None,
+        description="Folder of trained predictors, see `modelyard predictor`. Empty: beside the file of the task "
+        "store, `tasks.predictors` for `tasks.db`; none for PostgreSQL. What is put in force there holds within 2 s.",
+    )
+
+
+class ForecastSettings(Settings):
+    half_life: PositiveSeconds = Field(
+        600.0, description="Seconds after which an arrival counts half as much for how busy it is just now."
+    )
+    warm_ahead: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        0.0,
+        description="Have a cold model loaded when so many requests are expected for it within its load time and "
+        "`forecast.margin`; 0: never.",
+    )
+    margin: PositiveSeconds = Field(60.0, description="Seconds that are looked ahead beyond the load time of a model.")
+
+
 Usd = Annotated[float, Field(ge=0, le=9e9, allow_inf_nan=False)]
 TokenCount = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -408,6 +428,8 @@ class ControlPlaneSettings(Settings):
     tasks: TaskSettings = TaskSettings()
     budgets: BudgetSettings = BudgetSettings()
     agents: AgentSettings = AgentSettings()
+    predictors: PredictorSettings = PredictorSettings()
+    forecast: ForecastSettings = ForecastSettings()
     model_initial_stats: dict[str, initial_stats.InitialStats] = Field(
         default_factory=dict,
         description='What is assumed per model ("name" or "provider/name") until it is measured: `success` 0 to 1, '

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -47,6 +47,16 @@ _AWAY_RETRY = 1.0
 
 # Characters of a step's own words that are passed on.
 _DETAIL_LENGTH = 300
+
+
+class Caller(Protocol):
+    """Who is told of the progress: the context of a call."""
+
+    def write(self, message: Any) -> Awaitable[None]: ...
+
+    def time_remaining(self) -> float | None:
+        """Seconds; None: as long as it takes."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +122,7 @@ class ModelLifecycle:
         request: orchestrator_pb2.PullModelRequest
         | orchestrator_pb2.LoadModelRequest
         | orchestrator_pb2.UnloadModelRequest,
-        context: grpc.aio.ServicerContext,
+        context: Caller,
     ) -> None:
         """Serve one call, writing to `context`. Ends when the model server's stream does, with the caller's deadline or
         cancellation, or when the server is lost."""

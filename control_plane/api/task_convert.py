@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from control_plane.api import convert
+from control_plane.api.predicting import Predicted, Shown
 from control_plane.domain.model import ModelName, Provider
 from control_plane.domain.task import TaskType
 from control_plane.tasks.lanes import lane_of
@@ -31,6 +32,7 @@ from control_plane.tasks.model import (
 from modelyard.rpc.errors import Violation, invalid
 from modelyard.v1.orchestrator_pb2 import GenerateRequest
 from modelyard.v1.task_queue_pb2 import (
+    AttemptPrediction,
     BatchSubmitTasksRequest,
     SubmitTaskRequest,
     Task,
@@ -211,6 +213,14 @@ def task(record: TaskRecord) -> Task:
     return message
 
 
+def completion_tokens(result: bytes) -> int:
+    """Tokens of the answer in a serialised TaskResult. Raises ValueError."""
+    try:
+        return TaskResult.FromString(result).summary.usage.completion_tokens
+    except DecodeError as error:
+        raise ValueError("no TaskResult") from error
+
+
 def finished_task(full: FullTask) -> Task:
     """A terminal task with its attempts and its result, without spec and history."""
     message = task(full.record)
@@ -220,9 +230,13 @@ def finished_task(full: FullTask) -> Task:
     return message
 
 
-def whole_task(full: FullTask, waiting_for: str = "") -> Task:
+def whole_task(full: FullTask, waiting_for: str = "", predicted: Predicted = lambda task_id, number: None) -> Task:
     """Everything about a task."""
     message = finished_task(full)
+    for attempt in message.attempts:
+        shown = predicted(message.id, attempt.number)
+        if shown is not None:
+            _predict(attempt.predicted, shown)
     message.spec.ParseFromString(full.spec)
     message.history.extend(map(event, full.history))
     message.waiting_for = waiting_for
@@ -244,6 +258,14 @@ def _attempt(record: AttemptRecord) -> TaskAttempt:
     if record.ended_at is not None:
         set_timestamp(message.ended_at, record.ended_at)
     return message
+
+
+def _predict(message: AttemptPrediction, shown: Shown) -> None:
+    told = shown.prediction
+    message.version, message.success, message.cost_nano_usd = shown.version, told.success, shown.cost_nano_usd
+    convert.set_duration(message.p50, told.seconds_p50)
+    convert.set_duration(message.p90, told.seconds_p90)
+    message.completion_tokens = min(round(told.completion_tokens), 2**32 - 1)
 
 
 def event(record: EventRecord) -> TaskEvent:

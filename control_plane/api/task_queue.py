@@ -14,6 +14,7 @@ from control_plane.api import convert, task_convert
 from control_plane.api.callbacks import CallbackMethods
 from control_plane.api.metrics import Metrics
 from control_plane.api.orchestrator import served
+from control_plane.api.predicting import Predicted
 from control_plane.api.task_watch import POLL, Feeds, Watch
 from control_plane.api.tenant import tenant_of
 from control_plane.domain.errors import DomainError, draining
@@ -90,6 +91,7 @@ class TaskQueueServicer(CallbackMethods):
         write_timeout: float,
         dispatcher: Dispatching | None = None,
         deliveries: Deliveries | None = None,
+        predicted: Predicted = lambda task_id, number: None,
     ) -> None:
         """
         store          None: there are no tasks, every method answers UNSUPPORTED
@@ -106,6 +108,7 @@ class TaskQueueServicer(CallbackMethods):
         self._max_attempts = max_attempts
         self._write_timeout = write_timeout
         self._dispatcher = dispatcher
+        self._predicted = predicted
         self._stopping = asyncio.Event()
 
     def stop_accepting(self) -> None:
@@ -212,7 +215,8 @@ class TaskQueueServicer(CallbackMethods):
     ) -> task_queue_pb2.GetTaskResponse:
         tenant, store, id = self._about_one(request.id, context)
         full = await store.get(tenant, id)
-        return task_queue_pb2.GetTaskResponse(task=task_convert.whole_task(full, self._waiting_for(full, store.now())))
+        waiting_for = self._waiting_for(full, store.now())
+        return task_queue_pb2.GetTaskResponse(task=task_convert.whole_task(full, waiting_for, self._predicted))
 
     def _waiting_for(self, full: FullTask, now: float) -> str:
         """One sentence about why a task is still queued; empty for one that is not."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from control_plane.progress import bar
 from control_plane.simulation import compare, report, traces
 from control_plane.simulation.fleet import BUILT_IN, Fleet, FleetError, events, fleet, script
 from control_plane.simulation.harness import Settings
@@ -18,8 +18,6 @@ from control_plane.simulation.policies import BEST_ORACLE, NAMES, POLICIES
 PROGRAM = "modelyard simulate"
 USAGE = 2
 LOADS = (0.75, 1.0, 1.3)
-PATIENCE = 2.0
-"""Seconds of work before progress is shown."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -101,7 +99,7 @@ def _compared(arguments: argparse.Namespace) -> tuple[report.Heading, list[compa
     faults = script(arguments.faults, before)
     # What is wrong in the script is said before anything runs.
     events(faults, after, trace.span)
-    with _progress() as progress:
+    with bar() as progress:
         capacity = None
         rates: list[tuple[float, float | None]] = [(rate, None) for rate in arguments.rate or ()]
         if not rates:
@@ -133,26 +131,6 @@ def _trace(arguments: argparse.Namespace) -> traces.Trace:
     if arguments.count:
         trace = trace.part(0, arguments.count)
     return trace.looped(arguments.loop)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[compare.Progress | None]:
-    """A bar on a terminal, once there has been work for a while; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True, refresh_per_second=4) as bar:
-        task = bar.add_task("", visible=False)
-
-        def show(what: str, done: int, of: int) -> None:
-            late = (bar.get_time() - started) > PATIENCE
-            bar.update(task, description=what, completed=done, total=of, visible=late)
-
-        started = bar.get_time()
-        yield show
 
 
 def _names(text: str) -> list[str]:

@@ -86,6 +86,13 @@ def _postgresql(url: str, parts: SplitResult, port: int | None, several: bool) -
     return PostgresDatabase(url, f"postgresql://{user}{host}{f':{port}' if port else ''}{parts.path}")
 
 
+def predictors_folder(given: Path | None, place: Location) -> Path | None:
+    """Where the trained predictors of a control plane with this store are; None: it has none."""
+    if given is not None:
+        return given.expanduser().absolute()
+    return place.path.with_suffix(".predictors") if isinstance(place, SqliteFile) else None
+
+
 def state_folder(env: Mapping[str, str]) -> Path:
     """Where programs of this user keep what must outlive them."""
     home = Path(env["HOME"]) if env.get("HOME") else Path.home()

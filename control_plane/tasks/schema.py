@@ -25,7 +25,7 @@ from sqlalchemy import (
     text,
 )
 
-REVISION = "0004"
+REVISION = "0005"
 """Of these tables: the newest migration."""
 
 LATER = 0
@@ -209,6 +209,16 @@ knowledge = Table(
     "knowledge",
     metadata,
     _text("name", primary_key=True),
+    _text("data"),  # JSON
+    Column("updated_at", Double, nullable=False),
+)
+
+
+forecasts = Table(
+    "forecasts",
+    metadata,
+    Column("task_type", SmallInteger, primary_key=True, autoincrement=False),
+    _text("model", primary_key=True),
     _text("data"),  # JSON
     Column("updated_at", Double, nullable=False),
 )

@@ -22,7 +22,7 @@ from control_plane.tasks.sqlite import engine
 from tests.harness.postgres import Postgres
 from tests.harness.task_store import TENANT, claim, new_task, opened
 
-RELEASED = ("0001", "0002", "0003", "0004")
+RELEASED = ("0001", "0002", "0003", "0004", "0005")
 """Schemas that a released program has made. Never shorter."""
 
 DATABASES = ("sqlite", "postgresql")

@@ -166,7 +166,7 @@ class Task(_message.Message):
     def __init__(self, id: _Optional[str] = ..., state: _Optional[_Union[TaskState, str]] = ..., spec: _Optional[_Union[TaskSpec, _Mapping]] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., finished_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ready_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., epoch: _Optional[int] = ..., attempts: _Optional[_Iterable[_Union[TaskAttempt, _Mapping]]] = ..., attempt_count: _Optional[int] = ..., failure_count: _Optional[int] = ..., max_attempts: _Optional[int] = ..., failure_reason: _Optional[str] = ..., failure_message: _Optional[str] = ..., result: _Optional[_Union[TaskResult, _Mapping]] = ..., idempotency_key: _Optional[str] = ..., task_type: _Optional[_Union[_task_pb2.TaskType, str]] = ..., priority: _Optional[_Union[_task_pb2.TaskPriority, str]] = ..., group: _Optional[str] = ..., history: _Optional[_Iterable[_Union[TaskEvent, _Mapping]]] = ..., waiting_for: _Optional[str] = ...) -> None: ...
 
 class TaskAttempt(_message.Message):
-    __slots__ = ("number", "epoch", "server_id", "model", "provider", "started_at", "ended_at", "failure_reason", "failure_message", "cost_nano_usd")
+    __slots__ = ("number", "epoch", "server_id", "model", "provider", "started_at", "ended_at", "failure_reason", "failure_message", "cost_nano_usd", "predicted")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SERVER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -177,6 +177,7 @@ class TaskAttempt(_message.Message):
     FAILURE_REASON_FIELD_NUMBER: _ClassVar[int]
     FAILURE_MESSAGE_FIELD_NUMBER: _ClassVar[int]
     COST_NANO_USD_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_FIELD_NUMBER: _ClassVar[int]
     number: int
     epoch: int
     server_id: str
@@ -187,7 +188,24 @@ class TaskAttempt(_message.Message):
     failure_reason: str
     failure_message: str
     cost_nano_usd: int
-    def __init__(self, number: _Optional[int] = ..., epoch: _Optional[int] = ..., server_id: _Optional[str] = ..., model: _Optional[str] = ..., provider: _Optional[str] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., failure_reason: _Optional[str] = ..., failure_message: _Optional[str] = ..., cost_nano_usd: _Optional[int] = ...) -> None: ...
+    predicted: AttemptPrediction
+    def __init__(self, number: _Optional[int] = ..., epoch: _Optional[int] = ..., server_id: _Optional[str] = ..., model: _Optional[str] = ..., provider: _Optional[str] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., failure_reason: _Optional[str] = ..., failure_message: _Optional[str] = ..., cost_nano_usd: _Optional[int] = ..., predicted: _Optional[_Union[AttemptPrediction, _Mapping]] = ...) -> None: ...
+
+class AttemptPrediction(_message.Message):
+    __slots__ = ("version", "p50", "p90", "success", "completion_tokens", "cost_nano_usd")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    P50_FIELD_NUMBER: _ClassVar[int]
+    P90_FIELD_NUMBER: _ClassVar[int]
+    SUCCESS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COST_NANO_USD_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    p50: _duration_pb2.Duration
+    p90: _duration_pb2.Duration
+    success: float
+    completion_tokens: int
+    cost_nano_usd: int
+    def __init__(self, version: _Optional[str] = ..., p50: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., p90: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., success: _Optional[float] = ..., completion_tokens: _Optional[int] = ..., cost_nano_usd: _Optional[int] = ...) -> None: ...
 
 class TaskResult(_message.Message):
     __slots__ = ("text", "reasoning_text", "tool_calls", "summary", "logprobs")

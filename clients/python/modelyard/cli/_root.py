@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "servers": ("inspect", "servers", "List the model servers of the fleet."),
     "drain": ("inspect", "drain", "Let a model server finish what it has and take nothing new."),
     "simulate": ("programs", "simulate", "Replay a trace on a simulated fleet and compare policies."),
+    "predictor": ("programs", "predictor", "Train, compare and put in force predictors of tasks; show the forecast."),
     "db": ("programs", "db", "Show or upgrade the tables of the task store."),
     "control-plane": ("programs", "control_plane", "Run a control plane."),
     "model-server": ("programs", "model_server", "Run a model server beside an engine."),

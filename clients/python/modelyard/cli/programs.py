@@ -1,4 +1,4 @@
-"""`modelyard control-plane`, `model-server`, `db` and `simulate`: the programs themselves, all arguments passed on."""
+"""`modelyard control-plane`, `model-server`, `db`, `predictor`, `simulate`: the programs, all arguments passed on."""
 
 from __future__ import annotations
 
@@ -62,6 +62,15 @@ def db(session: Session, arguments: tuple[str, ...]) -> None:
     """Show or upgrade the tables of the task store; see `modelyard db --help`."""
     config = ["--config", str(session.config)] if session.config and len(arguments) > 0 else []
     _become("modelyard db", "control_plane.db", [*arguments, *config])
+
+
+@click.command("predictor", context_settings=_PASS_ON, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.pass_obj
+def predictor(session: Session, arguments: tuple[str, ...]) -> None:
+    """Train, compare and put in force predictors of tasks, show the forecast; see `modelyard predictor --help`."""
+    config = ["--config", str(session.config)] if session.config and len(arguments) > 0 else []
+    _become("modelyard predictor", "control_plane.predictor", [*arguments, *config])
 
 
 @click.command("simulate", context_settings=_PASS_ON, add_help_option=False)

@@ -348,6 +348,7 @@ def _print_task(task: Task) -> None:
                 Column("server", style="bold"),
                 Column("model"),
                 Column("took", right=True),
+                Column("expected", right=True, optional=1),
                 Column("failure", flexible=True),
             ),
             [
@@ -356,6 +357,7 @@ def _print_task(task: Task) -> None:
                     attempt.server_id,
                     attempt.model,
                     _took(attempt.started_at, attempt.ended_at),
+                    output.seconds(attempt.predicted.p50) if attempt.predicted else "-",
                     " ".join(part for part in (attempt.failure_reason, attempt.failure_message) if part),
                 )
                 for attempt in task.attempts

@@ -81,7 +81,15 @@ from modelyard.client._sync_agents import Agents, Assignment, Registration
 from modelyard.client._sync_beliefs import Beliefs, Callbacks
 from modelyard.client._sync_tasks import Tasks
 from modelyard.client._task_messages import NewTask, TaskOptions
-from modelyard.client._task_types import QueueStats, Submission, Task, TaskAttempt, TaskEvent, TaskLane
+from modelyard.client._task_types import (
+    AttemptPrediction,
+    QueueStats,
+    Submission,
+    Task,
+    TaskAttempt,
+    TaskEvent,
+    TaskLane,
+)
 from modelyard.client._tasks import AsyncTasks
 from modelyard.client._types import (
     Attempt,
@@ -138,6 +146,7 @@ __all__ = [
     "AsyncRegistration",
     "AsyncTasks",
     "Attempt",
+    "AttemptPrediction",
     "AttemptsExhausted",
     "Belief",
     "Beliefs",

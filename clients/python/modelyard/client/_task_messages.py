@@ -14,7 +14,15 @@ from modelyard.client import _answers as answers
 from modelyard.client import _names as names
 from modelyard.client._errors import BY_REASON, FieldViolation, InternalError, ModelyardError
 from modelyard.client._requests import GenerateOptions, Input, generate_request
-from modelyard.client._task_types import QueueStats, Submission, Task, TaskAttempt, TaskEvent, TaskLane
+from modelyard.client._task_types import (
+    AttemptPrediction,
+    QueueStats,
+    Submission,
+    Task,
+    TaskAttempt,
+    TaskEvent,
+    TaskLane,
+)
 from modelyard.client._types import Delta, GenerationResult, ToolCallDelta
 from modelyard.rpc.reasons import Reason
 from modelyard.v1 import task_queue_pb2
@@ -180,6 +188,18 @@ def _attempt(message: task_queue_pb2.TaskAttempt) -> TaskAttempt:
         ended_at=answers.time(message, "ended_at"),
         failure_reason=message.failure_reason,
         failure_message=message.failure_message,
+        cost_usd=message.cost_nano_usd / 1e9,
+        predicted=_predicted(message.predicted) if message.HasField("predicted") else None,
+    )
+
+
+def _predicted(message: task_queue_pb2.AttemptPrediction) -> AttemptPrediction:
+    return AttemptPrediction(
+        version=message.version,
+        p50=message.p50.ToNanoseconds() / 1e9,
+        p90=message.p90.ToNanoseconds() / 1e9,
+        success=message.success,
+        completion_tokens=message.completion_tokens,
         cost_usd=message.cost_nano_usd / 1e9,
     )
 

@@ -13,6 +13,23 @@ from modelyard.client._types import GenerationResult, Value
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptPrediction(Value):
+    """What was expected of an attempt when it got its server."""
+
+    version: str
+    """Of the predictor, or "rules"."""
+    p50: float
+    """Seconds: the median."""
+    p90: float
+    """Seconds that nine of ten do not exceed."""
+    success: float
+    """Probability, 0 to 1."""
+    completion_tokens: int
+    """The median."""
+    cost_usd: float
+
+
+@dataclass(frozen=True, slots=True)
 class TaskAttempt(Value):
     """One try of a task on one server."""
 
@@ -29,6 +46,8 @@ class TaskAttempt(Value):
     """Empty: it succeeded or runs."""
     failure_message: str = ""
     cost_usd: float = 0.0
+    predicted: AttemptPrediction | None = None
+    """None: not in lists, and not of attempts of long ago or of another control plane."""
 
 
 @dataclass(frozen=True, slots=True)
