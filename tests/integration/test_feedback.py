@@ -99,9 +99,10 @@ async def test_exploring_is_told_and_counted(tmp_path: Path) -> None:
         assert 0 < len(explored) < 40
         for decision in decisions:
             assert decision.propensity == pytest.approx(0.25 if decision.explored else 0.75)
+        value = plane.metrics.registry.get_sample_value
         await eventually(
             lambda: (
-                plane.metrics.registry.get_sample_value("modelyard_explored_total", {"model": "honest"})
+                sum(value("modelyard_explored_total", {"model": model}) or 0.0 for model in ("boaster", "honest"))
                 == len(explored)
             )
         )
