@@ -106,7 +106,7 @@ class SimulatedEngine:
         return EngineStatus(
             engine="simulated",
             version=VERSION,
-            device="simulated",
+            device=self._settings.device,
             memory_bytes=self._settings.memory_bytes,
             memory_used_bytes=self._memory_used,
             models=tuple(self._models.values()),

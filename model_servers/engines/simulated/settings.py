@@ -127,6 +127,7 @@ class SimulatedSettings(Settings):
     instant: bool = Field(False, description="All speeds infinite, no sleep anywhere: for load tests.")
     time_scale: float = Field(1.0, ge=0, description="Every duration is multiplied with this.")
     start_seconds: float = Field(0.0, ge=0, description="How long starting takes.")
+    device: str = Field("simulated", min_length=1, description="What it says that it runs on.")
     memory_bytes: int = Field(
         0, ge=0, description="Memory of the host: what does not fit beside warm models does not load; 0: no limit."
     )

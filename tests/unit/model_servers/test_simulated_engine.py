@@ -202,7 +202,7 @@ async def test_answers_are_slower_while_a_prompt_is_computed():
 
 
 async def test_a_prompt_that_is_given_up_leaves_the_lane_at_once():
-    engine = await started(instant=False, prefill_tokens_per_second=1000, answer_tokens=1)
+    engine = await started(instant=False, prefill_tokens_per_second=1000, context_length=2**20, answer_tokens=1)
     long = asyncio.create_task(collect(engine, raw("x" * 400_000)))
     short = asyncio.create_task(collect(engine, raw("short")))
     while engine.status().load.running < 2:
