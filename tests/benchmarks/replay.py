@@ -180,9 +180,8 @@ class ThroughBaseline:
     ) -> None:
         ended, job = False, outcome.job
         async for response in self._stubs[server_id].Generate(request):
-            if response.HasField("delta"):
-                if _took(outcome, response.delta, self._watch):
-                    self._baseline.first_token(job, server_id, outcome.first_at, 0)
+            if response.HasField("delta") and _took(outcome, response.delta, self._watch):
+                self._baseline.first_token(job, server_id, outcome.first_at, 0)
             if response.HasField("result"):
                 ended, usage = True, response.result.usage
                 outcome.host, outcome.cached = server_id, usage.cached_prompt_tokens
