@@ -35,6 +35,8 @@ class Query:
     """What servers will do first. None: nothing."""
     content: bool = False
     """Whether it takes what is free, and does not wait for better."""
+    most: tuple[Floats, Floats] | None = field(default=None, repr=False)
+    """The most that the request can come to in each row, once that was asked for: see `filters`."""
     _forecast: Forecast | None = field(default=None, repr=False)
 
     @property

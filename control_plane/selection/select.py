@@ -60,7 +60,7 @@ def select(query: Query) -> Choice:
     present = capable & passing(PRESENT, query)
     eligible = present & passing(FREE, query)
     if table.cold is not None and (eligible & table.cold).any():
-        slower = outrun(query, capable)
+        slower = outrun(query, capable, present)
         if slower is not None:
             eligible &= ~slower.rows
     rows = eligible.nonzero()[0]
@@ -136,7 +136,8 @@ def _candidates(query: Query, choice: Choice) -> list[ScoredCandidate]:
         if mask is not None:
             for row in (~mask).nonzero()[0].tolist():
                 rejections[row].append(Rejection(condition.reason, condition.detail(query, row)))
-    slower = outrun(query, _capable(query))
+    capable = _capable(query)
+    slower = outrun(query, capable, capable & passing(PRESENT, query))
     if slower is not None:
         for row in slower.rows.nonzero()[0].tolist():
             rejections[row].append(Rejection(RejectionReason.LOADING_TAKES_LONGER, slower.detail(query, row)))
