@@ -175,8 +175,8 @@ def _outside(table: CandidateTable, servers: frozenset[ServerId]) -> Mask | None
 
 
 def _most(query: Query, funds: Funds) -> tuple[Floats, Floats]:
-    """The most that the request can come to in each row: 1e-9 US dollars and tokens, shape (rows,), the tokens (1,) where
-    they are the same in all. The same as `Reckoning.most`, but for the rounding of what no double holds."""
+    """The most that the request can come to in each row: 1e-9 US dollars and tokens, shape (rows,), the tokens (1,)
+    where they are the same in all. The same as `Reckoning.most`, but for the rounding of what no double holds."""
     if query.most is not None:
         return query.most
     table, request = query.table, query.request
