@@ -71,9 +71,8 @@ def route_request(
 ) -> RouteRequest:
     """What routing may know of a checked request, whose prompt has `more_tokens` beside what is in its input, and
     these `blocks`. `model` is the resolved pin."""
-    requirements = message.requirements
     task_type = TaskType(message.task_type or TaskType.CHAT)
-    features = feature_set((*implied_features(message.input), *requirements.features))
+    features = feature_set((*implied_features(message.input), *message.requirements.features))
     if task_type is TaskType.VISION:
         features |= Feature.VISION
     sampling = message.input.sampling
@@ -87,7 +86,7 @@ def route_request(
         preset=message.preset,
         blocks=blocks,
         tenant=tenant,
-        **_pins(requirements, model),
+        **_pins(message, model),
     )
 
 
@@ -107,11 +106,17 @@ def embed_route_request(
         more_prompt_tokens=max(0, sum(tokens) - longest),
         tenant=tenant,
         features=Feature.EMBEDDING | feature_set(message.requirements.features),
-        **_pins(message.requirements, model),
+        **_pins(message, model),
     )
 
 
-def _pins(requirements: selection_pb2.Requirements, model: tuple[ModelName, Provider | None] | None) -> dict[str, Any]:
+def _pins(
+    message: orchestrator_pb2.GenerateRequest | orchestrator_pb2.EmbedRequest,
+    model: tuple[ModelName, Provider | None] | None,
+) -> dict[str, Any]:
+    if model is None and not message.HasField("requirements"):
+        return {}  # most have none, and to read what is not there takes as long as all the rest
+    requirements = message.requirements
     name, provider = model or (None, None)
     return {
         "model": name,

@@ -114,12 +114,15 @@ class Reached(Generic[T]):
 
 
 class FairQueue(Generic[T]):
-    """Higher priority first; within a class by the time by which a request must start to be served well, and those for
-    which it is too late behind those for which it is not. Requests that name no such time: first come, first served.
-
-    Tenants share by seconds of service, not tokens: who has had less by `FAIR_QUANTUM` goes first. One that comes back
-    after a pause starts level with those who wait, so that nobody saves up.
+    """Higher priority first; within a class the tenants share by seconds of service, not tokens: who has had less by
+    `FAIR_QUANTUM` goes first, be its requests late or not, or one that floods the queue with new ones would take all.
+    One that comes back after a pause starts at most that much ahead of those who wait: the little that it asks for is
+    not held up by the much that others do, and nobody saves up.
     Source: the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024.
+
+    Of one tenant, and of tenants that are level, first comes whose time is first by which it must start to be served
+    well, and those for which it is too late come behind those for which it is not. Requests that name no such time:
+    first come, first served.
 
     Requests with the same needs share a lane, and only the first of a lane is tried: if it cannot start, neither can
     those behind it. A wave of thousands for one busy model so costs one try per event, and holds nobody else up.
@@ -412,7 +415,7 @@ class FairQueue(Generic[T]):
             if after is not None and priority > after.entry.request.priority:
                 continue
             reached = after.turns if after is not None and priority is after.entry.request.priority else {}
-            best: tuple[int, int, Turn] | None = None
+            best: tuple[bool, int, Turn] | None = None
             for tenant, by_kind in tenants.items():
                 floor = reached.get(tenant, _FIRST)
                 quanta = self._quanta(tenant)
@@ -421,16 +424,17 @@ class FairQueue(Generic[T]):
                     position = bisect_right(heads, floor)
                     if position < len(heads):
                         turn = heads[position]
-                        if best is None or (turn.standing, quanta, turn) < best:
-                            best = turn.standing, quanta, turn
+                        order = turn.standing == _BEHIND, quanta, turn
+                        if best is None or order < best:
+                            best = order
             for entry in self._deeper:
                 tenant, turn = entry.request.tenant, entry.turn
                 if entry.request.priority is not priority or turn.place not in self._live:
                     continue
                 if reached.get(tenant, _FIRST) < turn and (kinds is None or entry.kind in kinds):
-                    standing = turn.standing, self._quanta(tenant), turn
-                    if best is None or standing < best:
-                        best = standing
+                    order = turn.standing == _BEHIND, self._quanta(tenant), turn
+                    if best is None or order < best:
+                        best = order
             if best is not None:
                 return self._live[best[2].place]
         return None
@@ -477,7 +481,7 @@ class FairQueue(Generic[T]):
             share = self._shares[tenant] = _Share(0.0)
         if not share.waiting and len(self._shares) > 1:
             least = min((other.granted for other in self._shares.values() if other.waiting), default=0.0)
-            share.granted = max(share.granted, least)
+            share.granted = max(share.granted, least - FAIR_QUANTUM)
         return share
 
     def _admit(self, waiting: int, bound: int, rate: float) -> None:

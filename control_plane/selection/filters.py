@@ -174,16 +174,19 @@ def _outside(table: CandidateTable, servers: frozenset[ServerId]) -> Mask | None
 
 
 def _most(query: Query, funds: Funds) -> tuple[Floats, Floats]:
-    """The most that the request can come to in each row: 1e-9 US dollars and tokens, shape (rows,). The same as
-    `Reckoning.most`, but for the rounding of what no double holds."""
+    """The most that the request can come to in each row: 1e-9 US dollars and tokens, shape (rows,), the tokens (1,)
+    where they are the same in all. The same as `Reckoning.most`, but for the rounding of what no double holds."""
+    if query.most is not None:
+        return query.most
     table, request = query.table, query.request
     prompt = funds.reckoning.prompt(request)
     output: Floats | int = funds.reckoning.output(request, 0)
     if request.max_tokens is None and output:
         left = np.maximum(table.context_length - request.prompt_tokens, 1)
         output = np.minimum(left, funds.reckoning.output_tokens).astype(np.float64)
-    nano_usd = np.rint(1e3 * (prompt * table.prompt_price + output * table.completion_price))
-    return nano_usd, np.broadcast_to(np.asarray(prompt + output, dtype=np.float64), nano_usd.shape)
+    nano_usd = 1e3 * (prompt * table.prompt_price + output * table.completion_price)
+    query.most = np.rint(nano_usd), np.atleast_1d(np.asarray(prompt + output, dtype=np.float64))
+    return query.most
 
 
 def _covered(query: Query, funds: Funds, amounts: Amounts) -> Mask:
@@ -213,7 +216,7 @@ def _funded_now(query: Query) -> Mask | None:
 
 def _funded_detail(query: Query, row: int) -> str:
     assert query.funds is not None
-    nano_usd, tokens = (float(most[row]) for most in _most(query, query.funds))
+    nano_usd, tokens = (float(most[row if len(most) > 1 else 0]) for most in _most(query, query.funds))
     left, whose = query.funds.later, f"tenant {query.request.tenant}"
     if nano_usd > left.nano_usd:
         return f"may cost {nano_usd * 1e-9:.6f} US dollars > {left.nano_usd * 1e-9:.6f} left to {whose}"
@@ -232,7 +235,7 @@ def cheapest(query: Query, rows: Mask, *, unpaid: bool) -> Amounts | None:
     numbers = rows.nonzero()[0]
     if len(numbers) == 0:
         return None
-    nano_usd, tokens = _most(query, query.funds)
+    nano_usd, tokens = np.broadcast_arrays(*_most(query, query.funds))
     row = numbers[np.lexsort((tokens[numbers], nano_usd[numbers]))[0]]
     return Amounts(_whole(nano_usd[row]), _whole(tokens[row]))
 

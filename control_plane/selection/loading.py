@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from control_plane.selection.filters import PRESENT, passing
 from control_plane.selection.forecast import load_seconds, service_seconds
 from control_plane.selection.query import Query
 from control_plane.selection.table import Mask
@@ -36,12 +35,13 @@ class Outrun:
         return f"loading takes about {loading:.1f} s; {rival.server_id}/{rival.card.name} {start}"
 
 
-def outrun(query: Query, capable: Mask) -> Outrun | None:
-    """The cold ones among the `capable` rows that a warm one outruns; None if there is none of either."""
+def outrun(query: Query, capable: Mask, present: Mask) -> Outrun | None:
+    """The cold ones among the `capable` rows that a warm one outruns, which is one of those `present`; None if there is
+    none of either."""
     table = query.table
     if table.cold is None:
         return None
-    rivals = capable & passing(PRESENT, query) & ~table.cold
+    rivals = present & ~table.cold
     idle = rivals & (table.free > 0)
     if idle.any():
         rival, start = int(idle.argmax()), 0.0

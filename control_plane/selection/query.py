@@ -37,6 +37,8 @@ class Query:
     """Whether it takes what is free, and does not wait for better."""
     draw: float = 0.0
     """By which chance decides whether to explore, uniform in [0, 1)."""
+    most: tuple[Floats, Floats] | None = field(default=None, repr=False)
+    """The most that the request can come to in each row, once that was asked for: see `filters`."""
     _forecast: Forecast | None = field(default=None, repr=False)
 
     @property

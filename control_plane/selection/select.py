@@ -66,7 +66,7 @@ def select(query: Query) -> Choice:
     present = capable & passing(PRESENT, query)
     eligible = present & passing(FREE, query)
     if table.cold is not None and (eligible & table.cold).any():
-        slower = outrun(query, capable)
+        slower = outrun(query, capable, present)
         if slower is not None:
             eligible &= ~slower.rows
     spare = spared(query, capable, present)
@@ -178,11 +178,12 @@ def _candidates(query: Query, choice: Choice) -> list[ScoredCandidate]:
             for row in (~mask).nonzero()[0].tolist():
                 rejections[row].append(Rejection(condition.reason, condition.detail(query, row)))
     capable = _capable(query)
-    slower = outrun(query, capable)
+    present = capable & passing(PRESENT, query)
+    slower = outrun(query, capable, present)
     if slower is not None:
         for row in slower.rows.nonzero()[0].tolist():
             rejections[row].append(Rejection(RejectionReason.LOADING_TAKES_LONGER, slower.detail(query, row)))
-    spare = spared(query, capable, capable & passing(PRESENT, query))
+    spare = spared(query, capable, present)
     if spare is not None:
         for row in spare.rows.nonzero()[0].tolist():
             rejections[row].append(Rejection(RejectionReason.SPARED, spare.detail(query, row)))

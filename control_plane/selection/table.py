@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import TypeAlias
@@ -134,12 +134,10 @@ class CandidateTable:
             self.paid = np.asarray((self.prompt_price > 0) | (self.completion_price > 0), dtype=np.bool_)
         self.longest = max((card.context_length for card in cards), default=0)
         """No row has a longer context."""
-        self.offers: dict[TaskType, Mask] = {
-            task: np.array([task in card.capabilities for card in cards], dtype=np.bool_) for task in TaskType
-        }
+        scores = _capabilities(cards)
+        self.offers: dict[TaskType, Mask] = {task: column > -math.inf for task, column in scores.items()}
         self.capability: dict[TaskType, Floats] = {
-            task: np.array([_unit(card.capabilities.get(task, 0.0)) for card in cards], dtype=np.float64)
-            for task in TaskType
+            task: np.clip(np.nan_to_num(column, nan=0.0), 0.0, 1.0) for task, column in scores.items()
         }
         """[0, 1]; 0 where the kind of work is not offered."""
         # None where all rows are the same: most fleets are warm at most times, and that should cost nothing.
@@ -318,6 +316,14 @@ def _unless_all(values: Iterable[bool]) -> Mask | None:
     """The column; None if every value is True."""
     column = np.fromiter(values, dtype=np.bool_)
     return None if column.all() else column
+
+
+def _capabilities(cards: Sequence[ModelCard]) -> dict[TaskType, Floats]:
+    """What the cards say of each kind of work, each of shape (rows,); -inf: nothing."""
+    tasks = tuple(TaskType)
+    said = [[card.capabilities.get(task, -math.inf) for task in tasks] for card in cards]
+    columns = np.array(said, dtype=np.float64).reshape(len(cards), len(tasks)).T
+    return {task: np.ascontiguousarray(column) for task, column in zip(tasks, columns, strict=True)}
 
 
 def _unit(value: float) -> float:

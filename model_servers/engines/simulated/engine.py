@@ -1,7 +1,7 @@
 """The simulated engine: slots, prefill, decoding and a prefix cache, without a model.
 
-Time is modelled, not spent: requests share one prefill lane, decode at
-min(single stream, aggregate / running), and sleep to the moment their next token is due.
+Time is modelled, not spent: requests take turns in one prefill lane, decode at min(single stream, aggregate / running),
+slower while a prompt is in the lane, and sleep to the moment their next token is due.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
@@ -40,7 +40,7 @@ from model_servers.engines.simulated.cache import PrefixCache, block_keys
 from model_servers.engines.simulated.faults import FaultScript
 from model_servers.engines.simulated.settings import Fault, SimulatedSettings
 from model_servers.engines.simulated.slots import Pauses, Slots
-from model_servers.engines.simulated.text import count_tokens, embed, fingerprint, render_prompt
+from model_servers.engines.simulated.text import count_tokens, embed, fingerprint, render_prompt, told_tokens
 
 VERSION = "1"
 CRASH_STATUS = 70
@@ -57,6 +57,10 @@ class SimulatedEngine:
         self._settings = settings
         self._scale = 0.0 if settings.instant else settings.time_scale
         self._decoding = 0
+        self._lane = Slots(1)
+        """One prompt is computed at a time."""
+        self._lane_free_at = 0.0
+        """When it was left last, by the clock of the event loop."""
         self._models = {
             model.name: replace(
                 model.describe(settings.context_length),
@@ -77,7 +81,6 @@ class SimulatedEngine:
         self._frozen = Pauses()
         """Those who wait for the end of a stall."""
         self._cache = PrefixCache(settings.cache_blocks)
-        self._prefill_free_at = 0.0
         self._context_tokens = 0
         self._generation = 0
         """Counts breakdowns: whoever started before the latest one has failed."""
@@ -103,7 +106,7 @@ class SimulatedEngine:
         return EngineStatus(
             engine="simulated",
             version=VERSION,
-            device="simulated",
+            device=self._settings.device,
             memory_bytes=self._settings.memory_bytes,
             memory_used_bytes=self._memory_used,
             models=tuple(self._models.values()),
@@ -227,7 +230,7 @@ class SimulatedEngine:
         generation = self._generation
         async with self._slots.hold():
             await self._strike(fault, generation)
-            await self._prefill(sum(tokens), fault.factor if fault and fault.kind == "slow" else 1.0)
+            await self._prefill(lambda: sum(tokens), fault.factor if fault and fault.kind == "slow" else 1.0)
             vectors = []
             for n, text in enumerate(inputs):
                 if n % 64 == 63:
@@ -255,7 +258,7 @@ class SimulatedEngine:
             request,
             fingerprint(prompt, self._settings.seed, request.sampling.seed),
             self._settings.seed,
-            self._settings.answer_tokens,
+            (self._settings.told_answers and told_tokens(prompt)) or self._settings.answer_tokens,
             wanted or room,
         )
         # A schema may take a while: not on the event loop.
@@ -269,11 +272,17 @@ class SimulatedEngine:
         arrived = loop.time()
         async with self._slots.hold():
             queued = loop.time() - arrived
-            # At least one token of the prompt is always computed: it yields the first of the answer.
-            cached = min(self._cache.match(keys) * block, (prompt_tokens - 1) // block * block)
+            cached = 0
+
+            def uncached() -> int:
+                nonlocal cached
+                # At least one token of the prompt is always computed: it yields the first of the answer.
+                cached = min(self._cache.match(keys) * block, (prompt_tokens - 1) // block * block)
+                return prompt_tokens - cached
+
             self._context_tokens += prompt_tokens + answer.tokens
             try:
-                await self._prefill(prompt_tokens - cached, fault.factor if fault and fault.kind == "slow" else 1.0)
+                await self._prefill(uncached, fault.factor if fault and fault.kind == "slow" else 1.0)
                 self._cache.insert(keys)
                 self._decoding += 1
                 last: Delta | None = None
@@ -301,15 +310,24 @@ class SimulatedEngine:
                 last=last,
             )
 
-    async def _prefill(self, tokens: int, factor: float) -> None:
-        """Prompts are computed one after the other, as a busy accelerator would."""
+    async def _prefill(self, tokens: Callable[[], int], factor: float) -> None:
+        """Prompts are computed one after the other, as a busy accelerator would. How many `tokens` there are to compute
+        is asked when it is this one's turn: the one before may have left them in the cache."""
         await self._until_thawed()
-        seconds = self._prefill_seconds(tokens) * factor
-        if not seconds:
-            return
-        now = asyncio.get_running_loop().time()
-        self._prefill_free_at = max(now, self._prefill_free_at) + seconds
-        await self._pauses.sleep(self._prefill_free_at - now)
+        time = asyncio.get_running_loop().time
+        arrived = time()
+        async with self._lane.hold():
+            # A turn begins when the one before was due to end: timers are late, and that must not add up.
+            begin = max(arrived, self._lane_free_at)
+            seconds = self._prefill_seconds(tokens()) * factor
+            self._lane_free_at = begin
+            try:
+                if seconds:
+                    await self._pauses.sleep(max(0.0, begin + seconds - time()))
+                self._lane_free_at = begin + seconds
+            except BaseException:
+                self._lane_free_at = time()
+                raise
 
     def _prefill_seconds(self, tokens: int) -> float:
         speed = self._settings.prefill_tokens_per_second
@@ -321,6 +339,8 @@ class SimulatedEngine:
         slowest = 1 / speed if speed else 0.0
         if together:
             slowest = max(slowest, self._decoding / together)
+        if self._lane.running:
+            slowest /= self._settings.prefill_interference
         return slowest * self._scale
 
     async def _decode(
@@ -388,6 +408,7 @@ class SimulatedEngine:
         self._pauses.fail_all(lambda: EngineFailed(why))
         self._frozen.fail_all(lambda: EngineFailed(why))
         self._slots.fail_waiting(lambda: EngineFailed(why))
+        self._lane.fail_waiting(lambda: EngineFailed(why))
 
     def _recover(self) -> None:
         if not self._closed:

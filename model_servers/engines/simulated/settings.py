@@ -121,15 +121,22 @@ class SimulatedSettings(Settings):
     aggregate_tokens_per_second: float = Field(
         160.0, ge=0, description="Most tokens a second of all running requests together; 0: no such limit."
     )
+    prefill_interference: float = Field(
+        1.0, gt=0, le=1, description="Share of their speed that answers keep while a prompt is computed."
+    )
     instant: bool = Field(False, description="All speeds infinite, no sleep anywhere: for load tests.")
     time_scale: float = Field(1.0, ge=0, description="Every duration is multiplied with this.")
     start_seconds: float = Field(0.0, ge=0, description="How long starting takes.")
+    device: str = Field("simulated", min_length=1, description="What it says that it runs on.")
     memory_bytes: int = Field(
         0, ge=0, description="Memory of the host: what does not fit beside warm models does not load; 0: no limit."
     )
     context_length: int = Field(32768, ge=1, description="Context length of models that do not say their own.")
     answer_tokens: int = Field(
         0, ge=0, description="Tokens of a free-text answer; 0: 40 to 200, depending on prompt and seed."
+    )
+    told_answers: bool = Field(
+        False, description="A prompt that ends in `[N tokens]` gets a free-text answer of as many."
     )
     tokens_per_chunk: int = Field(1, ge=1, description="Tokens sent together.")
     block_tokens: int = Field(512, ge=1, description="Tokens of a block of the prefix cache.")

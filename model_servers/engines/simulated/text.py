@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from array import array
 from functools import lru_cache
 from hashlib import blake2b, shake_256
@@ -34,6 +35,15 @@ _PLACES = ("by the mill", "before noon", "without a sound", "along the wall", "f
 
 def count_tokens(text: str) -> int:
     return -(-len(text) // CHARACTERS_PER_TOKEN)
+
+
+_TOLD = re.compile(r"\[(\d{1,6}) tokens\](?:<\|assistant\|>)?\Z")
+
+
+def told_tokens(prompt: str) -> int:
+    """Tokens of the answer that a rendered prompt asks for in its last words; 0 where it does not."""
+    found = _TOLD.search(prompt, max(0, len(prompt) - 40))
+    return int(found[1]) if found else 0
 
 
 def render_prompt(request: GenerationRequest) -> str:

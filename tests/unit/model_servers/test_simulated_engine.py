@@ -181,6 +181,62 @@ async def test_speeds_are_kept():
     assert loop.time() - begun >= 2 * 49 / 500 - 0.02  # two share what one had
 
 
+def raw(text: str, **more) -> GenerationRequest:
+    return GenerationRequest("simulated", prompt=text, **more)
+
+
+async def test_answers_are_slower_while_a_prompt_is_computed():
+    loop = asyncio.get_running_loop()
+    engine = await started(
+        instant=False, prefill_tokens_per_second=1000, decode_tokens_per_second=100, aggregate_tokens_per_second=0,
+        answer_tokens=50, prefill_interference=0.25,
+    )  # fmt: skip
+    async with aclosing(engine.generate(raw("short"))) as stream:
+        await anext(stream)
+        long = asyncio.create_task(collect(engine, raw("x" * 40_000)))  # ten seconds in the lane
+        begun = loop.time()
+        for _ in range(7):
+            await anext(stream)
+        assert loop.time() - begun >= 6 / 100 / 0.25 - 0.01  # the first was due before the lane was busy
+        long.cancel()
+
+
+async def test_a_prompt_that_is_given_up_leaves_the_lane_at_once():
+    engine = await started(instant=False, prefill_tokens_per_second=1000, context_length=2**20, answer_tokens=1)
+    long = asyncio.create_task(collect(engine, raw("x" * 400_000)))
+    short = asyncio.create_task(collect(engine, raw("short")))
+    while engine.status().load.running < 2:
+        await asyncio.sleep(0)
+    long.cancel()
+    async with asyncio.timeout(5):
+        await short
+
+
+async def test_a_prompt_finds_what_the_one_before_it_in_the_lane_has_left_in_the_cache():
+    engine = await started(instant=False, prefill_tokens_per_second=5000, block_tokens=16, answer_tokens=1)
+    both = await asyncio.gather(*(collect(engine, raw("x" * 640)) for _ in range(2)))
+    assert [finished.usage.cached_prompt_tokens for _, _, finished in both] == [0, 144]
+
+
+async def test_a_prompt_may_tell_how_long_its_answer_is():
+    engine = await started(told_answers=True, answer_tokens=7)
+    tokens = [
+        (await collect(engine, request))[2].usage.completion_tokens
+        for request in (ask("Go on [12 tokens]"), raw("Go on [3 tokens]"), ask("[12 tokens] or so"))
+    ]
+    assert tokens == [12, 3, 7]
+    assert (await collect(await started(answer_tokens=7), ask("[12 tokens]")))[2].usage.completion_tokens == 7
+
+
+async def test_closing_fails_prompts_that_wait_for_the_lane():
+    engine = await started(instant=False, prefill_tokens_per_second=1)
+    tasks = [asyncio.create_task(collect(engine, ask())) for _ in range(2)]
+    while engine.status().load.running < 2:
+        await asyncio.sleep(0)
+    await engine.close()
+    assert all(isinstance(each, EngineFailed) for each in await asyncio.gather(*tasks, return_exceptions=True))
+
+
 async def test_slow_reader_of_the_generator_gets_what_became_due():
     engine = await started(
         instant=False, decode_tokens_per_second=1000, aggregate_tokens_per_second=0, answer_tokens=100

@@ -307,11 +307,11 @@ def test_tenants_share_by_seconds_of_service() -> None:
         return True
 
     waiting.dispatch(serve)
-    assert order[:10] == ["m0", "f0", "m1", "f1", "m2", "f2", "m3", "f3", "m4", "f4"]
+    assert order[:10] == ["f0", "m0", "f1", "m1", "f2", "m2", "f3", "m3", "f4", "m4"]
     assert order[10:] == [f"m{number}" for number in range(5, 20)]
 
 
-def test_whoever_comes_back_after_a_pause_has_saved_nothing_up() -> None:
+def test_whoever_comes_back_after_a_pause_has_saved_up_a_quantum_at_most() -> None:
     waiting = queue()
     waiting.charge("back", 1.0)
     waiting.push(replace(REQUEST, tenant="busy"), "b", now=0.0, rate=1.0)
@@ -326,7 +326,19 @@ def test_whoever_comes_back_after_a_pause_has_saved_nothing_up() -> None:
         return True
 
     waiting.dispatch(serve)
-    assert order == ["b", "r0", "r1", "r2"]
+    assert order == ["r0", "b", "r1", "r2"]
+
+
+def test_who_floods_the_queue_with_fresh_requests_does_not_keep_late_ones_of_others_waiting() -> None:
+    waiting = queue()
+    waiting.push(replace(REQUEST, tenant="few"), "late", now=0.0, rate=1.0, start_by=1.0)
+    for number in range(3):
+        waiting.push(replace(REQUEST, tenant="many"), f"m{number}", now=0.0, rate=1.0, start_by=100.0)
+    waiting.charge("many", 2 * FAIR_QUANTUM)
+    waiting.demote(2.0)
+    order: list[str] = []
+    waiting.dispatch(lambda entry: order.append(entry.payload) is None)
+    assert order == ["late", "m0", "m1", "m2"]
 
 
 def test_a_limited_price_makes_a_lane_of_each_size() -> None:
