@@ -174,7 +174,7 @@ class Expectations:
             longest = math.inf if coefficients.evidence >= _EVIDENCE else patience
             late = _OVERDUE * first * coefficients.ttft_spread[-1]
             overdue_at = now + min(longest, max(_OVERDUE_SOONEST, late))
-        lane = coefficients.per_backlog_token * uncached
+        lane = coefficients.per_prompt_token * uncached
         decoding = self._length(request, flight.model, now) * each
         return Expected(
             features=features,

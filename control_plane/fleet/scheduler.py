@@ -408,7 +408,9 @@ class Scheduler:
             return  # what is going on goes on at once, and sees all that has changed
         if not len(self._queue):
             self._known, self._offer, self._doubtful, self._picture_changed = None, None, [], False
-            self._planned, self._reconsider_at = Planned.nothing(0), math.inf
+            self._reconsider_at = math.inf
+            if len(self._planned.lane):
+                self._planned = Planned.nothing(0)
             return
         now = self._clock.monotonic()
 

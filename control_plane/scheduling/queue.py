@@ -275,20 +275,19 @@ class FairQueue(Generic[T]):
 
     def foremost(self, now: float, most: int) -> list[tuple[Waiting[T], Hashable]]:
         """Those whose answers are not due yet, at most so many, in fair order and within that by when they are due;
-        each with what it shares with those of its class whose tenants have had as much."""
+        each with what it shares with those of its class whose tenants have had as much. To be judged: what is beyond
+        them goes behind them."""
         found: list[tuple[int, int, float, int]] = []
         for priority, lanes in self._lanes.items():
-            if len(found) >= most:
-                break
             for turns in lanes.values():
-                for standing in (_ON_TIME, _LATE):
-                    first = bisect_left(turns, Turn(standing, now, 0))
-                    for turn in turns[first : first + most]:
-                        if turn.standing != standing:
-                            break
-                        quanta = self._quanta(self._live[turn.place].request.tenant)
-                        found.append((-priority, quanta, turn.due, turn.place))
+                quanta = self._quanta(self._live[turns[0].place].request.tenant)
+                first = bisect_left(turns, Turn(_LATE, now, 0))
+                last = bisect_left(turns, Turn(_BEHIND, -math.inf, 0))
+                near = turns[: bisect_left(turns, Turn(_LATE, -math.inf, 0))] + turns[first : min(first + most, last)]
+                found += [(-priority, quanta, turn.due, turn.place) for turn in near if turn.due >= now]
         found.sort()
+        for *_, place in found[most:]:
+            self.judge(self._live[place], in_time=False)
         return [(self._live[place], (priority, quanta)) for priority, quanta, _, place in found[:most]]
 
     def judge(self, entry: Waiting[T], in_time: bool) -> None:
