@@ -25,7 +25,7 @@ class Lease:
         given elsewhere under the assumption that it ended, so the next epoch begins."""
         if self.state is LeaseState.LOST:
             return Lease.grant(self.epoch + 1, now, duration)
-        return replace(self, state=LeaseState.LIVE, expires_at=now + duration)
+        return Lease(self.epoch, LeaseState.LIVE, now + duration)
 
     def broken(self) -> Lease:
         """After the stream broke. The expiry stands: a broken stream is no sign of life."""

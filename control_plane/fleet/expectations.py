@@ -221,7 +221,7 @@ class Expectations:
             late = _OVERDUE * first * coefficients.ttft_spread[-1]
             slow_at = first_at + first * (coefficients.ttft_spread[-1] - 1.0)
             overdue_at = now + min(longest, max(_OVERDUE_SOONEST, late))
-        lane = coefficients.per_backlog_token * uncached
+        lane = coefficients.per_prompt_token * uncached
         decoding = self._length(request, flight.model, now) * each
         return Expected(
             features=features,

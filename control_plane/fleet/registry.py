@@ -182,13 +182,13 @@ class Fleet:
             raise superseded(server.id)
         if report.identity.server_id != server.id:
             raise DomainError("INVALID_REQUEST", "identity.server_id must not change during a stream")
-        before = server.state
+        before, was_ready = server.state, server.ready
         server.lease = server.lease.renewed(now, self._policy.lease_duration)
         self._epochs[server.id] = server.lease.epoch
         server.reported_wall = wall
         static = report.models != server.report.models or report.identity != server.report.identity or not server.cards
         health = report.health is not server.report.health
-        self._accept(server, report, rebuild=static, now=now)
+        self._accept(server, report, rebuild=static, now=now, was_ready=was_ready)
         self._changed(server, urgent=static or health or server.state is not before)
 
     def heard(self, attachment: Attachment, lease_epoch: int, now: float) -> None:
@@ -254,7 +254,7 @@ class Fleet:
                 self._rebuild(now)
                 self._changed(server, urgent=True)
         for key in list(self._troubled):
-            self._refresh_pair(*key, now)
+            self._recover(*key, now)
         self._expectations.tick(self._servers.values(), now)
 
     # --------------------------------------------------------- dispatching ---
@@ -369,8 +369,8 @@ class Fleet:
 
     # ------------------------------------------------------------- private ---
 
-    def _accept(self, server: Server, report: Report, *, rebuild: bool, now: float) -> None:
-        server.report = report
+    def _accept(self, server: Server, report: Report, *, rebuild: bool, now: float, was_ready: bool = False) -> None:
+        old, server.report = server.report, report
         self._echo(server, report.lease_epoch)
         if rebuild:
             before = server.cards
@@ -386,6 +386,8 @@ class Fleet:
             for key in gone[: max(0, len(gone) - max(_GONE_KEPT, len(server.held)))]:
                 del server.pairs[key]
             self._rebuild(now)
+        elif was_ready and server.ready and _as_busy(old, report):
+            return  # nothing that the table tells: so it is with most reports
         else:
             self._refresh(server)
         self._changed(server, urgent=rebuild)
@@ -466,7 +468,17 @@ class Fleet:
         )
 
     def _refresh_pair(self, server_id: ServerId, key: PairKey, now: float) -> None:
-        """Bring the pair's row up to date; pairs that time alone will change stay under watch."""
+        """Bring the pair's row up to date."""
+        server = self._servers.get(server_id)
+        if server is None or key not in server.held:
+            return
+        stats = self._pair(server, key).stats
+        self.table.set_stats(server_id, *key, success=1.0, ttft=stats.ttft, tpot=stats.tpot, service=stats.service)
+        self._expectations.predict((server_id, *key), now)
+        self._recover(server_id, key, now)
+
+    def _recover(self, server_id: ServerId, key: PairKey, now: float) -> None:
+        """Bring up to date what time alone changes of a pair's row; while it does, the pair stays under watch."""
         server = self._servers.get(server_id)
         if server is None or key not in server.held:
             self._troubled.discard((server_id, key))
@@ -474,8 +486,7 @@ class Fleet:
         pair = self._pair(server, key)
         stats, breaker = pair.stats, pair.breaker
         success = stats.success_at(now)
-        self.table.set_stats(server_id, *key, success=success, ttft=stats.ttft, tpot=stats.tpot, service=stats.service)
-        self._expectations.predict((server_id, *key), now)
+        self.table.set_success(server_id, *key, success)
         self.table.set_breaker(server_id, *key, open=not breaker.allows(now))
         if breaker.state is BreakerState.CLOSED and abs(success - stats.prior) < _NEARLY:
             self._troubled.discard((server_id, key))
@@ -485,6 +496,14 @@ class Fleet:
     def _changed(self, server: Server, *, urgent: bool) -> None:
         for listener in self._listeners:
             listener(server.id, urgent)
+
+
+def _as_busy(old: Report, new: Report) -> bool:
+    """Whether both reports leave as much room."""
+    before, now = old.load, new.load
+    return (before.slots, before.foreign, before.waiting, old.draining) == (
+        now.slots, now.foreign, now.waiting, new.draining,
+    )  # fmt: skip
 
 
 def superseded(server_id: ServerId) -> DomainError:

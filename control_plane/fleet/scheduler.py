@@ -40,7 +40,8 @@ from control_plane.selection.forecast import Planned
 from control_plane.selection.policy import Policy
 from control_plane.selection.query import Query
 from control_plane.selection.select import Choice, explain, select
-from control_plane.selection.table import Mask
+from control_plane.selection.table import Floats, Mask
+from control_plane.selection.triage import Case, triage
 
 # A dispatch rate below this says nothing about when a place in the queue will be free.
 _SLOWEST_RATE = 0.1
@@ -52,6 +53,12 @@ _STRETCH = 0.002
 # again.
 _DECLINES = 16
 _RECONSIDER = 0.5
+
+# Requests that are planned for at a time, those and the rows that they are planned on multiplied, and seconds for which
+# it is good enough to know what caches have of their prompts.
+_PLANNED = 256
+_PLANNED_ROWS = 1 << 16
+_CACHED = 1.0
 
 _ANY = RouteRequest("any")
 
@@ -120,6 +127,10 @@ class _Waiter:
 
     future: Promise
     explain: bool
+    cached: Floats | None = None
+    """Tokens of its prompt in the cache of each row, shape (rows,)."""
+    cached_at: float = -math.inf
+    """Monotonic seconds when that was looked up."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -289,9 +300,9 @@ class Scheduler:
             place = self.take_place()
         if len(self._queue):
             self._pump()  # those who wait go first
-        start_by = since + self._policy_for(request).ttft_objective(request.prompt_tokens)
+        due = since + self._policy_for(request).ttft_objective(request.prompt_tokens)
         # They cannot use what is open now, unless there was no time yet to offer it.
-        overtake = self._later is None and not self._queue.goes_before(request, avoid, place, start_by)
+        overtake = self._later is None and not self._queue.goes_before(request, avoid, place, due)
         wanted = _Wanted(request, avoid, since, now, explain, patient=again)
         grant = self._place(wanted, now, overtake=overtake)
         future = self._loop.create_future()
@@ -301,7 +312,7 @@ class Scheduler:
         rate = max(self._rate, _SLOWEST_RATE)
         entry = self._queue.push(
             request, _Waiter(future, explain), now=now, avoid=avoid, rate=rate, size=size, place=place, again=again,
-            start_by=start_by, arrived=since,
+            due=due, arrived=since,
         )  # fmt: skip
         self._welcome()
         return Standing(future, entry)
@@ -404,7 +415,9 @@ class Scheduler:
             return  # what is going on goes on at once, and sees all that has changed
         if not len(self._queue):
             self._known, self._offer, self._doubtful, self._picture_changed = None, None, [], False
-            self._planned, self._reconsider_at = Planned.nothing(0), math.inf
+            self._reconsider_at = math.inf
+            if len(self._planned.lane):
+                self._planned = Planned.nothing(0)
             return
         now = self._clock.monotonic()
 
@@ -448,6 +461,8 @@ class Scheduler:
         offer = self._offer
         if offer is None or (fresh & ~offer.rows).any():
             # From the top: the first in order may be waiting for what has opened just now.
+            if fresh.any():
+                self._triage(now)
             offer = self._offer = _Offer(fresh, self._reaches() if fresh.any() else {})
             if offer.reach:
                 self._planned, self._declines = Planned.nothing(len(self._table)), 0
@@ -496,6 +511,30 @@ class Scheduler:
         self._offer = None
         self._known = None if offer.missed else self._open(now)
         return not offer.missed
+
+    def _triage(self, now: float) -> None:
+        """Let those who cannot be served well, or give way so that others can, go behind those others."""
+        table = self._fleet.table
+        waiting = self._queue.foremost(now, min(_PLANNED, _PLANNED_ROWS // len(table) + 1))
+        if len(waiting) < 2:
+            return
+        reaches = self._reaches()
+        cases = [
+            Case(
+                entry.request, self._policy_for(entry.request), now - entry.arrived, rank, reaches[entry.kind],
+                self._avoided(entry.avoid), self._cached(entry, now),
+            )
+            for entry, rank in waiting
+        ]  # fmt: skip
+        for (entry, _), in_time in zip(waiting, triage(table, cases, now), strict=True):
+            self._queue.judge(entry, in_time)
+
+    def _cached(self, entry: Waiting[_Waiter], now: float) -> Floats | None:
+        """Looked up now and then."""
+        waiter = entry.payload
+        if waiter.cached is None or len(waiter.cached) != len(self._fleet.table) or now >= waiter.cached_at + _CACHED:
+            waiter.cached, waiter.cached_at = self._fleet.cached(entry.request), now
+        return waiter.cached
 
     def _refuse(self, now: float, going: Callable[[], bool]) -> bool:
         """End the waiting of those for whom it is of no use any more. False: there is more to do."""

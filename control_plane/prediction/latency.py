@@ -40,6 +40,8 @@ TOLD_VARIANCE = 1.0
 """Of the logarithm of what a server says of itself: it may be of another load, and it may boast."""
 TYPICAL = Features(prompt_tokens=1000, backlog_tokens=1000)
 """What a mean time to the first token is assumed to be about."""
+FADES = 1.0
+"""Seconds in which the suspicion against a row fades by little."""
 EVIDENCE_HALF_LIFE = 3600.0
 """Seconds."""
 
@@ -80,8 +82,12 @@ class LatencyModel:
         """Rows whose coefficients are others than those that were read last, in order."""
         self._suspected: set[RowKey] = set()
         """Rows that are late."""
+        self._fading_at = 0.0
+        """When to look at them again."""
         self._unsure: deque[RowKey] = deque()
         """Rows that kin may still move; next to be looked at first."""
+        self._unseen = 0
+        """Of those, how many were not looked at since some group has moved."""
         self._tree = KinTree(SIZE, self.policy.kept_groups)
         normal = [NormalDist().inv_cdf(level) for level in self.policy.levels]
         self._ratios = Ratios([list(normal), list(normal)], [NOISE, NOISE], [NOISE, NOISE], [0.0, 0.0])
@@ -111,6 +117,7 @@ class LatencyModel:
         self._rows[key] = row
         self._moved[key] = None
         self._unsure.append(key)
+        self._unseen = len(self._unsure)
 
     def forget(self, key: RowKey) -> None:
         """A row is no more; its kin remember what it taught them."""
@@ -120,6 +127,7 @@ class LatencyModel:
             self._moved.pop(key, None)
             self._suspected.discard(key)
             self._unsure.remove(key)
+            self._unseen = len(self._unsure)
 
     def _begin(self, row: Row) -> None:
         """From kin, and from what its server says of itself."""
@@ -185,6 +193,7 @@ class LatencyModel:
         them where they do not. What cannot be is left out; rows that are known already stay as they are."""
         for group in state.groups:
             self._tree.remember(group.path, group.gone)
+        self._unseen = len(self._unsure)
         same_levels = state.levels == self.policy.levels
         if same_levels:
             self._ratios.restore(state.ratios)
@@ -235,13 +244,16 @@ class LatencyModel:
         """Rows whose coefficients have changed noticeably since they were named here, at most so many: those that were
         observed or are suspected, and those that know little and whose kin have learned. For those who keep the
         coefficients in columns: call it often."""
-        for key in [key for key in self._suspected if self._late(self._rows[key], now) < NOTICEABLE]:
-            self._suspected.discard(key)
-            self._rows[key].late = 0.0
-            self._moved[key] = None
-        for key in self._suspected:
-            self._moved[key] = None
-        for _ in range(min(most, len(self._unsure))):
+        if self._suspected and now >= self._fading_at:
+            self._fading_at = now + FADES
+            for key in self._suspected:
+                self._moved[key] = None
+            for key in [key for key in self._suspected if self._late(self._rows[key], now) < NOTICEABLE]:
+                self._suspected.discard(key)
+                self._rows[key].late = 0.0
+        looked = min(most, self._unseen, len(self._unsure))
+        self._unseen -= looked
+        for _ in range(looked):
             key = self._unsure[0]
             self._unsure.rotate(-1)
             row = self._rows[key]
@@ -307,7 +319,10 @@ class LatencyModel:
         known = 1 - np.diagonal(row.belief.covariance) / np.diagonal(row.prior_covariance)
         before = version(row.groups)
         contribute(row.groups, row.share, np.minimum(np.maximum(known, 0.0), 1.0), np.array(row.belief.mean))
-        row.seen += version(row.groups) - before
+        moved = version(row.groups) - before
+        row.seen += moved
+        if moved:
+            self._unseen = len(self._unsure)
 
     def _learn(self, row: Row, kind: int, features: Features, observed: float, promised: float | None) -> None:
         expected, shares = row.belief.expected(kind, features)

@@ -41,9 +41,9 @@ class Turn(NamedTuple):
     """Order within a class, the least first."""
 
     standing: int
-    """0: can still be served well; 1: it is too late for that; 2: in the background."""
-    start_by: float
-    """Monotonic seconds by when it must start to be served well."""
+    """0: can still be served well; 1: it is, or will be, too late for that; 2: in the background."""
+    due: float
+    """Monotonic seconds by when its answer must begin for it to be served well."""
     place: int
 
 
@@ -120,9 +120,9 @@ class FairQueue(Generic[T]):
     not held up by the much that others do, and nobody saves up.
     Source: the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024.
 
-    Of one tenant, and of tenants that are level, first comes whose time is first by which it must start to be served
-    well, and those for which it is too late come behind those for which it is not. Requests that name no such time:
-    first come, first served.
+    Of one tenant, and of tenants that are level, first comes whose time is first by which its answer must begin for it to
+    be served well, and those for which it is too late come behind those for which it is not. Requests that name no
+    such time: first come, first served.
 
     Requests with the same needs share a lane, and only the first of a lane is tried: if it cannot start, neither can
     those behind it. A wave of thousands for one busy model so costs one try per event, and holds nobody else up.
@@ -222,14 +222,14 @@ class FairQueue(Generic[T]):
         size: int = 0,
         place: int | None = None,
         again: bool = False,
-        start_by: float = math.inf,
+        due: float = math.inf,
         arrived: float | None = None,
     ) -> Waiting[T]:
         """Let a request wait, until `deadline` (monotonic seconds) or the timeout of its class, whichever is sooner.
 
         `rate` is that of recent dispatches per second, from which a refused client learns when to come again. One that
-        was let in before and comes `again` after a failed attempt is not turned away. `start_by`: monotonic seconds by
-        which it must start to be served well.
+        was let in before and comes `again` after a failed attempt is not turned away. `due`: monotonic seconds by when
+        its answer must begin for it to be served well.
         Raises DomainError QUEUE_FULL.
         """
         priority = request.priority
@@ -249,7 +249,7 @@ class FairQueue(Generic[T]):
         if background:
             turn = Turn(_BEHIND, math.inf, place)
         else:
-            turn = Turn(_LATE if start_by < now else _ON_TIME, start_by, place)
+            turn = Turn(_LATE if due < now else _ON_TIME, due, place)
             self._share(request.tenant).waiting += 1
             self._depth[priority] += 1
         since = now if arrived is None else arrived
@@ -259,8 +259,8 @@ class FairQueue(Generic[T]):
         self._line_up(entry)
         if expires_at < math.inf:
             heapq.heappush(self._expiry, (expires_at, place))
-        if turn.standing == _ON_TIME and start_by < math.inf:
-            heapq.heappush(self._lateness, (start_by, place))
+        if now <= due < math.inf and not background:
+            heapq.heappush(self._lateness, (due, place))
         return entry
 
     def charge(self, tenant: str, work: float) -> None:
@@ -270,19 +270,40 @@ class FairQueue(Generic[T]):
     def demote(self, now: float) -> None:
         """Let those who cannot be served well any more go behind those who can."""
         while self._lateness and self._lateness[0][0] < now:
-            start_by, place = heapq.heappop(self._lateness)
+            due, place = heapq.heappop(self._lateness)
             entry = self._live.get(place)
-            if entry is not None and entry.turn.start_by == start_by and entry.turn.standing == _ON_TIME:
-                self._step_out(entry)
-                entry.turn = entry.turn._replace(standing=_LATE)
-                self._line_up(entry)
+            if entry is not None and entry.turn.due == due:
+                self.judge(entry, in_time=False)
 
-    def goes_before(
-        self, request: RouteRequest, avoid: frozenset[Failed], place: int, start_by: float = math.inf
-    ) -> bool:
+    def foremost(self, now: float, most: int) -> list[tuple[Waiting[T], Hashable]]:
+        """Those whose answers are not due yet, at most so many, in fair order and within that by when they are due;
+        each with what it shares with those of its class whose tenants have had as much. To be judged: what is beyond
+        them goes behind them."""
+        found: list[tuple[int, int, float, int]] = []
+        for priority, lanes in self._lanes.items():
+            for turns in lanes.values():
+                quanta = self._quanta(self._live[turns[0].place].request.tenant)
+                first = bisect_left(turns, Turn(_LATE, now, 0))
+                last = bisect_left(turns, Turn(_BEHIND, -math.inf, 0))
+                near = turns[: bisect_left(turns, Turn(_LATE, -math.inf, 0))] + turns[first : min(first + most, last)]
+                found += [(-priority, quanta, turn.due, turn.place) for turn in near if turn.due >= now]
+        found.sort()
+        for *_, place in found[most:]:
+            self.judge(self._live[place], in_time=False)
+        return [(self._live[place], (priority, quanta)) for priority, quanta, _, place in found[:most]]
+
+    def judge(self, entry: Waiting[T], in_time: bool) -> None:
+        """Whether a request that waits is expected to be served well; if not, it goes behind those that are."""
+        standing = _ON_TIME if in_time else _LATE
+        if entry.turn.standing not in (standing, _BEHIND):
+            self._step_out(entry)
+            entry.turn = entry.turn._replace(standing=standing)
+            self._line_up(entry)
+
+    def goes_before(self, request: RouteRequest, avoid: frozenset[Failed], place: int, due: float = math.inf) -> bool:
         """Whether a request of the same class and needs waits whose turn is before one with this place."""
         turns = self._lanes[request.priority].get(lane_of(request, avoid))
-        return turns is not None and turns[0][1:] < (start_by, place)
+        return turns is not None and turns[0] < Turn(_BEHIND if place >= BACKGROUND else _ON_TIME, due, place)
 
     def remove(self, entry: Waiting[T]) -> bool:
         """Take a request out. False if it is out already."""
@@ -300,11 +321,7 @@ class FairQueue(Generic[T]):
             self._expiry = live
             heapq.heapify(self._expiry)
         if len(self._lateness) > 2 * len(self._live) + _SLACK:
-            self._lateness = [
-                (live.turn.start_by, live.place)
-                for live in self._live.values()
-                if live.turn.standing == _ON_TIME and live.turn.start_by < math.inf
-            ]
+            self._lateness = [(live.turn.due, live.place) for live in self._live.values() if live.turn.due < math.inf]
             heapq.heapify(self._lateness)
         return True
 

@@ -252,6 +252,10 @@ class CandidateTable:
         self.tpot[row] = _seconds(tpot, card.tpot)
         self.service[row] = _seconds(service)
 
+    def set_success(self, server_id: ServerId, model: ModelName, provider: Provider, success: float) -> None:
+        """The success rate of a pair alone. Raises KeyError: no such row."""
+        self.success[self._index[server_id, model, provider]] = _unit(success)
+
     def set_prediction(self, row: int, coefficients: Coefficients[float]) -> None:
         """What is expected of a row, in place of what was measured."""
         self.ttft[row] = coefficients.base

@@ -169,6 +169,15 @@ class Ours:
             draw=random.Random(seed).random,
         )
         self._infos = {info.id: info for info in hosts}
+        self._lasting = {
+            info.id: (
+                Identity(ServerId(info.id), _INSTANCE, info.id),
+                Hardware(device=info.hardware),
+                tuple(_card(name, info) for name in info.models or (_MODEL,)),
+            )
+            for info in hosts
+        }
+        """What is the same in each report of a host."""
         self._attachments: dict[str, Attachment] = {}
         self._jobs: dict[Job, _Attempt] = {}
         self._actions: list[Action] = []
@@ -259,12 +268,13 @@ class Ours:
         self._attachments[info.id] = self._fleet.attach(report, self._clock.now, 0.0, lambda: None)
 
     def _report(self, info: HostInfo, reported: Report) -> ServerReport:
+        identity, hardware, models = self._lasting[info.id]
         return ServerReport(
-            identity=Identity(ServerId(info.id), _INSTANCE, info.id),
+            identity=identity,
             engine="simulated",
             engine_version="1",
-            hardware=Hardware(device=info.hardware),
-            models=tuple(_card(name, info) for name in info.models or (_MODEL,)),
+            hardware=hardware,
+            models=models,
             load=Load(reported.slots, reported.running, 0, 0, reported.kv),
             health=Health.READY if reported.healthy else Health.UNHEALTHY,
         )

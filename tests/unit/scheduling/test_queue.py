@@ -285,8 +285,8 @@ def test_the_background_is_behind_everybody_of_its_class_and_counts_for_nothing(
 
 def test_who_must_start_first_goes_first_and_who_is_late_goes_last() -> None:
     waiting = queue()
-    for name, start_by in (("late", 1.0), ("later", 2.0), ("soon", 5.0), ("whenever", 9.0)):
-        waiting.push(replace(REQUEST, model=ModelName(name)), name, now=0.0, rate=1.0, start_by=start_by)
+    for name, due in (("late", 1.0), ("later", 2.0), ("soon", 5.0), ("whenever", 9.0)):
+        waiting.push(replace(REQUEST, model=ModelName(name)), name, now=0.0, rate=1.0, due=due)
     room = {"late": 1, "later": 1, "soon": 1, "whenever": 1}
     waiting.demote(3.0)
     assert take(waiting, room)[0] == ["soon", "whenever", "late", "later"]
@@ -415,7 +415,7 @@ class Life(RuleBasedStateMachine):
         self.count += 1
         try:
             request = replace(REQUEST, model=ModelName(model), priority=priority, tenant=tenant)
-            entry = self.queue.push(request, str(self.count), now=self.now, rate=1.0, start_by=self.now + slack)
+            entry = self.queue.push(request, str(self.count), now=self.now, rate=1.0, due=self.now + slack)
         except DomainError:
             assert not fits
         else:
@@ -430,14 +430,14 @@ class Life(RuleBasedStateMachine):
         self.queue.remove(entry)
         request = replace(entry.request, model=ModelName(model))
         self.inside[name] = self.queue.push(
-            request, name, now=self.now, rate=1.0, place=entry.place, again=True, start_by=entry.turn.start_by
+            request, name, now=self.now, rate=1.0, place=entry.place, again=True, due=entry.turn.due
         )
 
     @rule()
     def demote(self) -> None:
         self.queue.demote(self.now)
         for entry in self.inside.values():
-            assert entry.background or (entry.turn.start_by < self.now) == (entry.turn.standing == 1)
+            assert entry.background or (entry.turn.due < self.now) == (entry.turn.standing == 1)
 
     @rule(room=st.dictionaries(names, st.integers(0, 3)))
     def dispatch(self, room: dict[str, int]) -> None:
