@@ -53,7 +53,7 @@ def test_home_serves_what_it_can_serve_in_time() -> None:
     (rejection,) = record.candidates[-1].rejections
     assert (
         rejection.reason is RejectionReason.SPARED
-        and "mac/small serves it in time with a chance of 0.9" in rejection.detail
+        and "mac/small serves it in time with a chance of 1.00" in rejection.detail
     )
 
 
