@@ -111,6 +111,7 @@ class ControlPlane:
                 bounds={priority: getattr(settings.queue.bound, priority.name.lower()) for priority in Priority},
                 timeouts={priority: getattr(settings.queue.timeout, priority.name.lower()) for priority in Priority},
                 max_bytes=settings.queue.max_bytes,
+                floors={priority: getattr(settings.queue.floor, priority.name.lower()) for priority in Priority},
             ),
             clock,
             on_selected=self.metrics.selection_time.observe,

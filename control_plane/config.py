@@ -58,8 +58,22 @@ class QueueTimeouts(Settings):
     critical: PositiveSeconds = Field(30.0, description="Seconds that a request of priority critical may wait.")
 
 
+class QueueFloors(Settings):
+    low: Share = Field(0.05, description="Share of the service that waiting requests of priority low get at least.")
+    normal: Share = Field(0.1, description="Share that waiting requests of priority normal get at least.")
+    high: Share = Field(0.0, description="Share that waiting requests of priority high get at least.")
+    critical: Share = Field(0.0, description="Share that waiting requests of priority critical get at least.")
+
+    @model_validator(mode="after")
+    def _leave_something(self) -> QueueFloors:
+        if sum(getattr(self, name) for name in type(self).model_fields) >= 1:
+            raise ValueError("together they must be less than 1")
+        return self
+
+
 class QueueSettings(Settings):
     bound: QueueBounds = QueueBounds()
+    floor: QueueFloors = QueueFloors()
     timeout: QueueTimeouts = QueueTimeouts()
     max_bytes: int = Field(512 * 1024 * 1024, ge=0, description="Most bytes of all waiting requests together.")
 

@@ -666,7 +666,7 @@ class Scheduler:
             there = 0.0 if query.cached is None else float(query.cached[choice.row])
             patience = query.policy.ttft_objective(request.prompt_tokens)
             flight = self._fleet.begin(choice.row, now, request, there, patience)
-            self._queue.charge(request.tenant, flight.expected.work)
+            self._queue.charge(request.tenant, request.priority, flight.expected.work)
             flight.charge = charge
             self._granted += 1
             if not wanted.background:

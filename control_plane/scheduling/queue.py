@@ -30,6 +30,9 @@ BACKGROUND = 1 << 62
 FAIR_QUANTUM = 2.0
 """Seconds of service that a tenant may be ahead of another before its requests go behind."""
 
+_MOST_OWED = 20.0
+"""Seconds of service: what a class could not use is not saved up."""
+
 # Tenants without waiting requests that are remembered, about.
 _TENANTS = 1000
 
@@ -114,14 +117,16 @@ class Reached(Generic[T]):
 
 
 class FairQueue(Generic[T]):
-    """Higher priority first; within a class the tenants share by seconds of service, not tokens: who has had less by
-    `FAIR_QUANTUM` goes first, be its requests late or not, or one that floods the queue with new ones would take all.
+    """Higher priority first, but for classes with a floor: one that waits is owed that share of the service that all
+    get, and goes first while it is owed any. Within a class the tenants share by seconds of service, not tokens: who has
+    had less by `FAIR_QUANTUM` goes first, be its requests late or not, or one that floods the queue with new ones would
+    take all.
     One that comes back after a pause starts at most that much ahead of those who wait: the little that it asks for is
     not held up by the much that others do, and nobody saves up.
     Source: the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024.
 
-    Of one tenant, and of tenants that are level, first comes whose time is first by which its answer must begin for it to
-    be served well, and those for which it is too late come behind those for which it is not. Requests that name no
+    Of one tenant, and of tenants that are level, first comes whose time is first by which its answer must begin for it
+    to be served well, and those for which it is too late come behind those for which it is not. Requests that name no
     such time: first come, first served.
 
     Requests with the same needs share a lane, and only the first of a lane is tried: if it cannot start, neither can
@@ -135,6 +140,8 @@ class FairQueue(Generic[T]):
     Args:
         bounds: most waiting requests per class, >= 0.
         timeouts: seconds that a request may wait, per class, > 0.
+        floors: shares of the service, in seconds, that a class gets at least while it waits, in [0, 1), less than 1
+            together.
         total: most waiting requests in all; None: the bounds are enough.
         max_bytes: most bytes of all waiting requests together, >= 0; None: no limit.
 
@@ -148,6 +155,7 @@ class FairQueue(Generic[T]):
         timeouts: Mapping[Priority, float],
         total: int | None = None,
         max_bytes: int | None = None,
+        floors: Mapping[Priority, float] | None = None,
     ) -> None:
         for priority in Priority:
             if bounds.get(priority, -1) < 0:
@@ -158,6 +166,11 @@ class FairQueue(Generic[T]):
             raise ValueError(f"total must be >= 0, is {total}")
         if max_bytes is not None and max_bytes < 0:
             raise ValueError(f"max_bytes must be >= 0, is {max_bytes}")
+        self._floors = {priority: share for priority, share in (floors or {}).items() if share}
+        if not all(0 <= share < 1 for share in self._floors.values()) or sum(self._floors.values()) >= 1:
+            raise ValueError(f"floors must be in [0, 1) and less than 1 together, are {dict(floors or {})}")
+        self._owed = dict.fromkeys(self._floors, 0.0)
+        """Seconds of service."""
         self._bounds = {priority: bounds[priority] for priority in Priority}
         self._timeouts = {priority: timeouts[priority] for priority in Priority}
         self._total = sum(self._bounds.values()) if total is None else total
@@ -172,6 +185,8 @@ class FairQueue(Generic[T]):
         self._expiry: list[tuple[float, int]] = []
         self._lateness: list[tuple[float, int]] = []
         self._shares: dict[str, _Share] = {}
+        self._order: list[Priority] = list(classes)
+        """Classes in the order of the dispatch that is going on."""
         self._deeper: list[Waiting[T]] = []
         """Beside the first of each lane, what the dispatch that is going on has come to."""
         self._next_place = 0
@@ -263,9 +278,16 @@ class FairQueue(Generic[T]):
             heapq.heappush(self._lateness, (due, place))
         return entry
 
-    def charge(self, tenant: str, work: float) -> None:
-        """A tenant gets seconds of service."""
+    def charge(self, tenant: str, priority: Priority, work: float) -> None:
+        """A tenant gets seconds of service, for a request of a class."""
         self._share(tenant).granted += work
+        for owed, share in self._floors.items():
+            if not self._depth[owed]:
+                self._owed[owed] = 0.0
+            elif owed is priority:
+                self._owed[owed] -= (1 - share) * work
+            else:
+                self._owed[owed] = min(self._owed[owed] + share * work, _MOST_OWED)
 
     def demote(self, now: float) -> None:
         """Let those who cannot be served well any more go behind those who can."""
@@ -397,7 +419,7 @@ class FairQueue(Generic[T]):
             return Round(0, None)
         self._dispatching = True
         if after is None:
-            self._deeper.clear()
+            self._from_the_top()
         left = 0
         try:
             while True:
@@ -408,9 +430,14 @@ class FairQueue(Generic[T]):
                     turns[entry.request.tenant] = entry.turn
                     after = Reached(entry, turns)
                     following = self.next_like(entry)
+                    first = self._owes(entry.request.priority)
                     if try_place(entry):
                         self.remove(entry)
                         left += 1
+                        if first and not self._owes(entry.request.priority):
+                            after = None  # the others come first again
+                            self._from_the_top()
+                            continue
                         if following is not None and entry in self._deeper:  # not the first of its lane
                             self._deeper.append(following)
                     elif following is not None and deeper(entry):
@@ -418,7 +445,7 @@ class FairQueue(Generic[T]):
                     if not going():
                         return Round(left, after)
                 after = None
-                self._deeper.clear()
+                self._from_the_top()
                 if not self._again:
                     return Round(left, None)
         finally:
@@ -426,11 +453,21 @@ class FairQueue(Generic[T]):
 
     # ------------------------------------------------------------- private ---
 
+    def _owes(self, priority: Priority) -> bool:
+        """Whether a class is owed service."""
+        return self._owed.get(priority, 0.0) > 0.0
+
+    def _from_the_top(self) -> None:
+        """A dispatch begins with the first in order."""
+        self._deeper.clear()
+        if self._floors:
+            self._order = sorted(self._order, key=lambda priority: (not self._owes(priority), -priority))
+
     def _following(self, after: Reached[T] | None, kinds: Collection[KindKey] | None) -> Waiting[T] | None:
         """The next in fair order among the first of each lane; who was reached may have left."""
-        for priority, tenants in self._heads.items():
-            if after is not None and priority > after.entry.request.priority:
-                continue
+        begin = 0 if after is None else self._order.index(after.entry.request.priority)
+        for priority in self._order[begin:]:
+            tenants = self._heads[priority]
             reached = after.turns if after is not None and priority is after.entry.request.priority else {}
             best: tuple[bool, int, Turn] | None = None
             for tenant, by_kind in tenants.items():

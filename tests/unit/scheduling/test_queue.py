@@ -296,14 +296,14 @@ def test_tenants_share_by_seconds_of_service() -> None:
     waiting = queue()
     for number in range(20):
         waiting.push(replace(REQUEST, tenant="many"), f"m{number}", now=0.0, rate=1.0)
-    waiting.charge("many", 100 * FAIR_QUANTUM)  # which it had while nobody else was there
+    waiting.charge("many", Priority.NORMAL, 100 * FAIR_QUANTUM)  # which it had while nobody else was there
     for number in range(5):
         waiting.push(replace(REQUEST, tenant="few"), f"f{number}", now=0.0, rate=1.0)
     order: list[str] = []
 
     def serve(entry: Waiting[str]) -> bool:
         order.append(entry.payload)
-        waiting.charge(entry.request.tenant, FAIR_QUANTUM)
+        waiting.charge(entry.request.tenant, entry.request.priority, FAIR_QUANTUM)
         return True
 
     waiting.dispatch(serve)
@@ -313,16 +313,16 @@ def test_tenants_share_by_seconds_of_service() -> None:
 
 def test_whoever_comes_back_after_a_pause_has_saved_up_a_quantum_at_most() -> None:
     waiting = queue()
-    waiting.charge("back", 1.0)
+    waiting.charge("back", Priority.NORMAL, 1.0)
     waiting.push(replace(REQUEST, tenant="busy"), "b", now=0.0, rate=1.0)
-    waiting.charge("busy", 100 * FAIR_QUANTUM)
+    waiting.charge("busy", Priority.NORMAL, 100 * FAIR_QUANTUM)
     for number in range(3):
         waiting.push(replace(REQUEST, tenant="back"), f"r{number}", now=0.0, rate=1.0)
     order: list[str] = []
 
     def serve(entry: Waiting[str]) -> bool:
         order.append(entry.payload)
-        waiting.charge(entry.request.tenant, FAIR_QUANTUM)
+        waiting.charge(entry.request.tenant, entry.request.priority, FAIR_QUANTUM)
         return True
 
     waiting.dispatch(serve)
@@ -331,10 +331,10 @@ def test_whoever_comes_back_after_a_pause_has_saved_up_a_quantum_at_most() -> No
 
 def test_who_floods_the_queue_with_fresh_requests_does_not_keep_late_ones_of_others_waiting() -> None:
     waiting = queue()
-    waiting.push(replace(REQUEST, tenant="few"), "late", now=0.0, rate=1.0, start_by=1.0)
+    waiting.push(replace(REQUEST, tenant="few"), "late", now=0.0, rate=1.0, due=1.0)
     for number in range(3):
-        waiting.push(replace(REQUEST, tenant="many"), f"m{number}", now=0.0, rate=1.0, start_by=100.0)
-    waiting.charge("many", 2 * FAIR_QUANTUM)
+        waiting.push(replace(REQUEST, tenant="many"), f"m{number}", now=0.0, rate=1.0, due=100.0)
+    waiting.charge("many", Priority.NORMAL, 2 * FAIR_QUANTUM)
     waiting.demote(2.0)
     order: list[str] = []
     waiting.dispatch(lambda entry: order.append(entry.payload) is None)
@@ -481,3 +481,58 @@ class Life(RuleBasedStateMachine):
 
 
 TestLife = Life.TestCase
+
+
+# -------------------------------------------------------------------- floors ---
+
+
+def crowded(floors: dict[Priority, float], each: int = 200) -> FairQueue[str]:
+    waiting: FairQueue[str] = FairQueue(dict.fromkeys(Priority, 1000), dict.fromkeys(Priority, 1000.0), floors=floors)
+    for priority in Priority:
+        for number in range(each):
+            waiting.push(replace(REQUEST, priority=priority), f"{priority.name} {number}", now=0.0, rate=1.0)
+    return waiting
+
+
+def served(waiting: FairQueue[str], slots: int, work: float = 1.0, at_once: int = 1) -> list[Priority]:
+    """The classes of those that get a slot, so many slots at a time."""
+    order: list[Priority] = []
+
+    def place(entry: Waiting[str]) -> bool:
+        if len(order) >= limit:
+            return False
+        waiting.charge(entry.request.tenant, entry.request.priority, work)
+        order.append(entry.request.priority)
+        return True
+
+    while len(order) < slots:
+        limit = min(slots, len(order) + at_once)
+        waiting.dispatch(place)
+    return order
+
+
+@pytest.mark.parametrize("at_once", [1, 7])
+def test_a_class_with_a_floor_gets_its_share_while_higher_ones_wait(at_once: int) -> None:
+    order = served(crowded({Priority.LOW: 0.1, Priority.NORMAL: 0.2}), 100, at_once=at_once)
+    counts = {priority: order.count(priority) for priority in Priority}
+    assert counts[Priority.LOW] == pytest.approx(10, abs=2) and counts[Priority.NORMAL] == pytest.approx(20, abs=2)
+    assert counts[Priority.CRITICAL] == 100 - counts[Priority.LOW] - counts[Priority.NORMAL]
+    assert order[0] is Priority.CRITICAL, "nobody is owed anything at first"
+
+
+def test_without_floors_priority_is_strict_and_what_is_not_used_is_not_saved_up() -> None:
+    assert set(served(crowded({}), 100)) == {Priority.CRITICAL}
+    waiting = crowded({Priority.LOW: 0.5}, each=0)
+    for _ in range(1000):
+        waiting.charge("t", Priority.HIGH, 1.0)  # nobody of the class waits
+    for number in range(100):
+        waiting.push(replace(REQUEST, priority=Priority.LOW), f"low {number}", now=0.0, rate=1.0)
+        waiting.push(replace(REQUEST, priority=Priority.HIGH), f"high {number}", now=0.0, rate=1.0)
+    order = served(waiting, 40)
+    assert order[0] is Priority.HIGH and order.count(Priority.LOW) == pytest.approx(20, abs=2)
+
+
+def test_floors_that_leave_nothing_are_refused() -> None:
+    for floors in ({Priority.LOW: 0.6, Priority.HIGH: 0.4}, {Priority.LOW: 1.0}, {Priority.LOW: -0.1}):
+        with pytest.raises(ValueError, match="floors"):
+            crowded(floors)
