@@ -118,9 +118,9 @@ class Reached(Generic[T]):
 
 class FairQueue(Generic[T]):
     """Higher priority first, but for classes with a floor: one that waits is owed that share of the service that all
-    get, and goes first while it is owed any. Within a class the tenants share by seconds of service, not tokens: who has
-    had less by `FAIR_QUANTUM` goes first, be its requests late or not, or one that floods the queue with new ones would
-    take all.
+    get, and goes first while it is owed any. Within a class the tenants share by seconds of service, not tokens: who
+    has had less by `FAIR_QUANTUM` goes first, be its requests late or not, or one that floods the queue with new ones
+    would take all.
     One that comes back after a pause starts at most that much ahead of those who wait: the little that it asks for is
     not held up by the much that others do, and nobody saves up.
     Source: the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024.
