@@ -218,8 +218,10 @@ class Expectations:
             first_at += float(table.load_time[row]) if table.load_time[row] > 0 else 0.0
         else:
             longest = math.inf if coefficients.evidence >= _EVIDENCE else patience
-            late = _OVERDUE * first * coefficients.ttft_spread[-1]
             slow_at = first_at + first * (coefficients.ttft_spread[-1] - 1.0)
+            # Even if nothing of the prompt is cached: that is no failure, and only its answer tells.
+            longer = ttft(coefficients, request.prompt_tokens, backlog, float(load.waiting))
+            late = _OVERDUE * longer * coefficients.ttft_spread[-1]
             overdue_at = now + min(longest, max(_OVERDUE_SOONEST, late))
         lane = coefficients.per_prompt_token * uncached
         decoding = self._length(request, flight.model, now) * each

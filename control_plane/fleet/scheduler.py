@@ -119,6 +119,8 @@ class _Wanted:
     """It also waits for servers whose models are not known yet."""
     background: bool = False
     """Nobody waits for it, so it takes what is free."""
+    late: bool = False
+    """It is too late to serve it well: others come first."""
 
 
 @dataclass(slots=True)
@@ -221,7 +223,9 @@ class Scheduler:
         """Somebody waits for a server whose models are not known yet."""
         self._later: object | None = None
         self._planned = Planned.nothing(0)
-        """What those who wait are expected to take of each row first."""
+        """What those who wait, and are expected to be served well, are expected to take of each row first."""
+        self._planned_late = Planned.nothing(0)
+        """The same with those for whom it is too late, who come after them."""
         self._reconsider_at = math.inf
         """Somebody waits for a busy server although another is free; time may change that."""
         self._declines = 0
@@ -303,7 +307,7 @@ class Scheduler:
         due = since + self._policy_for(request).ttft_objective(request.prompt_tokens)
         # They cannot use what is open now, unless there was no time yet to offer it.
         overtake = self._later is None and not self._queue.goes_before(request, avoid, place, due)
-        wanted = _Wanted(request, avoid, since, now, explain, patient=again)
+        wanted = _Wanted(request, avoid, since, now, explain, patient=again, late=due < now)
         grant = self._place(wanted, now, overtake=overtake)
         future = self._loop.create_future()
         if grant:
@@ -417,7 +421,7 @@ class Scheduler:
             self._known, self._offer, self._doubtful, self._picture_changed = None, None, [], False
             self._reconsider_at = math.inf
             if len(self._planned.lane):
-                self._planned = Planned.nothing(0)
+                self._plan_anew(0)
             return
         now = self._clock.monotonic()
 
@@ -465,7 +469,8 @@ class Scheduler:
                 self._triage(now)
             offer = self._offer = _Offer(fresh, self._reaches() if fresh.any() else {})
             if offer.reach:
-                self._planned, self._declines = Planned.nothing(len(self._table)), 0
+                self._plan_anew(len(self._table))
+                self._declines = 0
         offer.narrow(fresh, self._servers)
 
         def try_place(entry: Waiting[_Waiter]) -> bool:
@@ -476,7 +481,7 @@ class Scheduler:
                 return False
             wanted = _Wanted(
                 entry.request, entry.avoid, entry.arrived, entry.enqueued_at, waiter.explain,
-                background=entry.background,
+                background=entry.background, late=entry.late,
             )  # fmt: skip
             try:
                 grant = self._place(wanted, now, queued=self._queue.behind(entry))
@@ -646,11 +651,12 @@ class Scheduler:
         `overtake` others wait already and go first; `queued` wait behind it."""
         request = wanted.request
         if len(self._planned.lane) != len(self._fleet.table):
-            self._planned = Planned.nothing(len(self._fleet.table))
+            self._plan_anew(len(self._fleet.table))
+        planned = self._planned_late if wanted.late else self._planned
         started = self._clock.monotonic()
         query = self._query(
             request, wanted.avoid, now, now - wanted.arrived,
-            queued=queued, planned=self._planned if overtake else None, content=wanted.background,
+            queued=queued, planned=planned if overtake else None, content=wanted.background,
         )  # fmt: skip
         choice = select(query)
         self._on_selected(self._clock.monotonic() - started)
@@ -684,11 +690,17 @@ class Scheduler:
                 return None
             raise self._refusal(choice, query)
         if choice.later >= 0:
-            self._planned.add(query.table.span(choice.later), choice.prefill)
+            span = query.table.span(choice.later)
+            self._planned_late.add(span, choice.prefill)
+            if not wanted.late:
+                self._planned.add(span, choice.prefill)
             if choice.prefers:
                 self._declines += 1
                 self._reconsider_at = min(self._reconsider_at, now + _RECONSIDER)
         return None
+
+    def _plan_anew(self, rows: int) -> None:
+        self._planned, self._planned_late = Planned.nothing(rows), Planned.nothing(rows)
 
     def _policy_for(self, request: RouteRequest) -> Policy:
         own = self.policies.get(request.preset) if request.preset else None

@@ -82,6 +82,11 @@ class Waiting(Generic[T]):
         """Nobody waits for it at this moment."""
         return self.place >= BACKGROUND
 
+    @property
+    def late(self) -> bool:
+        """It is, or will be, too late to serve it well."""
+        return self.turn.standing == _LATE
+
 
 @dataclass(frozen=True, slots=True)
 class Round(Generic[T]):
