@@ -211,7 +211,9 @@ def _funded_now(query: Query) -> Mask | None:
     funds = query.funds
     if funds is None or funds.now.covers(funds.later) or _all_covered(query, funds, funds.now):
         return None
-    return _covered(query, funds, funds.now) | ~_covered(query, funds, funds.later)
+    later = _funded(query)
+    now = _covered(query, funds, funds.now)
+    return now if later is None else now | ~later
 
 
 def _funded_detail(query: Query, row: int) -> str:

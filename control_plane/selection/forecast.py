@@ -119,6 +119,8 @@ def forecast(
 
 def load_seconds(table: CandidateTable, policy: Policy) -> Floats:
     """Until a cold model is loaded, shape (rows,): the prior where its server does not know, 0 for warm ones."""
+    if table.load_times_known:
+        return table.load_time
     return np.where(np.isnan(table.load_time), policy.load_time_prior_s, table.load_time)
 
 

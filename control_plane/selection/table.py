@@ -68,6 +68,7 @@ class CandidateTable:
         "here",
         "lane_until",
         "load_time",
+        "load_times_known",
         "longest",
         "model_code",
         "model_codes",
@@ -152,6 +153,7 @@ class CandidateTable:
             [_seconds(card.load_time) if card.state in _TO_BE_LOADED else 0.0 for card in cards], dtype=np.float64
         )
         """Seconds until a cold model is loaded, NaN: not known; 0 for others."""
+        self.load_times_known = not np.isnan(self.load_time).any()
 
         # Dynamic columns.
         self.ready: Mask = np.zeros(size, dtype=np.bool_)

@@ -251,7 +251,7 @@ def cells(row: Row) -> list[str]:
         f"{found.goodput:.3f}",
         f"{found.ttft_p50:.2f}",
         f"{found.ttft_p99:.1f}",
-        f"{found.errors:.3f}",
+        " ".join((f"{found.errors:.3f}", *(f"{kind}:{count}" for kind, count in found.kinds.items()))),
         f"{found.truncated:.3f}",
         f"{found.prefix_hits:.3f}",
         f"{told.median_error:.1%} of {told.requests}" if told else "-",
