@@ -121,6 +121,8 @@ class _Wanted:
     """Nobody waits for it, so it takes what is free."""
     late: bool = False
     """It is too late to serve it well: others come first."""
+    due: float | None = None
+    """Monotonic seconds when the answer of one that comes now is due. None: it is its turn among those who wait."""
 
 
 @dataclass(slots=True)
@@ -223,9 +225,9 @@ class Scheduler:
         """Somebody waits for a server whose models are not known yet."""
         self._later: object | None = None
         self._planned = Planned.nothing(0)
-        """What those who wait, and are expected to be served well, are expected to take of each row first."""
-        self._planned_late = Planned.nothing(0)
-        """The same with those for whom it is too late, who come after them."""
+        """What those who wait, and were asked so far, are expected to take of each row first."""
+        self._ahead: list[tuple[Priority, float, slice, float]] = []
+        """Of those among them that are expected to be served well: class, when their answer is due, rows, seconds."""
         self._reconsider_at = math.inf
         """Somebody waits for a busy server although another is free; time may change that."""
         self._declines = 0
@@ -307,7 +309,7 @@ class Scheduler:
         due = since + self._policy_for(request).ttft_objective(request.prompt_tokens)
         # They cannot use what is open now, unless there was no time yet to offer it.
         overtake = self._later is None and not self._queue.goes_before(request, avoid, place, due)
-        wanted = _Wanted(request, avoid, since, now, explain, patient=again, late=due < now)
+        wanted = _Wanted(request, avoid, since, now, explain, patient=again, late=due < now, due=due)
         grant = self._place(wanted, now, overtake=overtake)
         future = self._loop.create_future()
         if grant:
@@ -652,7 +654,7 @@ class Scheduler:
         request = wanted.request
         if len(self._planned.lane) != len(self._fleet.table):
             self._plan_anew(len(self._fleet.table))
-        planned = self._planned_late if wanted.late else self._planned
+        planned = self._planned if wanted.due is None else self._planned_before(request.priority, wanted.due)
         started = self._clock.monotonic()
         query = self._query(
             request, wanted.avoid, now, now - wanted.arrived,
@@ -691,16 +693,26 @@ class Scheduler:
             raise self._refusal(choice, query)
         if choice.later >= 0:
             span = query.table.span(choice.later)
-            self._planned_late.add(span, choice.prefill)
+            self._planned.add(span, choice.prefill)
             if not wanted.late:
-                self._planned.add(span, choice.prefill)
+                due = wanted.arrived + query.policy.ttft_objective(request.prompt_tokens)
+                self._ahead.append((request.priority, due, span, choice.prefill))
             if choice.prefers:
                 self._declines += 1
                 self._reconsider_at = min(self._reconsider_at, now + _RECONSIDER)
         return None
 
     def _plan_anew(self, rows: int) -> None:
-        self._planned, self._planned_late = Planned.nothing(rows), Planned.nothing(rows)
+        self._planned = Planned.nothing(rows)
+        self._ahead.clear()
+
+    def _planned_before(self, priority: Priority, due: float) -> Planned:
+        """What those who wait are expected to take before one that comes now."""
+        planned = Planned.nothing(len(self._fleet.table))
+        for other, when, span, prefill in self._ahead:
+            if other > priority or (other == priority and when < due):
+                planned.add(span, prefill)
+        return planned
 
     def _policy_for(self, request: RouteRequest) -> Policy:
         own = self.policies.get(request.preset) if request.preset else None

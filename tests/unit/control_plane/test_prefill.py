@@ -84,6 +84,26 @@ def test_who_is_overdue_is_told_once_and_the_server_counts_as_slow() -> None:
     assert subject.table.per_prompt_token[0] < 3 * before, "answers clear it"
 
 
+def test_a_prompt_that_was_not_cached_after_all_is_not_overdue() -> None:
+    subject = taught()
+    told: list[int] = []
+    flight = subject.begin(0, 300.0, REQUEST, 990.0)
+    flight.on_overdue = lambda: told.append(1)
+    assert lane(subject) < 300.2
+    subject.tick(301.0)
+    assert not told, "it may take as long as one of which nothing is cached"
+    subject.tick(310.0)
+    assert told
+
+
+def test_the_prefill_is_busy_for_as_long_as_the_prompt_takes_itself() -> None:
+    """However little requests before it have waited for others."""
+    subject = taught()
+    flight = subject.begin(0, 300.0, REQUEST)
+    expected = flight.expected.features.uncached_tokens * float(subject.table.per_prompt_token[0])
+    assert lane(subject) == 300.0 + expected > 300.3
+
+
 def test_where_nothing_is_known_nobody_is_waited_for_longer_than_the_objective() -> None:
     subject = house()
     told: list[int] = []

@@ -292,6 +292,41 @@ def test_who_must_start_first_goes_first_and_who_is_late_goes_last() -> None:
     assert take(waiting, room)[0] == ["soon", "whenever", "late", "later"]
 
 
+def test_who_is_judged_late_gives_way_until_judged_again() -> None:
+    waiting = queue()
+    entries = {}
+    for name, due in (("first", 4.0), ("second", 5.0), ("third", 6.0)):
+        request = replace(REQUEST, model=ModelName(name))
+        entries[name] = waiting.push(request, name, now=0.0, rate=1.0, due=due)
+    room = {"first": 1, "second": 1, "third": 1}
+    waiting.judge(entries["first"], in_time=False)
+    assert [entry.payload for entry, _ in waiting.foremost(1.0, 9)] == ["first", "second", "third"]
+    assert [entry.late for entry in entries.values()] == [True, False, False]
+    waiting.judge(entries["second"], in_time=False)
+    waiting.judge(entries["first"], in_time=True)
+    assert take(waiting, room)[0] == ["first", "third", "second"]
+
+
+def test_only_the_foremost_are_judged_and_the_others_go_behind_them() -> None:
+    waiting = queue()
+    for number in range(5):
+        waiting.push(replace(REQUEST, tenant=f"t{number % 2}"), f"{number}", now=0.0, rate=1.0, due=10.0 - number)
+    waiting.push(replace(REQUEST, priority=Priority.HIGH), "high", now=0.0, rate=1.0, due=99.0)
+    waiting.push(REQUEST, "background", now=0.0, rate=1.0, place=waiting.take_place(background=True))
+    waiting.charge("t0", Priority.NORMAL, 10 * FAIR_QUANTUM)
+    found = waiting.foremost(6.5, 4)
+    assert [entry.payload for entry, _ in found] == ["high", "3", "1", "2"], "not one that is due already"
+    ranks = [rank for _, rank in found]
+    assert ranks[1] == ranks[2] != ranks[3] != ranks[0]
+    assert [entry.payload for entry, _ in waiting.foremost(6.5, 9)] == ["high", "3", "1", "2", "0"]
+    for entry, _ in found:
+        waiting.judge(entry, in_time=True)
+    waiting.demote(6.5)
+    placed = []
+    waiting.dispatch(lambda entry: placed.append(entry.payload) or True)  # type: ignore[func-returns-value]
+    assert placed == ["high", "3", "1", "2", "4", "0", "background"]
+
+
 def test_tenants_share_by_seconds_of_service() -> None:
     waiting = queue()
     for number in range(20):

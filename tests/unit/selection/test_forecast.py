@@ -104,6 +104,19 @@ def test_a_long_prompt_waits_for_the_fast_server_and_a_short_one_does_not() -> N
     assert select(Query(table, long, POLICY, now=NOW, content=True)).row == table.index(ServerId("cpu"), M, P)
 
 
+def test_a_free_server_that_is_in_time_and_no_later_is_taken() -> None:
+    table = fleet(gpu=0.0001, mac=0.001)
+    table.set_prediction(table.index(ServerId("mac"), M, P), learned(0.001, tpot=0.06, spread=1.1))
+    request, policy = RouteRequest("r", prompt_tokens=1000), Policy(Weights(0, 0, 1, 0, 0, 0), tpot_objective_s=0.1)
+    mac, gpu = (table.index(ServerId(name), M, P) for name in ("mac", "gpu"))
+    busy(table, "gpu", 1.2)  # its answer would begin later, and end sooner
+    assert select(Query(table, request, policy, now=NOW)).row == mac
+    busy(table, "gpu", 0.5)
+    assert select(Query(table, request, policy, now=NOW)).later == gpu
+    busy(table, "gpu", 1.2)
+    assert select(Query(table, request, policy, now=NOW, waited=3.5)).later == gpu, "neither can be in time"
+
+
 def test_who_waits_is_told_for_whom_and_how_long() -> None:
     table = fleet(cpu=0.01, gpu=0.0001)
     busy(table, "gpu", 0.5)
