@@ -30,7 +30,7 @@ async def _stand_in() -> AsyncIterator[Endpoint]:
 
     async with standins.OllamaStandIn(parallel=4, answer_tokens=2000) as standin:
         # Slots are given, so that what the suite says of a server's load does not depend on timing.
-        settings = OllamaSettings(url=standin.url, slots=4, first_token_seconds=2, stall_seconds=2, load_seconds=1)
+        settings = OllamaSettings(url=standin.url, slots=4, first_token_seconds=4, stall_seconds=3, load_seconds=1)
         async with model_server(OllamaEngine(settings)) as server:
             _standins[server.address] = standin
             yield Endpoint(server.address, "tiny", embedding_model="embedder", vision_model="seer")

@@ -8,6 +8,7 @@
     +-- UnknownServer              see Client.servers()
     +-- UnknownTask                see Client.tasks.list()
     +-- UnknownBelief              no fact has this key
+    +-- UnknownRequest             no such answer to be judged
     +-- UnknownAgent               register it; see Client.agents.list()
     +-- UnknownAssignment          it ended long ago
     +-- IdempotencyConflict        the key names another task: choose another key
