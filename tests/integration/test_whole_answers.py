@@ -208,14 +208,15 @@ async def test_a_server_cannot_claim_what_did_not_happen(told: float) -> None:
 @pytest.mark.parametrize("kind", [FakeModelServer, Sharing])
 async def test_a_lease_that_runs_out_ends_the_wait(kind: type[FakeModelServer]) -> None:
     fake, other = kind(FIRST), FakeModelServer(SECOND)
-    async with fleet(fake, other, fleet={"report_interval": 0.1, "lease_duration": 3.0}) as door:
+    async with fleet(fake, fleet={"report_interval": 0.1, "lease_duration": 3.0}) as door:
         if fake.shares_streams:
             await joined(door, fake)
         gate = fake.gate("Complete")
         waiting = asyncio.create_task(whole(door))
         await gate.arrived.wait()
-        await fake.detach()
-        got = await waiting
+        async with attached(door, other):
+            await fake.detach()
+            got = await waiting
         assert attempts_of(got.summary) == [(FIRST, "SERVERS_AWAY"), (SECOND, "")]
         await fake.until(lambda: fake.calls_of("Complete")[-1].outcome == "cancelled")
 
