@@ -8,7 +8,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from prometheus_client import start_http_server
@@ -28,25 +28,23 @@ from control_plane.api.orchestrator import OrchestratorServicer
 from control_plane.api.similarity import Embedder
 from control_plane.api.task_queue import TaskQueueServicer
 from control_plane.api.upstream import Upstreams
-from control_plane.config import ControlPlaneSettings, SelectionSettings
+from control_plane.config import ControlPlaneSettings
 from control_plane.domain.definition import Definitions
 from control_plane.domain.errors import DomainError
 from control_plane.domain.funds import Reckoning
 from control_plane.domain.ports import Clock
 from control_plane.domain.task import Priority
 from control_plane.fleet.accounts import Accounts
-from control_plane.fleet.registry import Fleet, FleetPolicy, InitialStats
+from control_plane.fleet.registry import Fleet
 from control_plane.fleet.scheduler import Scheduler
 from control_plane.foresight import Foresight
 from control_plane.gateway.door import HttpDoor
+from control_plane.policies import class_policies, fleet_policy, selection_policy
 from control_plane.presets import compile_presets
 from control_plane.routing.router import TaskRouter
-from control_plane.scheduling.breaker import BreakerPolicy
 from control_plane.scheduling.budgets import Ledger
 from control_plane.scheduling.queue import FairQueue
 from control_plane.scheduling.retry import Allowance, RetryPolicy
-from control_plane.scheduling.stats import StatsPolicy
-from control_plane.selection.policy import Policy, Weights
 from control_plane.tasks.dispatcher import Dispatcher, DispatchPolicy
 from modelyard.program import privacy
 from modelyard.program.process import announce_ready, settle_memory, told_to_stop
@@ -103,10 +101,10 @@ class ControlPlane:
         folder = settings.models_dir
         catalogue = definition_files.read(folder) if folder else definition_files.Catalogue(Definitions(), {})
         self.watcher = definition_files.Watcher(folder) if folder else None
-        self.fleet = Fleet(_fleet_policy(settings), catalogue.definitions, clock.monotonic())
+        self.fleet = Fleet(fleet_policy(settings), catalogue.definitions, clock.monotonic())
         self.scheduler = Scheduler(
             self.fleet,
-            _selection_policy(settings.selection, settings.selection.weights.model_dump()),
+            selection_policy(settings.selection),
             FairQueue(
                 bounds={priority: getattr(settings.queue.bound, priority.name.lower()) for priority in Priority},
                 timeouts={priority: getattr(settings.queue.timeout, priority.name.lower()) for priority in Priority},
@@ -118,7 +116,7 @@ class ControlPlane:
             on_granted=self.metrics.granted,
         )
         self.scheduler.on_explored = self.metrics.explore
-        self.scheduler.class_policies = _class_policies(settings.selection)
+        self.scheduler.class_policies = class_policies(settings.selection)
         self.metrics.observe(self.fleet, self.scheduler)
         self.accounts = Accounts(
             Ledger(
@@ -344,9 +342,8 @@ class ControlPlane:
             )
         except ValueError as error:
             raise SettingsError(str(error)) from None
-        selection = settings.selection
         self.scheduler.policies = {
-            preset.name: _selection_policy(selection, {**selection.weights.model_dump(), **preset.weights})
+            preset.name: selection_policy(settings.selection, preset.weights)
             for preset in presets
             if preset.weights is not None
         }
@@ -527,57 +524,3 @@ async def serve(settings: ControlPlaneSettings) -> int:
         why = await told
         log.info("%s: draining, at most %g s", why, settings.drain_grace)
     return 0
-
-
-def _fleet_policy(settings: ControlPlaneSettings) -> FleetPolicy:
-    statistics, breaker = settings.statistics, settings.breaker
-    return FleetPolicy(
-        lease_duration=settings.fleet.lease_duration,
-        forget_after=settings.fleet.forget_after,
-        warm_up=settings.fleet.warm_up,
-        stats=StatsPolicy(
-            alpha=statistics.alpha,
-            recovery_half_life=statistics.recovery_half_life,
-            initial_success=statistics.initial_success,
-        ),
-        breaker=BreakerPolicy(failures=breaker.failures, pause=breaker.pause, pause_cap=breaker.pause_cap),
-        initial={
-            model: InitialStats(given.success, given.ttft, given.tpot)
-            for model, given in settings.model_initial_stats.items()
-        },
-    )
-
-
-def _class_policies(selection: SelectionSettings) -> dict[Priority, Policy]:
-    """Of classes with weights of their own. Raises SettingsError."""
-    common, policies = selection.weights.model_dump(), {}
-    for priority in Priority:
-        own = getattr(selection.class_weights, priority.name.lower())
-        if own:
-            try:
-                policies[priority] = _selection_policy(selection, {**common, **own})
-            except ValueError as error:
-                raise SettingsError(f"selection.class_weights.{priority.name.lower()}: {error}") from None
-    return policies
-
-
-def _selection_policy(selection: SelectionSettings, weights: Mapping[str, float]) -> Policy:
-    return Policy(
-        weights=Weights(**weights),
-        availability_threshold=selection.availability_threshold,
-        ttft_objective_s=selection.ttft_objective,
-        ttft_objective_per_prompt_token_s=selection.ttft_objective_per_prompt_token,
-        tpot_objective_s=selection.tpot_objective,
-        late_binding_s=selection.late_binding,
-        latency_reference_s=selection.latency_reference,
-        ttft_prior_s=selection.prior_ttft,
-        tpot_prior_s=selection.prior_tpot,
-        load_time_prior_s=selection.prior_load_time,
-        cost_reference_usd=selection.cost_reference_usd,
-        expected_output_tokens=selection.expected_output_tokens,
-        provider_preference=selection.provider_preference,  # type: ignore[arg-type]
-        spill_usd=selection.spill_usd,
-        spill_below=selection.spill_below,
-        exploration=selection.exploration,
-        exploration_margin=selection.exploration_margin,
-    )
