@@ -239,6 +239,8 @@ class Fleet:
     def tick(self, now: float) -> None:
         """Let time pass: leases expire, breakers reopen, rates recover, the lost are forgotten."""
         for server in list(self._servers.values()):
+            if now < server.lease.expires_at:
+                continue
             lease = server.lease.at(now)
             if lease.state is not server.lease.state:
                 server.lease = lease

@@ -219,6 +219,7 @@ class LatencyModel:
     def coefficients(self, key: RowKey, now: float) -> Coefficients[float]:
         """What is expected of a row. Raises KeyError: it was never declared."""
         row = self._rows[key]
+        self._moved.pop(key, None)
         self._renew(row)
         base, prompt, backlog, waiting, tpot_base, per_stream = map(math.exp, row.belief.mean)
         late = math.exp(self._late(row, now))

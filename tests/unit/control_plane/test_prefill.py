@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from control_plane.domain.request import RouteRequest
+from control_plane.domain.server import Load
 from control_plane.fleet.registry import Fleet
 from control_plane.fleet.server import Flight, Outcome, OutcomeKind
 from tests.unit.control_plane.builders import fleet, report
@@ -123,3 +126,18 @@ def test_a_full_server_tells_when_its_next_slot_is_free() -> None:
     assert 309.0 <= subject.table.slot_at[0] < 320.0
     for flight in flights:
         subject.end(flight, NEUTRAL, 310.0)
+
+
+def test_a_report_that_leaves_as_much_room_wakes_nobody() -> None:
+    subject = fleet()
+    attachment = subject.attach(report(slots=8), 0.0, 0.0, lambda: None)
+    woken: list[int] = []
+    subject.on_capacity = lambda: woken.append(1)
+    subject.update(attachment, replace(report(slots=8), load=Load(slots=8, running=3)), 1.0, 1.0)
+    assert not woken
+    subject.update(attachment, report(slots=9), 2.0, 2.0)
+    assert woken == [1] and subject.table.free[0] == 9
+    subject.tick(50.0)
+    assert not subject.table.ready[0]
+    subject.update(attachment, report(slots=9), 51.0, 51.0)
+    assert woken == [1, 1] and subject.table.ready[0], "it is back, with as much room as before"

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -336,6 +337,30 @@ async def test_an_event_costs_what_it_starts_however_unlike_those_who_wait_are()
     for task in tasks[:5]:
         assert house.counted(house.scheduler.release, held.flight, NEUTRAL) == 1
         held = await task
+    await give_up(tasks)
+
+
+async def test_plans_take_a_tenth_of_the_time_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    house = House(2000)
+    house.attach(slots=1)
+    held = await house.acquire()
+    tasks = await crowd(house, 20)
+    plans: list[float] = []
+
+    def plan(table: object, cases: list[object], now: float) -> list[bool]:
+        plans.append(now)
+        house.clock.now += 0.01
+        return [True] * len(cases)
+
+    monkeypatch.setattr("control_plane.fleet.scheduler.triage", plan)
+    for _ in range(12):
+        house.scheduler.release(held.flight, NEUTRAL)
+        house.clock.now += 0.02
+        await settle()
+        held = next(task for task in tasks if task.done()).result()
+        tasks = [task for task in tasks if not task.done()]
+    assert len(plans) == 3, plans
+    assert all(later - sooner >= 0.1 - 1e-9 for sooner, later in pairwise(plans))
     await give_up(tasks)
 
 

@@ -42,6 +42,13 @@ def test_it_beats_what_knows_less() -> None:
         assert ours > summary(run(baseline, work)).goodput, baseline
 
 
+def test_more_than_can_be_served_well_leaves_nearly_as_many_served_well_as_can_be() -> None:
+    work = workload(rate=5.0)
+    ours = summary(run("modelyard", work)).goodput
+    assert 0.9 * summary(run("oracle_late_earliest", work)).goodput < ours
+    assert ours > 1.3 * summary(run("smg_least_load", work)).goodput
+
+
 def test_the_same_run_twice() -> None:
     work = workload(100)
     first, second = run("modelyard", work), run("modelyard", work)
