@@ -88,9 +88,9 @@ async def test_the_tour_of_durable_tasks(fleet: Fleet, tmp_path: Path) -> None:
     assert [(result["id"], result["state"]) for result in results] == [(1, "succeeded"), (2, "succeeded")]
 
 
+@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, re.DOTALL), ids=["generate", "agents"])
 @module_loop
-async def test_the_python_snippet(fleet: Fleet) -> None:
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+async def test_the_python_snippets(fleet: Fleet, snippet: str) -> None:
     status, output = await fleet.run(f"{shlex.quote(sys.executable)} -c {shlex.quote(snippet)}")
     assert status == 0 and output.strip(), output
 
