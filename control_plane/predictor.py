@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         facts, told, status = VERBS[arguments.verb][1](arguments)
     except Objected as error:
-        cure = "evaluate it (`modelyard predictor evaluate`), or override with --force"
+        cure = "evaluating it anew may help (`modelyard predictor evaluate`), --force overrides all of it"
         return _refused(arguments, "OBJECTED", f"{error}; {cure}", REFUSED)
     except (ArtefactError, TreesError) as error:
         return _refused(arguments, "PREDICTOR", str(error), REFUSED)

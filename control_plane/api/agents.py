@@ -100,7 +100,9 @@ class AgentsServicer:
         tenant = tenant_of(context)
         spec, ttl = convert.register_request(request, self._settings.ttl)
         agent = self._router.register(tenant, spec, ttl, self._clock.monotonic())
-        return agents_pb2.RegisterAgentResponse(agent=self._status(tenant, agent), ttl=duration(ttl))
+        return agents_pb2.RegisterAgentResponse(
+            agent=self._status(tenant, agent), ttl=duration(ttl), registration=agent.registration
+        )
 
     @served
     async def Heartbeat(
@@ -108,7 +110,7 @@ class AgentsServicer:
     ) -> agents_pb2.HeartbeatResponse:
         self._admit()
         id = convert.agent_id(request.agent_id)
-        agent = self._router.renew(tenant_of(context), id, self._clock.monotonic())
+        agent = self._router.renew(tenant_of(context), id, self._clock.monotonic(), request.registration)
         return agents_pb2.HeartbeatResponse(ttl=duration(agent.ttl))
 
     @served
@@ -116,7 +118,7 @@ class AgentsServicer:
         self, request: agents_pb2.UnregisterAgentRequest, context: grpc.aio.ServicerContext
     ) -> agents_pb2.UnregisterAgentResponse:
         self._admit()
-        self._router.unregister(tenant_of(context), convert.agent_id(request.agent_id))
+        self._router.unregister(tenant_of(context), convert.agent_id(request.agent_id), request.registration)
         return agents_pb2.UnregisterAgentResponse()
 
     @served

@@ -71,6 +71,10 @@ def servers_away(summary: str, retry_after: float) -> DomainError:
     return DomainError("SERVERS_AWAY", summary, retry_after)
 
 
+def agent_superseded(agent_id: str) -> DomainError:
+    return DomainError("SUPERSEDED", f"agent {agent_id!r} was registered anew by somebody: stop this one or rename it")
+
+
 def unknown_agent(agent_id: str) -> DomainError:
     return DomainError("UNKNOWN_AGENT", f"there is no agent {agent_id!r}")
 

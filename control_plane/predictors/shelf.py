@@ -92,7 +92,7 @@ class Registry(msgspec.Struct, forbid_unknown_fields=True):
         """Why a version must not be put in force now, for people; empty: it may."""
         entry, against = self.entry(version), self.promoted
         latest = next((one for one in reversed(entry.evaluations) if one.against == against), None)
-        retired = ("it was rolled back before",) if entry.retired else ()
+        retired = ("it was rolled back before, which only --force overrides",) if entry.retired else ()
         return (*retired, *objections(latest, against))
 
 

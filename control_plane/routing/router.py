@@ -24,6 +24,7 @@ from control_plane.domain.agent import (
     score,
 )
 from control_plane.domain.errors import (
+    agent_superseded,
     agents_busy,
     no_capable_agent,
     too_many_agents,
@@ -57,6 +58,8 @@ class Agent:
     """Monotonic seconds."""
     since: float
     """Monotonic seconds of its first registration."""
+    registration: int = 0
+    """Number of the latest."""
 
     @property
     def id(self) -> AgentId:
@@ -123,6 +126,7 @@ class TaskRouter:
         self._deadlines: list[tuple[float, str]] = []
         self._ended: OrderedDict[str, Ended] = OrderedDict()
         self._look_at = -math.inf
+        self._registrations = 0
         self._interactions = Interactions(policy.most_interactions)
 
     # -------------------------------------------------------------- agents ---
@@ -140,17 +144,19 @@ class TaskRouter:
         elif known.spec != spec:
             known.spec, known.candidate = spec, candidate_of(spec)
         known.ttl, known.lease_until = ttl, now + ttl
+        self._registrations += 1
+        known.registration = self._registrations
         return known
 
-    def renew(self, tenant: str, agent_id: AgentId, now: float) -> Agent:
-        """Begin an agent's lease anew. Raises UNKNOWN_AGENT."""
-        agent = self._known(tenant, agent_id)
+    def renew(self, tenant: str, agent_id: AgentId, now: float, registration: int = 0) -> Agent:
+        """Begin an agent's lease anew. Raises UNKNOWN_AGENT, and SUPERSEDED if another `registration` holds."""
+        agent = self._known(tenant, agent_id, registration)
         agent.lease_until = now + agent.ttl
         return agent
 
-    def unregister(self, tenant: str, agent_id: AgentId) -> None:
-        """Take an agent off the list. Raises UNKNOWN_AGENT."""
-        self._known(tenant, agent_id)
+    def unregister(self, tenant: str, agent_id: AgentId, registration: int = 0) -> None:
+        """Take an agent off the list. Raises UNKNOWN_AGENT, and SUPERSEDED if another `registration` holds."""
+        self._known(tenant, agent_id, registration)
         del self._agents[tenant][agent_id]
         self._drop_empty(tenant)
 
@@ -166,10 +172,12 @@ class TaskRouter:
         """Assignments of an agent that are not reported."""
         return len(self._running.get((tenant, agent_id), ()))
 
-    def _known(self, tenant: str, agent_id: AgentId) -> Agent:
+    def _known(self, tenant: str, agent_id: AgentId, registration: int = 0) -> Agent:
         agent = self._agents.get(tenant, {}).get(agent_id)
         if agent is None:
             raise unknown_agent(agent_id)
+        if registration not in (0, agent.registration):
+            raise agent_superseded(agent_id)
         return agent
 
     def _drop_empty(self, tenant: str) -> None:

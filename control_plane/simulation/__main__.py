@@ -16,25 +16,36 @@ from control_plane.simulation.metrics import Objective
 from control_plane.simulation.policies import BEST_ORACLE, NAMES, POLICIES
 
 PROGRAM = "modelyard simulate"
-USAGE = 2
+USAGE, INTERRUPTED = 2, 130
 LOADS = (0.75, 1.0, 1.3)
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = _arguments(argv)
     try:
+        if arguments.report and not arguments.report.parent.is_dir():
+            raise ValueError(f"--report {arguments.report}: there is no such folder")
         heading, rows = _compared(arguments)
-        if arguments.report:
-            arguments.report.write_text(report.page(heading, rows), encoding="utf-8")
     except (FleetError, traces.TraceError, ValueError, OSError) as error:
-        if arguments.json:
-            print(json.dumps({"error": {"reason": "USAGE", "message": str(error)}}))
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return USAGE
+        return _refused(arguments, "USAGE", str(error), USAGE)
+    except KeyboardInterrupt:
+        return _refused(arguments, "INTERRUPTED", "stopped; nothing was written", INTERRUPTED)
     print(json.dumps(report.facts(heading, rows), indent=2) if arguments.json else report.text(heading, rows))
     if arguments.report:
+        try:
+            arguments.report.write_text(report.page(heading, rows), encoding="utf-8")
+        except OSError as error:
+            print(f"{PROGRAM}: --report: {error}", file=sys.stderr)
+            return USAGE
         print(f"{PROGRAM}: written to {arguments.report}", file=sys.stderr)
     return 0
+
+
+def _refused(arguments: argparse.Namespace, reason: str, message: str, status: int) -> int:
+    if arguments.json:
+        print(json.dumps({"error": {"reason": reason, "message": message}}))
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    return status
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -3,7 +3,8 @@
 Capacity is the highest arrival rate, the time of the trace scaled, that least in-flight sustains: one at which its
 completions keep up with the arrivals over the trace, so that at the last arrival at least `KEEPS_UP` of all requests
 are complete. Clients are patient in that run, for one that leaves would make room, and no host fails. It is found by
-bisection to `PRECISION`. A long trace is judged by its first `MOST_JOBS` jobs.
+bisection to `PRECISION`. A long trace is judged by its first `MOST_JOBS` jobs, a short one is repeated until it has
+`FEWEST_JOBS`: in a short one the last long answer, not the fleet, decides.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from control_plane.simulation.traces import Trace
 KEEPS_UP = 0.99
 PRECISION = 0.01
 MOST_JOBS = 20_000
+FEWEST_JOBS = 3_000
 
 Progress = Callable[[str, int, int], None]
 """What is being done, how many jobs of it, of how many."""
@@ -36,6 +38,7 @@ def capacity(trace: Trace, hosts: Sequence[HostSpec], progress: Progress | None 
         raise ValueError(f"{len(trace.jobs)} requests are too few to measure capacity: give --rate")
     if not trace.rate:
         raise ValueError("all requests arrive at once, so there is no rate to scale: slice another part of the trace")
+    trace = trace.looped(-(-FEWEST_JOBS // len(trace.jobs)))
     prompt = sum(job.prompt_tokens for job in trace.jobs) / len(trace.jobs)
     # Something to begin with: prefill lanes that are never idle.
     low = high = sum(host.prefill for host in hosts) / prompt

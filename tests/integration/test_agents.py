@@ -39,7 +39,7 @@ from modelyard.testing.model_server import model_info
 from modelyard.v1 import agents_pb2, agents_pb2_grpc, fleet_pb2, generation_pb2, model_server_pb2
 from tests.harness.buf import curl
 from tests.harness.front_door import FrontDoor, attached, front_door
-from tests.harness.model_servers import model_server
+from tests.harness.model_servers import eventually, model_server
 from tests.harness.postgres import Postgres
 from tests.harness.programs import until
 from tests.integration.test_cli import modelyard
@@ -134,6 +134,18 @@ async def test_leases_run_out_and_are_renewed_also_for_who_was_forgotten() -> No
             await until(is_back)
             assert registration.failure is None
         assert set(await states()) <= {"mute"}
+
+
+async def test_who_registers_an_id_later_holds_it_also_when_the_first_goes() -> None:
+    async with door_with() as (door, client), AsyncClient(door.address) as other:
+        async with client.agents.register("dup", description="first", ttl=1.5) as first:
+            async with other.agents.register("dup", description="second", ttl=1.5):
+                await eventually(lambda: first.failure is not None)
+                assert first.failure is not None and first.failure.reason == "SUPERSEDED"
+                await first.close()
+                (left,) = await client.agents.list()
+                assert left.agent.description == "second"
+            assert not await client.agents.list()
 
 
 async def test_assignments_expire_and_count_as_failures() -> None:
@@ -278,7 +290,7 @@ async def test_another_tenants_agent_is_as_one_that_is_not_there() -> None:
                 return error.reason, str(error).replace(made.id, "ID").replace("nobody", "a"), error.retry_after
 
             async def beat(id: str) -> None:
-                await other.agents._renew(id, 5.0)
+                await other.agents._renew(id, 0, 5.0)
 
             pairs = [
                 (other.agents.unregister("a"), other.agents.unregister("nobody")),

@@ -152,18 +152,22 @@ class RegisterAgentRequest(_message.Message):
     def __init__(self, agent: _Optional[_Union[AgentSpec, _Mapping]] = ..., ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class RegisterAgentResponse(_message.Message):
-    __slots__ = ("agent", "ttl")
+    __slots__ = ("agent", "ttl", "registration")
     AGENT_FIELD_NUMBER: _ClassVar[int]
     TTL_FIELD_NUMBER: _ClassVar[int]
+    REGISTRATION_FIELD_NUMBER: _ClassVar[int]
     agent: AgentStatus
     ttl: _duration_pb2.Duration
-    def __init__(self, agent: _Optional[_Union[AgentStatus, _Mapping]] = ..., ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    registration: int
+    def __init__(self, agent: _Optional[_Union[AgentStatus, _Mapping]] = ..., ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., registration: _Optional[int] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
-    __slots__ = ("agent_id",)
+    __slots__ = ("agent_id", "registration")
     AGENT_ID_FIELD_NUMBER: _ClassVar[int]
+    REGISTRATION_FIELD_NUMBER: _ClassVar[int]
     agent_id: str
-    def __init__(self, agent_id: _Optional[str] = ...) -> None: ...
+    registration: int
+    def __init__(self, agent_id: _Optional[str] = ..., registration: _Optional[int] = ...) -> None: ...
 
 class HeartbeatResponse(_message.Message):
     __slots__ = ("ttl",)
@@ -172,10 +176,12 @@ class HeartbeatResponse(_message.Message):
     def __init__(self, ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class UnregisterAgentRequest(_message.Message):
-    __slots__ = ("agent_id",)
+    __slots__ = ("agent_id", "registration")
     AGENT_ID_FIELD_NUMBER: _ClassVar[int]
+    REGISTRATION_FIELD_NUMBER: _ClassVar[int]
     agent_id: str
-    def __init__(self, agent_id: _Optional[str] = ...) -> None: ...
+    registration: int
+    def __init__(self, agent_id: _Optional[str] = ..., registration: _Optional[int] = ...) -> None: ...
 
 class UnregisterAgentResponse(_message.Message):
     __slots__ = ()

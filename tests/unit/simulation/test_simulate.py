@@ -292,3 +292,15 @@ def test_the_command_of_modelyard(trace_file: str) -> None:
     assert done.returncode == 0, done.stderr
     assert "p2c" in done.stdout
     assert done.stderr == ""
+
+
+def test_a_run_that_is_stopped_says_so(
+    trace_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("control_plane.simulation.compare.capacity", stopped)
+    assert main(["--trace", trace_file, "--policy", "random", "--json"]) == 130
+    told = capsys.readouterr()
+    assert json.loads(told.out)["error"]["reason"] == "INTERRUPTED" and "Traceback" not in told.err

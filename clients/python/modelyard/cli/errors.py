@@ -43,7 +43,7 @@ REASONS: Mapping[str, tuple[int, str]] = {
     "NO_CAPABLE_SERVER": (NOT_FOUND, "`modelyard explain` with the same options shows every candidate"),
     "CONTENT_REFUSED": (FAILED, "reword it, or choose another --model"),
     "QUEUE_FULL": (UNAVAILABLE, "try again later"),
-    "BUDGET_EXHAUSTED": (UNAVAILABLE, "see `modelyard usage`; free models still answer"),
+    "BUDGET_EXHAUSTED": (UNAVAILABLE, "see `modelyard usage` for what is left, and when it renews"),
     "SLOW_READER": (UNAVAILABLE, "read faster, or ask for less"),
     "SERVER_BUSY": (UNAVAILABLE, "try again later"),
     "RATE_LIMITED": (UNAVAILABLE, "try again later"),

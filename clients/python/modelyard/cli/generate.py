@@ -147,6 +147,7 @@ def statistics(result: GenerationResult) -> str:
         f"${result.cost_usd:.6f}" if result.cost_usd else "",
         f"cut off at {usage.completion_tokens} tokens" if result.finish_reason == "length" else "",
         "withheld by the provider" if result.finish_reason == "content_filter" else "",
+        f"request {result.request_id}",
     ]
     return ", ".join(part for part in parts if part)
 

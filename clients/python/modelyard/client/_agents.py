@@ -72,7 +72,7 @@ class AsyncAgents(Service):
 
     async def unregister(self, id: str, *, timeout: float | None = None) -> None:
         """Take an agent off the list. Raises UnknownAgent."""
-        await self._call("UnregisterAgent", agents_pb2.UnregisterAgentRequest(agent_id=id), timeout, retries=0)
+        await self._unregister(id, 0, timeout)
 
     async def list(self, *, timeout: float | None = None) -> tuple[types.AgentStatus, ...]:
         """The tenant's agents by id, those that are lost included."""
@@ -178,12 +178,17 @@ class AsyncAgents(Service):
 
     async def _register(
         self, request: agents_pb2.RegisterAgentRequest, timeout: float | None = None
-    ) -> tuple[types.AgentStatus, float]:
+    ) -> tuple[types.AgentStatus, float, int]:
         response = await self._call("RegisterAgent", request, timeout)
-        return _status(response.agent), response.ttl.ToTimedelta().total_seconds()
+        return _status(response.agent), response.ttl.ToTimedelta().total_seconds(), response.registration
 
-    async def _renew(self, id: str, timeout: float) -> float:
-        response = await self._call("Heartbeat", agents_pb2.HeartbeatRequest(agent_id=id), timeout, retries=0)
+    async def _unregister(self, id: str, registration: int, timeout: float | None) -> None:
+        request = agents_pb2.UnregisterAgentRequest(agent_id=id, registration=registration)
+        await self._call("UnregisterAgent", request, timeout, retries=0)
+
+    async def _renew(self, id: str, registration: int, timeout: float) -> float:
+        request = agents_pb2.HeartbeatRequest(agent_id=id, registration=registration)
+        response = await self._call("Heartbeat", request, timeout, retries=0)
         ttl: float = response.ttl.ToTimedelta().total_seconds()
         return ttl
 
@@ -195,15 +200,17 @@ class AsyncRegistration:
         self._agents = agents
         self._request = request
         self._renewing: asyncio.Task[None] | None = None
+        self._registration = 0
         self.id = request.agent.id
         self.status: types.AgentStatus | None = None
         """As it was registered last."""
         self.failure: ModelyardError | None = None
-        """Why the last renewal failed; None if it did not. They go on."""
+        """Why the last renewal failed; None if it did not. They go on, but where somebody has registered the same id
+        later (SUPERSEDED): that one holds."""
 
     async def start(self) -> Self:
         """Register, and renew from now on. Raises InvalidRequest, TooManyAgents and what any call may."""
-        self.status, ttl = await self._agents._register(self._request)
+        self.status, ttl, self._registration = await self._agents._register(self._request)
         self._renewing = asyncio.create_task(self._renew(ttl), name=f"agent-{self.id}")
         return self
 
@@ -217,19 +224,21 @@ class AsyncRegistration:
         if self._agents._client._closed:
             return
         with contextlib.suppress(ModelyardError):
-            await self._agents.unregister(self.id, timeout=_CLOSING)
+            await self._agents._unregister(self.id, self._registration, _CLOSING)
 
     async def _renew(self, ttl: float) -> None:
         while True:
             await asyncio.sleep(ttl / 3)
             try:
                 try:
-                    ttl = await self._agents._renew(self.id, ttl / 3)
+                    ttl = await self._agents._renew(self.id, self._registration, ttl / 3)
                 except UnknownAgent:
-                    self.status, ttl = await self._agents._register(self._request, ttl)
+                    self.status, ttl, self._registration = await self._agents._register(self._request, ttl)
                 self.failure = None
             except ModelyardError as failure:
                 self.failure = failure
+                if failure.reason == "SUPERSEDED":
+                    return
 
     async def __aenter__(self) -> Self:
         return await self.start()
