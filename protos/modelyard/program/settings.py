@@ -14,9 +14,10 @@ A value that does not fit stops the program with the key's name and where the va
 from __future__ import annotations
 
 import argparse
+import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -27,6 +28,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from modelyard.program import yaml_text
 
 DEFAULT_FILE = "modelyard.yaml"
+
+SECTIONS = ("control_plane", "model_server", "up", "client")
+"""Of the file; keys that begin with `x-` are for whoever writes it."""
 
 
 class Settings(BaseModel):
@@ -207,6 +211,10 @@ def load(
         data = document.data or {}
         if not isinstance(data, dict):
             raise SettingsError(f"{path}:1: must be a mapping with sections such as '{section}:'")
+        for name in data:
+            if name not in (*SECTIONS, section) and not str(name).startswith("x-"):
+                near = _near(str(name), (*SECTIONS, section))
+                raise SettingsError(f"{document.where([name])}: unknown section{near}; there are {', '.join(SECTIONS)}")
         part = data.get(section) or {}
         if not isinstance(part, dict):
             raise SettingsError(f"{document.where([section])}: must be a mapping")
@@ -236,11 +244,21 @@ def load(
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise SettingsError(_explain(error, sources, document, section)) from None
+        raise SettingsError(_explain(error, sources, document, section, model)) from None
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    """Words about what was perhaps meant."""
+    found = difflib.get_close_matches(name, list(known), 1)
+    return f", perhaps {found[0]!r}" if found else ""
 
 
 def _explain(
-    error: ValidationError, sources: Mapping[tuple[str, ...], str], document: YamlFile | None, section: str
+    error: ValidationError,
+    sources: Mapping[tuple[str, ...], str],
+    document: YamlFile | None,
+    section: str,
+    model: type[Settings],
 ) -> str:
     lines = []
     for problem in error.errors(include_url=False):
@@ -250,6 +268,8 @@ def _explain(
         if source is None and document is not None:
             source = document.where([section, *location])
         given = "" if problem["type"] in ("missing", "extra_forbidden") else f" (got {problem['input']!r})"
-        message = "unknown setting" if problem["type"] == "extra_forbidden" else problem["msg"]
+        message = problem["msg"]
+        if problem["type"] == "extra_forbidden":
+            message = "unknown setting" + _near(names[-1], (key.path[-1] for key in keys(model)))
         lines.append(f"{source or '.'.join(names)}: {message}{given}")
     return "\n".join(lines)

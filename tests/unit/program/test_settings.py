@@ -45,7 +45,8 @@ def test_an_absent_default_file_is_no_error_but_a_named_one_is(tmp_path: Path) -
     ("text", "complaint"),
     [
         ("outer:\n  inner:\n    size: 0\n", r"modelyard\.yaml:3: outer\.inner\.size: .*greater than or equal to 1"),
-        ("outer:\n  hots: x\n", r"modelyard\.yaml:2: outer\.hots: unknown setting"),
+        ("outer:\n  hots: x\n", r"modelyard\.yaml:2: outer\.hots: unknown setting, perhaps 'host'"),
+        ("outer: {}\ncontrolplane: {}\n", r"modelyard\.yaml:2: controlplane: unknown section, perhaps 'control_plane'"),
         ("outer: 3\n", r"modelyard\.yaml:1: outer: must be a mapping"),
         ("outer:\n  host: [\n", r"modelyard\.yaml:3: not valid YAML"),
         ("- outer\n", r"modelyard\.yaml:1: must be a mapping"),
