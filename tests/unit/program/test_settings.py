@@ -87,7 +87,7 @@ def test_binary_is_a_settings_error(tmp_path: Path) -> None:
 
 
 def test_a_merge_may_be_overridden(tmp_path: Path) -> None:
-    text = "base:\n  deep: &b {<<: &a {host: a, verbose: true}, host: b}\nouter: {<<: *b, host: c}\n"
+    text = "x-base:\n  deep: &b {<<: &a {host: a, verbose: true}, host: b}\nouter: {<<: *b, host: c}\n"
     assert read(tmp_path, text=text) == Outer(host="c", verbose=True)
 
 
