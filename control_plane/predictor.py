@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from control_plane.arguments import Parser
 from control_plane.predictors import artefact as artefacts
 from control_plane.predictors.artefact import RULES, Artefact, ArtefactError
 from control_plane.predictors.attempt import Attempt, from_lines, to_lines
@@ -67,7 +68,7 @@ def _refused(arguments: argparse.Namespace, reason: str, message: str, status: i
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROGRAM, description="Trained predictors of what tasks take, and the forecast."
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="|".join(VERBS))
