@@ -16,7 +16,7 @@ from control_plane.simulation import __main__ as simulation
     [
         (simulation.main, ("--trace", "x", "--policy", "nope"), "argument --policy: no policy nope"),
         (simulation.main, (), "--trace"),
-        (predictor.main, ("train", "--since", "foo"), 'argument --since: \'foo\' is no time like "7d"'),
+        (predictor.main, ("train", "--since", "foo"), "argument --since: 'foo' is no time like \"7d\""),
         (predictor.main, ("nonsense",), "invalid choice: 'nonsense'"),
         (db.main, ("upgrade", "--foo"), "unrecognized arguments: --foo"),
         (db.main, (), "upgrade|status"),
