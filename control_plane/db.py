@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from control_plane.arguments import Parser
 from control_plane.tasks import versions
 from control_plane.tasks.location import Location, SqliteFile, StoreError, located
 from control_plane.tasks.versions import Version
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="The tables of the task store.")
+    parser = Parser(prog=PROGRAM, description="The tables of the task store.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="upgrade|status")
     for verb, text in (
         ("upgrade", "make the tables, or bring them up to date"),

@@ -20,8 +20,9 @@ from typing import Any
 
 import msgspec
 
+from control_plane.arguments import Parser
 from control_plane.predictors import artefact as artefacts
-from control_plane.predictors.artefact import RULES, Artefact, ArtefactError
+from control_plane.predictors.artefact import RULES, Artefact, ArtefactError, NothingYet
 from control_plane.predictors.attempt import Attempt, from_lines, to_lines
 from control_plane.predictors.forecast import Forecast
 from control_plane.predictors.scores import TARGETS, Evaluation, Score
@@ -31,7 +32,7 @@ from control_plane.progress import bar
 from control_plane.tasks.location import Location, StoreError, located, predictors_folder
 
 PROGRAM = "modelyard predictor"
-REFUSED, USAGE, INTERRUPTED = 1, 2, 130
+REFUSED, USAGE, NOTHING, INTERRUPTED = 1, 2, 5, 130
 DEFAULT_SINCE = "30d"
 MOST_ATTEMPTS = 200_000
 _AGO = re.compile(r"(\d+(?:\.\d+)?)([hdw])")
@@ -49,6 +50,8 @@ def main(argv: Sequence[str]) -> int:
     except Objected as error:
         cure = "evaluating it anew may help (`modelyard predictor evaluate`), --force overrides all of it"
         return _refused(arguments, "OBJECTED", f"{error}; {cure}", REFUSED)
+    except NothingYet as error:
+        return _refused(arguments, "NOTHING_YET", str(error), NOTHING)
     except (ArtefactError, TreesError) as error:
         return _refused(arguments, "PREDICTOR", str(error), REFUSED)
     except (StoreError, ValueError, OSError) as error:
@@ -67,9 +70,7 @@ def _refused(arguments: argparse.Namespace, reason: str, message: str, status: i
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="Trained predictors of what tasks take, and the forecast."
-    )
+    parser = Parser(prog=PROGRAM, description="Trained predictors of what tasks take, and the forecast.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="|".join(VERBS))
     for verb, (text, _) in VERBS.items():
         sub = verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + ".")
@@ -139,7 +140,7 @@ def _evaluate(arguments: argparse.Namespace) -> Outcome:
     registry = shelf.registry()
     candidate = shelf.artefact(registry.entry(arguments.version or registry.newest))
     if registry.promoted == candidate.version:
-        raise ArtefactError(f"{candidate.version} is in force itself, there is nothing to compare it with")
+        raise NothingYet(f"{candidate.version} is in force itself, there is nothing to compare it with")
     with bar() as told:
         evaluation = _evaluated(shelf, candidate, _attempts(arguments, told or _silent))
     facts = {"version": candidate.version, "evaluation": _told(evaluation)}
@@ -247,7 +248,8 @@ def _forecast(arguments: argparse.Namespace) -> Outcome:
 VERBS: Mapping[str, tuple[str, Callable[[argparse.Namespace], Outcome]]] = {
     "train": ("train a new version on the attempts of the task store", _train),
     "evaluate": (
-        f"compare a version with what is in force on attempts new to both; exit status {REFUSED} if worse", _evaluate
+        f"compare a version with what is in force on attempts new to both; exit status {REFUSED} if worse,"
+        f" {NOTHING} if there is nothing to compare it on or with yet", _evaluate
     ),
     "list": ("show every version", _list),
     "show": ("show what is known of a version", _show),

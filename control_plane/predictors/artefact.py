@@ -27,6 +27,10 @@ class ArtefactError(ValueError):
     """It cannot be used; the message says why."""
 
 
+class NothingYet(ArtefactError):
+    """There is no version yet, or nothing to compare it on or with."""
+
+
 @dataclass(frozen=True, slots=True)
 class Data:
     """What it was trained on."""
@@ -133,14 +137,14 @@ def foretold(attempts: Sequence[Attempt]) -> list[Prediction]:
 def evaluate(candidate: Artefact, other: Artefact | None, attempts: Sequence[Attempt], now: float) -> Evaluation:
     """The candidate beside another, or beside the rules, on the attempts that are new to both.
 
-    Raises ArtefactError where there are none, and TreesError.
+    Raises NothingYet where there are none, ArtefactError and TreesError.
     """
     ordered = sorted(attempts, key=lambda attempt: attempt.at)
     seen = max(one.data.until for one in (candidate, other) if one is not None)
     told = foretold(ordered)
     fresh = [i for i, attempt in enumerate(ordered) if attempt.at > seen]
     if not fresh:
-        raise ArtefactError("no attempt is later than what it was trained on")
+        raise NothingYet("no attempt is later than what it was trained on")
     later, rules = [ordered[i] for i in fresh], [told[i] for i in fresh]
     questions = [attempt.question for attempt in later]
     mine = score(candidate.trees().predict_all(questions, rules), later)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from control_plane.predictors.artefact import RULES, Artefact, ArtefactError, Data, decode, digest, encode
+from control_plane.predictors.artefact import RULES, Artefact, ArtefactError, Data, NothingYet, decode, digest, encode
 from control_plane.predictors.scores import Evaluation, objections
 
 FORMAT = "modelyard-predictors/1"
@@ -74,9 +74,9 @@ class Registry(msgspec.Struct, forbid_unknown_fields=True):
 
     @property
     def newest(self) -> str:
-        """Raises ArtefactError where there is none."""
+        """Raises NothingYet where there is none."""
         if not self.entries:
-            raise ArtefactError("no predictor was trained yet: `modelyard predictor train`")
+            raise NothingYet("no predictor was trained yet: `modelyard predictor train`")
         return self.entries[-1].version
 
     @property

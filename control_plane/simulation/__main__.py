@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from control_plane.arguments import Parser
 from control_plane.progress import bar
 from control_plane.simulation import compare, report, traces
 from control_plane.simulation.fleet import BUILT_IN, Fleet, FleetError, events, fleet, script
@@ -49,7 +50,7 @@ def _refused(arguments: argparse.Namespace, reason: str, message: str, status: i
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROGRAM,
         description="Replay a trace on a simulated fleet and compare policies. Nothing is started or sent anywhere.",
     )

@@ -275,6 +275,12 @@ def _host(given: str | int, fleet: Fleet, known: set[str]) -> str:
 Model = TypeVar("Model", bound=BaseModel)
 
 
+_LISTS = {
+    "hosts": "must be a list of hosts, such as [{hardware: gpu, count: 2}]",
+    "faults": "must be a list of faults, such as [{host: 1, fault: hang, at: 10}]",
+}
+
+
 def _read(path: Path, model: type[Model]) -> Model:
     try:
         return model.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
@@ -283,4 +289,5 @@ def _read(path: Path, model: type[Model]) -> Model:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise FleetError(f"{path}: {where}: {first['msg']}" if where else f"{path}: {first['msg']}") from None
+        message = _LISTS.get(where, "must be a list") if first["type"] == "tuple_type" else first["msg"]
+        raise FleetError(f"{path}: {where}: {message}" if where else f"{path}: {message}") from None

@@ -623,7 +623,11 @@ async def test_the_command_line() -> None:
         assert routed["assignment"]["agent"]["endpoint"] == "here:1" and routed["decision"]["agent_id"] == "coder"
         busy = await run("route", "--skill", "python", "--json", status=5)
         assert busy["error"]["reason"] == "AGENTS_BUSY" and busy["error"]["retry_after"] > 0
+        assert (await run("route", "--skill", "python", "--dry-run", "--json", status=5))["decision"]["candidates"]
+        assert "are taken" in (await run("route", "--skill", "python", "--dry-run", status=5)).stdout
         assert (await run("report", routed["assignment"]["id"], "--score", "0.5")).stdout == "success\n"
+        told = await run("report", routed["assignment"]["id"], "--failed")
+        assert told.stdout == "it had been reported as a success before, that stands\n"
         told = await run("interactions", "--json")
         assert told["interactions"][0]["from_agent_id"] == "boss" and told["interactions"][0]["succeeded"] == 1
         assert (await run("interactions", "poet")).stdout.split() == [
@@ -635,6 +639,7 @@ async def test_the_command_line() -> None:
             "mean",
             "time",
         ]
+        await run("route", "--skill", "cooking", "--dry-run", status=4)
         none = await run("route", "--skill", "cooking", status=4)
         assert "--dry-run" in none.stderr
         assert "is no level" in (await run("match", "--skill", "python:much", status=2)).stderr

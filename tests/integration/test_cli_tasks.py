@@ -98,6 +98,17 @@ def results_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def test_an_interrupted_wait_tells_how_to_go_on(fleet: Up) -> None:
+    waiting = fleet.spawn("tasks", "submit", "--not-before", "600", "--wait", "--tenant", "team-a", "Hello")
+    assert waiting.stderr
+    id = waiting.stderr.readline().split()[1]
+    waiting.send_signal(signal.SIGINT)
+    _, said = waiting.communicate(timeout=30)
+    assert waiting.returncode == 130 and "Traceback" not in said
+    assert f"task {id} goes on: `modelyard tasks get {id} --wait --tenant team-a`" in said
+    assert fleet("tasks", "cancel", id, "--tenant", "team-a").returncode == 0
+
+
 def test_an_interrupted_batch_goes_on(fleet: Up, tmp_path: Path) -> None:
     file, out = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
     prompts(file, PROMPTS)

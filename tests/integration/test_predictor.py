@@ -195,6 +195,8 @@ async def test_train_evaluate_promote_rollback(
     scores = {who: one["holdout"][who]["losses"]["seconds"] for who in ("trained", "rules")}
     assert scores["trained"] < scores["rules"] / 2, "the rules do not look at the prompt"
     assert run(capsys, "promote", "v1", *at) == {"promoted": "v1", "before": "rules", "overridden": []}
+    nothing = run(capsys, "evaluate", *at, status=5)
+    assert nothing["error"]["reason"] == "NOTHING_YET" and "in force itself" in nothing["error"]["message"]
 
     # A candidate that was taught nonsense.
     exported = tmp_path / "attempts.jsonl"
@@ -235,7 +237,8 @@ def test_what_cannot_be_done_is_said_in_one_line(
     shelf = str(tmp_path / "shelf")
     (tmp_path / "broken.jsonl").write_text("{\n")
     for argv, words, status in (
-        (["show", "--dir", shelf], "no predictor was trained yet", 1),
+        (["show", "--dir", shelf], "no predictor was trained yet", 5),
+        (["evaluate", "--dir", shelf], "no predictor was trained yet", 5),
         (["promote", "v1", "--dir", shelf], "no version 'v1'", 1),
         (["rollback", "--dir", shelf], "nothing to roll back", 1),
         (["train", "--dir", shelf, "--from", str(tmp_path / "broken.jsonl")], "line 1: ", 2),

@@ -77,6 +77,9 @@ def test_a_fleet_of_a_file(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("hosts: []", "hosts: Tuple should have at least 1 item"),
+        ("hosts: 3", "hosts: must be a list of hosts, such as [{hardware: gpu, count: 2}]"),
+        ("hosts: [{hardware: gpu}]\nfaults: {}", "faults: must be a list of faults"),
+        ("hosts: [{hardware: gpu, models: yardling}]", "hosts.0.models: must be a list"),
         ("{", "while parsing a flow node"),
         ("hosts: [{hardware: tpu}]", "no class of hardware 'tpu': there are cpu, gpu, mac"),
         ("classes: {tpu: {slots: 1}}\nhosts: [{hardware: tpu}]", "prefill, decode_single"),

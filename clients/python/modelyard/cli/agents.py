@@ -10,13 +10,16 @@ import click
 from modelyard.cli import output
 from modelyard.cli.connection import call
 from modelyard.cli.decision_view import CHOSEN, ELIGIBLE, REJECTED
-from modelyard.cli.errors import USAGE, CliError
-from modelyard.cli.options import TASK_TYPES, as_json, tenant_option
+from modelyard.cli.errors import NOT_FOUND, UNAVAILABLE, USAGE, CliError
+from modelyard.cli.options import SECONDS, TASK_TYPES, Number, as_json, tenant_option
 from modelyard.cli.output import Column
 from modelyard.cli.session import Session
 
 if TYPE_CHECKING:
     from modelyard.client import AgentStatus, AsyncAssignment, AsyncClient, RoutingDecision, ScoreTerm
+
+_TRANSIENT = {"busy", "lost"}
+"""Reasons of rejection that pass."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -129,7 +132,7 @@ def match(session: Session, /, description: str, skills: tuple[str, ...], **opti
 @_routing
 @click.option("--from", "from_agent", metavar="AGENT", help="The agent that hands the task over.")
 @click.option(
-    "--within", type=click.FloatRange(1), metavar="SECONDS", help="Report it in so many seconds, or it has failed."
+    "--within", type=Number(1, SECONDS.max), metavar="SECONDS", help="Report it in so many seconds, or it has failed."
 )
 @click.option("--dry-run", is_flag=True, help="Only show who would be chosen, and why.")
 @tenant_option
@@ -145,8 +148,11 @@ def route(
     within: float | None,
     dry_run: bool,
     **options: Any,
-) -> None:
-    """Choose an agent for a task and reserve a place; report it afterwards with `modelyard agents report`."""
+) -> int:
+    """Choose an agent for a task and reserve a place; report it afterwards with `modelyard agents report`.
+
+    Exit status 4 if no agent ever could do it, 5 if all who could are busy or away; with --dry-run, too.
+    """
     asked: dict[str, Any] = {"skills": _skills(skills), "labels": _labels(labels), **options}
     if dry_run:
         decision = call(session, lambda client: client.agents.explain(description, **asked))
@@ -154,7 +160,7 @@ def route(
             output.print_json({"decision": decision.to_dict()})
         else:
             _decision(decision)
-        return
+        return _verdict(decision)
 
     async def work(client: AsyncClient) -> AsyncAssignment:
         return await client.agents.route(description, from_agent=from_agent, within=within, **asked)
@@ -164,16 +170,25 @@ def route(
     if session.json:
         told = {"id": made.id, "agent": made.agent.to_dict(), "deadline": deadline}
         output.print_json({"assignment": told, "decision": made.decision.to_dict()})
-        return
+        return 0
     _decision(made.decision)
     print(output.printable(f"{made.id}  {made.agent.id}  {made.agent.endpoint}".rstrip()))
+    return 0
+
+
+def _verdict(decision: RoutingDecision) -> int:
+    """The exit status for a dry run: 0 if an agent would be chosen, 5 if one might be later, 4 if none ever could."""
+    if decision.agent_id:
+        return 0
+    hopeful = any({found.reason for found in one.rejections} <= _TRANSIENT for one in decision.candidates)
+    return UNAVAILABLE if hopeful else NOT_FOUND
 
 
 @agents.command("report")
 @click.argument("assignment")
 @click.option("--failed", is_flag=True, help="The task was not done.")
-@click.option("--score", type=click.FloatRange(0, 1), metavar="S", help="How good the result was, 0 to 1.")
-@click.option("--duration", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="How long it took.")
+@click.option("--score", type=Number(0, 1), metavar="S", help="How good the result was, 0 to 1.")
+@click.option("--duration", type=SECONDS, metavar="SECONDS", help="How long it took.")
 @tenant_option
 @as_json
 @click.pass_obj
@@ -187,6 +202,8 @@ def report(session: Session, /, assignment: str, failed: bool, score: float | No
     )
     if session.json:
         output.print_json({"outcome": outcome})
+    elif outcome == ("success" if failed else "failure"):
+        print(f"it had been reported as a {outcome} before, that stands")
     else:
         print(outcome)
 

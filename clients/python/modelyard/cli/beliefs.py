@@ -11,7 +11,7 @@ import click
 from modelyard.cli import output
 from modelyard.cli.connection import call
 from modelyard.cli.errors import USAGE, CliError
-from modelyard.cli.options import as_json, read_prompt, tenant_option
+from modelyard.cli.options import Number, as_json, read_prompt, tenant_option
 from modelyard.cli.output import Column
 from modelyard.cli.session import Session
 
@@ -33,7 +33,7 @@ def beliefs() -> None:
 @beliefs.command("put")
 @click.argument("key")
 @click.argument("value", required=False)
-@click.option("--confidence", type=click.FloatRange(0, 1), default=1.0, metavar="C", help="0 to 1. Default: 1.")
+@click.option("--confidence", type=Number(0, 1), default=1.0, metavar="C", help="0 to 1. Default: 1.")
 @click.option("--source", default="", metavar="TEXT", help="Who says so.")
 @click.option("--text", is_flag=True, help="The value is a text, not JSON.")
 @tenant_option
@@ -121,7 +121,10 @@ def delete(session: Session, /, key: str) -> None:
 @beliefs.command("watch")
 @click.argument("prefix", default="")
 @click.option(
-    "--after", type=click.IntRange(0), metavar="VERSION", help="Only later ones; 0: all that are known first."
+    "--after",
+    type=click.IntRange(0, 2**63 - 1),
+    metavar="VERSION",
+    help="Only later ones; 0: all that are known first.",
 )
 @tenant_option
 @as_json

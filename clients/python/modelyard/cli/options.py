@@ -6,6 +6,7 @@ import json
 import mimetypes
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +15,7 @@ import click
 
 from modelyard.cli.errors import NOT_UTF8, USAGE, CliError
 from modelyard.cli.output import is_terminal
-from modelyard.cli.session import Session
+from modelyard.cli.session import MOST_SECONDS, Session
 
 if TYPE_CHECKING:
     from modelyard.client import Message
@@ -30,6 +31,37 @@ TASK_TYPES = (
 # fmt: on
 PRIORITIES = ("low", "normal", "high", "critical")
 TASK_STATES = ("queued", "scheduled", "running", "succeeded", "failed", "cancelled", "expired")
+
+WHOLE = 2**31 - 1
+"""The largest whole number that the contract takes where it has no limit of its own."""
+
+
+class Number(click.FloatRange):
+    """A number within a range. NaN is none, which click lets pass."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number."""
+        number = super().convert(value, param, ctx)
+        if number != number:  # NaN
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        return number
+
+
+SECONDS = Number(0, MOST_SECONDS, min_open=True)
+"""A span of time."""
+
+
+BEYOND = "is not within the years 1 to 9999 of UTC"
+
+
+def zoned(text: str) -> datetime:
+    """A time of ISO 8601, in UTC; without a zone it is of this machine's. Raises ValueError, and OverflowError
+    for one that is not of UTC's years."""
+    given = datetime.fromisoformat(text)
+    try:
+        return given.astimezone(UTC)
+    except (OverflowError, ValueError, OSError):
+        raise OverflowError(f"{text!r} {BEYOND}") from None
 
 
 def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -69,7 +101,7 @@ _REQUIREMENTS = (
     ),
     click.option(
         "--max-cost",
-        type=click.FloatRange(1e-9, 9e9),
+        type=Number(1e-9, 9e9),
         metavar="USD",
         help="Only where it is expected to cost no more US dollars.",
     ),
@@ -80,13 +112,15 @@ _ROUTING = (
     click.option("--task-type", type=click.Choice(TASK_TYPES), metavar="TYPE", help="The kind of work. Default: chat."),
     click.option("--preset", metavar="NAME", help="Fills what is not given here: see `modelyard presets`."),
     click.option("--system", metavar="TEXT", help="Instructions that hold for the whole conversation."),
-    click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Most tokens to generate."),
+    click.option("--max-tokens", type=click.IntRange(1, WHOLE), metavar="N", help="Most tokens to generate."),
 )
 _SAMPLING = (
-    click.option("--temperature", type=click.FloatRange(0, 2), metavar="T", help="0 (greedy) to 2."),
-    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), metavar="P", help="Nucleus sampling."),
-    click.option("--top-k", type=click.IntRange(0), metavar="K", help="Draw from the K likeliest tokens; 0: all."),
-    click.option("--min-p", type=click.FloatRange(0, 1), metavar="P", help="Drop tokens below P times the likeliest."),
+    click.option("--temperature", type=Number(0, 2), metavar="T", help="0 (greedy) to 2."),
+    click.option("--top-p", type=Number(0, 1, min_open=True), metavar="P", help="Nucleus sampling."),
+    click.option(
+        "--top-k", type=click.IntRange(0, WHOLE), metavar="K", help="Draw from the K likeliest tokens; 0: all."
+    ),
+    click.option("--min-p", type=Number(0, 1), metavar="P", help="Drop tokens below P times the likeliest."),
     click.option("--seed", type=click.IntRange(0, 2**64 - 1), metavar="N", help="Same seed, same input: same output."),
 )
 _SHAPE = (
@@ -128,7 +162,7 @@ direct_option: Callable[[F], F] = click.option(
 )
 
 timeout_option: Callable[[F], F] = click.option(
-    "--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Most seconds the request may take."
+    "--timeout", type=SECONDS, metavar="SECONDS", help="Most seconds the request may take."
 )
 
 

@@ -12,6 +12,8 @@ from modelyard.cli.errors import CliError
 
 DEFAULT_ADDRESS = "127.0.0.1:7460"
 DEFAULT_FILE = "modelyard.yaml"
+MOST_SECONDS = 1e9
+"""That a call may take. Written out, for the SDK is not imported to show --help; a test holds it equal to its limit."""
 
 
 @dataclass(slots=True)
@@ -97,8 +99,9 @@ def client_settings(session: Session, env: Mapping[str, str] | None = None) -> C
             timeout = float(value)
         except (TypeError, ValueError):
             timeout = 0.0
-        if not 0 < timeout < float("inf"):
-            raise CliError(f"{name}: must be a number of seconds above 0 (got {value!r})", 2, "INVALID_CONFIG")
+        if not 0 < timeout <= MOST_SECONDS:
+            told = f"must be a number of seconds above 0, at most {MOST_SECONDS:g} (got {value!r})"
+            raise CliError(f"{name}: {told}", 2, "INVALID_CONFIG")
     return ClientSettings(address=str(address), timeout=timeout, direct=_direct(session, environment, path, given))
 
 

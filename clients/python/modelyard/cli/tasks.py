@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from modelyard.cli.callbacks import callbacks
 from modelyard.cli.connection import call
 from modelyard.cli.errors import FAILED, USAGE, CliError
 from modelyard.cli.options import (
+    SECONDS,
     TASK_STATES,
     TASK_TYPES,
     as_json,
@@ -28,6 +29,7 @@ from modelyard.cli.options import (
     request_options,
     tenant_option,
     timeout_option,
+    zoned,
 )
 from modelyard.cli.output import Column
 from modelyard.cli.session import Session
@@ -69,15 +71,22 @@ def _to_time(ctx: click.Context, param: click.Parameter, value: str | None) -> d
     if value is None:
         return None
     try:
-        return float(value)
+        seconds = float(value)
     except ValueError:
         pass
+    else:
+        try:
+            datetime.now(UTC) + timedelta(seconds=seconds)
+        except (OverflowError, ValueError):
+            raise click.BadParameter(f"{value!r} seconds from now is no time", ctx, param) from None
+        return seconds
     try:
-        given = datetime.fromisoformat(value)
+        return zoned(value)
+    except OverflowError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
     except ValueError:
         told = f'{value!r} is neither a number of seconds nor a time such as "2030-01-31T12:00+00:00"'
         raise click.BadParameter(told, ctx, param) from None
-    return given if given.tzinfo else given.astimezone()
 
 
 @tasks.command("submit")
@@ -89,7 +98,7 @@ def _to_time(ctx: click.Context, param: click.Parameter, value: str | None) -> d
 @click.option("--not-before", callback=_to_time, metavar="TIME", help="Earliest start: seconds from now, or a time.")
 @click.option("--deadline", callback=_to_time, metavar="TIME", help="Not finished by then, it expires.")
 @click.option("--max-attempts", type=click.IntRange(1, 100), metavar="N", help="Attempts that may fail.")
-@click.option("--attempt-timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Of one attempt.")
+@click.option("--attempt-timeout", type=SECONDS, metavar="SECONDS", help="Of one attempt.")
 @click.option("--callback", metavar="URL", help="An https address to be told when it is terminal.")
 @click.option("--wait", is_flag=True, help="Wait for the answer and print it.")
 @timeout_option
@@ -112,7 +121,12 @@ def submit(
         if not wait:
             return task
         output.note(f"task {task.id}")
-        return await _wait(client, task.id, timeout)
+        try:
+            return await _wait(client, task.id, timeout)
+        except asyncio.CancelledError:  # by Ctrl-C
+            whose = f" --tenant {session.tenant}" if session.tenant else ""
+            output.note(f"task {task.id} goes on: `modelyard tasks get {task.id} --wait{whose}` waits for it again")
+            raise
 
     task = call(session, work)
     if session.json:
@@ -396,7 +410,9 @@ def _event_row(event: TaskEvent) -> list[str]:
 @_states
 @_types
 @_group
-@click.option("--after", type=click.IntRange(0), metavar="EVENT", help="Only later events; 0: from the beginning.")
+@click.option(
+    "--after", type=click.IntRange(0, 2**63 - 1), metavar="EVENT", help="Only later events; 0: from the beginning."
+)
 @tenant_option
 @as_json
 @click.pass_obj

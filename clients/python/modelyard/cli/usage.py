@@ -11,7 +11,7 @@ import click
 from modelyard.cli import output
 from modelyard.cli.connection import call
 from modelyard.cli.errors import USAGE, CliError
-from modelyard.cli.options import as_json, tenant_option
+from modelyard.cli.options import BEYOND, as_json, tenant_option, zoned
 from modelyard.cli.output import Column
 from modelyard.cli.session import Session
 
@@ -105,13 +105,14 @@ def _dimensions(by: str) -> list[str]:
 def _time(given: str | None, option: str, now: datetime) -> datetime | None:
     if given is None:
         return None
-    if ago := _AGO.fullmatch(given.strip()):
-        return now - timedelta(hours=float(ago[1]) * _HOURS[ago[2]])
     try:
-        found = datetime.fromisoformat(given)
+        if ago := _AGO.fullmatch(given.strip()):
+            return now - timedelta(hours=float(ago[1]) * _HOURS[ago[2]])
+        return zoned(given)
+    except OverflowError:
+        raise CliError(f"{option}: {given!r} {BEYOND}", USAGE, "USAGE") from None
     except ValueError:
         raise CliError(f'{option}: {given!r} is neither a time like "7d" nor ISO 8601', USAGE, "USAGE") from None
-    return found if found.tzinfo else found.astimezone()
 
 
 def _group(row: UsageRow, dimensions: list[str]) -> tuple[str, ...]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from modelyard.client import _agent_types as types
 from modelyard.client import _answers as answers
 from modelyard.client import _names as names
+from modelyard.client import _values as values
 from modelyard.client._errors import ModelyardError, UnknownAgent
 from modelyard.client._service import Service
+from modelyard.client._values import filled
 from modelyard.v1 import agents_pb2, agents_pb2_grpc
 
 if TYPE_CHECKING:
@@ -55,19 +57,19 @@ class AsyncAgents(Service):
         """Make an agent known for as long as an `async with` block runs: its lease of `ttl` seconds is renewed in the
         background, and after a restart of the control plane it is registered anew."""
         request = agents_pb2.RegisterAgentRequest(
-            agent=agents_pb2.AgentSpec(
+            agent=filled(
+                agents_pb2.AgentSpec,
                 id=id,
                 description=description,
                 skills=[agents_pb2.AgentSkill(name=name, level=level) for name, level in _levels(skills, 1.0).items()],
-                task_types=[names.TASK_TYPE.number(one) for one in task_types],  # type: ignore[misc]
+                task_types=[names.TASK_TYPE.number(one) for one in task_types],
                 max_concurrency=max_concurrency,
                 labels=labels,
                 endpoint=endpoint,
                 metadata=metadata,
-            )
+            ),
+            ttl=values.duration("ttl", ttl),
         )
-        if ttl is not None:
-            request.ttl.FromTimedelta(timedelta(seconds=ttl))
         return AsyncRegistration(self, request)
 
     async def unregister(self, id: str, *, timeout: float | None = None) -> None:
@@ -92,11 +94,12 @@ class AsyncAgents(Service):
     ) -> types.CapabilityMatches:
         """Rank models of the fleet and agents by how well they fit a described task; `kind` is "model" or "agent".
         Required skills exclude who lacks them, a description nobody."""
-        request = agents_pb2.MatchCapabilitiesRequest(
+        request = filled(
+            agents_pb2.MatchCapabilitiesRequest,
             description=description,
             required_skills=_required(skills),
             task_type=_task_type(task_type),
-            kind=names.CANDIDATE_KIND.number(kind) if kind else 0,  # type: ignore[arg-type]
+            kind=names.CANDIDATE_KIND.number(kind) if kind else 0,
             limit=limit,
             include_rejected=include_rejected,
         )
@@ -126,8 +129,8 @@ class AsyncAgents(Service):
         Raises NoCapableAgent, and AgentsBusy with the seconds in which a place may be free, for which `retries` waits.
         """
         request = _route_request(description, skills, task_type, labels, exclude, from_agent)
-        if within is not None:
-            request.timeout.FromTimedelta(timedelta(seconds=within))
+        if (limit := values.duration("within", within)) is not None:
+            request.timeout.CopyFrom(limit)
         response = await self._call("RouteTask", request, timeout, retries)
         return AsyncAssignment(self, response)
 
@@ -160,9 +163,12 @@ class AsyncAgents(Service):
         good it was, [0, 1]. What counted: "success", "failure", or "expired" if it came too late; the first report
         counts. Raises UnknownAssignment."""
         outcome = names.ASSIGNMENT_OUTCOME.number("success" if success else "failure")
-        request = agents_pb2.ReportAssignmentRequest(assignment_id=assignment_id, outcome=outcome, score=score)  # type: ignore[arg-type]
-        if duration is not None:
-            request.duration.FromTimedelta(timedelta(seconds=duration))
+        request = agents_pb2.ReportAssignmentRequest(
+            assignment_id=assignment_id,
+            outcome=outcome,  # type: ignore[arg-type]
+            score=score,
+            duration=values.duration("duration", duration),
+        )
         response = await self._call("ReportAssignment", request, timeout, retries)
         return names.ASSIGNMENT_OUTCOME.name(response.outcome)
 
@@ -170,7 +176,7 @@ class AsyncAgents(Service):
         self, agent: str | None = None, *, limit: int = 100, timeout: float | None = None
     ) -> tuple[types.Interaction, ...]:
         """Which agents have handed tasks to which since the control plane runs; those with most first."""
-        request = agents_pb2.ListInteractionsRequest(agent_id=agent or "", limit=limit)
+        request = filled(agents_pb2.ListInteractionsRequest, agent_id=agent or "", limit=limit)
         response = await self._call("ListInteractions", request, timeout)
         return tuple(map(_interaction, response.interactions))
 

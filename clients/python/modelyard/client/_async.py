@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import math
 import os
 import re
 from collections.abc import AsyncGenerator, Awaitable, Sequence
@@ -17,6 +16,7 @@ import grpc
 import grpc.aio
 
 from modelyard.client import _answers as answers
+from modelyard.client import _values as values
 from modelyard.client._agents import AsyncAgents
 from modelyard.client._beliefs import AsyncBeliefs, AsyncCallbacks
 from modelyard.client._direct import MODES, Direct, DirectCall, Hosts
@@ -94,7 +94,7 @@ class AsyncClient:
         direct: Direct | None = None,
     ) -> None:
         self.address = address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS
-        self._timeout = timeout
+        self._timeout = values.timeout(timeout)
         self._retries = retries
         self._direct = direct_mode(direct or os.environ.get(DIRECT_VARIABLE) or "auto")
         self._hosts = Hosts(self.address)
@@ -273,14 +273,14 @@ class AsyncClient:
         return self._progress("UnloadModel", request, timeout)
 
     async def _progress(self, method: str, request: Any, timeout: float | None) -> AsyncGenerator[ModelProgress, None]:
-        call = getattr(self._connected(), method)(request, timeout=None if timeout == math.inf else timeout)
+        call = getattr(self._connected(), method)(request, timeout=values.timeout(timeout))
         async with contextlib.aclosing(self._messages(call)) as messages:
             async for message in messages:
                 yield answers.model_progress(message)
 
     async def health(self, *, timeout: float | None = None) -> Health:
         """Standard health of the control plane. Raises ConnectionFailed if nothing answers."""
-        timeout = timeout or self._timeout or _HEALTH_TIMEOUT
+        timeout = values.timeout(timeout) or self._timeout or _HEALTH_TIMEOUT
         alive, serving = await asyncio.gather(self._check("", timeout), self._check(_SERVICE, timeout))
         return Health(alive, serving)
 

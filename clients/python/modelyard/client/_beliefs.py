@@ -13,6 +13,7 @@ from modelyard.client import _answers as answers
 from modelyard.client import _names as names
 from modelyard.client._belief_types import Belief, CallbackDelivery, Json
 from modelyard.client._service import PATIENCE, Service
+from modelyard.client._values import filled
 from modelyard.v1 import belief_pb2, belief_pb2_grpc, task_queue_pb2, task_queue_pb2_grpc
 
 if TYPE_CHECKING:
@@ -58,8 +59,10 @@ class AsyncBeliefs(Service):
         self, prefix: str = "", *, limit: int | None = None, page_size: int = 100, timeout: float | None = None
     ) -> AsyncGenerator[Belief, None]:
         """Facts whose keys begin with a prefix, by key, at most `limit`; read in pages."""
-        request = belief_pb2.ListBeliefsRequest(
-            prefix=prefix, page_size=page_size if limit is None else max(1, min(page_size, limit))
+        request = filled(
+            belief_pb2.ListBeliefsRequest,
+            prefix=prefix,
+            page_size=page_size if limit is None else max(1, min(page_size, limit)),
         )
         left = itertools.count() if limit is None else iter(range(limit))
         while True:
@@ -87,7 +90,9 @@ class AsyncBeliefs(Service):
         """
 
         def open() -> Any:
-            return self._open("WatchBeliefs", belief_pb2.WatchBeliefsRequest(prefix=prefix, after_version=after))
+            return self._open(
+                "WatchBeliefs", filled(belief_pb2.WatchBeliefsRequest, prefix=prefix, after_version=after)
+            )
 
         async with contextlib.aclosing(self._resumed(open, patience)) as changes:
             async for change in changes:
@@ -117,8 +122,9 @@ class AsyncCallbacks(Service):
     ) -> AsyncGenerator[CallbackDelivery, None]:
         """Callbacks, those of the newest tasks first, at most `limit`; read in pages. `states` are "pending",
         "delivered" and "dead"."""
-        request = task_queue_pb2.ListCallbacksRequest(
-            states=[names.CALLBACK_STATE.number(one) for one in ([states] if isinstance(states, str) else states)],  # type: ignore[misc]
+        request = filled(
+            task_queue_pb2.ListCallbacksRequest,
+            states=[names.CALLBACK_STATE.number(one) for one in ([states] if isinstance(states, str) else states)],
             task_id=task_id or "",
             page_size=page_size if limit is None else max(1, min(page_size, limit)),
         )

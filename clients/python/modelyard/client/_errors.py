@@ -2,6 +2,7 @@
 
     ModelyardError                 reason, message, request_id, retry_after, partial
     +-- InvalidRequest             mend the fields in .violations
+    |   +-- InvalidArgument        the argument is out of range (a ValueError, too); nothing was sent
     |   +-- ContextTooLong         shorten the prompt, or choose a longer context
     +-- ContentRefused             the provider will not answer this
     +-- UnknownModel               choose one of those named
@@ -135,6 +136,13 @@ class InvalidRequest(ModelyardError):
     """A field is missing or malformed: mend those in `violations`."""
 
     default_reason = "INVALID_REQUEST"
+
+
+class InvalidArgument(InvalidRequest, ValueError):
+    """An argument that no message can hold, found before anything was sent."""
+
+    def __init__(self, argument: str, description: str) -> None:
+        super().__init__(f"{argument}: {description}", violations=(FieldViolation(argument, description),))
 
 
 class ContextTooLong(InvalidRequest):

@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any, Self, Unpack
 
+from modelyard.client import _values as values
 from modelyard.client._async import AsyncClient
 from modelyard.client._errors import DeadlineExceeded, ModelyardError, StreamBroken, TryAgain, WrongState
 from modelyard.client._names import PRIORITY
@@ -138,6 +139,7 @@ class RequestQueue:
             raise ValueError(f"concurrency must be 1 or more, not {concurrency}")
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout must be above 0, not {timeout}")
+        timeout = values.timeout(timeout)
         self.group = f"queue-{uuid.uuid4().hex}"
         """Of all tasks of this queue."""
         self._client = client
@@ -211,7 +213,7 @@ class RequestQueue:
         """What a request has produced; waits for it. Raises TaskFailed if it did not succeed, DeadlineExceeded after
         `timeout` seconds. Ids of other queues and of `client.tasks` will do too."""
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(values.timeout(timeout)):
                 if (request := self._requests.get(id)) is not None:
                     await asyncio.shield(request.ended)
                 while True:

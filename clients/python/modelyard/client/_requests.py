@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 from modelyard.client import _names as names
 from modelyard.client._types import Image, Message, Tool, ToolCall
+from modelyard.client._values import filled
 from modelyard.v1 import generation_pb2, orchestrator_pb2, selection_pb2
 
 Input = str | Sequence[Message | Mapping[str, Any]]
@@ -127,7 +128,8 @@ def generate_request(
     repetition_penalty: float | None = None,
 ) -> orchestrator_pb2.GenerateRequest:
     """Build a request. Raises ValueError or TypeError for what cannot be said in one."""
-    sampling = generation_pb2.SamplingParams(
+    sampling = filled(
+        generation_pb2.SamplingParams,
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -199,7 +201,8 @@ def _requirements(
         raise TypeError("excluded_server_ids, excluded_models and features are lists of texts, not one text")
     if max_cost is not None and not _LEAST_COST <= max_cost <= _MOST_COST:
         raise ValueError(f"max_cost must be {_LEAST_COST:g} to {_MOST_COST:g} US dollars")
-    return selection_pb2.Requirements(
+    return filled(
+        selection_pb2.Requirements,
         model=model or "",
         provider=provider or "",
         server_id=server_id or "",
@@ -207,7 +210,7 @@ def _requirements(
         excluded_models=excluded_models,
         max_cost_nano_usd=0 if max_cost is None else round(max_cost * 1e9),
         min_context_length=min_context_length,
-        features=[names.FEATURE.number(feature) for feature in features],  # type: ignore[misc]
+        features=[names.FEATURE.number(feature) for feature in features],
     )
 
 

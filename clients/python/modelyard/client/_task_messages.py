@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Unpack
 
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import MessageToDict
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from modelyard.client import _answers as answers
 from modelyard.client import _names as names
+from modelyard.client import _values as values
 from modelyard.client._errors import BY_REASON, FieldViolation, InternalError, ModelyardError
 from modelyard.client._requests import GenerateOptions, Input, generate_request
 from modelyard.client._task_types import (
@@ -24,6 +23,7 @@ from modelyard.client._task_types import (
     TaskLane,
 )
 from modelyard.client._types import Delta, GenerationResult, ToolCallDelta
+from modelyard.client._values import filled
 from modelyard.rpc.reasons import Reason
 from modelyard.v1 import task_queue_pb2
 
@@ -77,19 +77,20 @@ def submit_request(
         if options.get(name):
             raise TypeError(f"a task has no {name}")
     work = generate_request(input, **options)
-    spec = task_queue_pb2.TaskSpec(
+    spec = filled(
+        task_queue_pb2.TaskSpec,
         input=work.input,
         task_type=work.task_type,
         priority=work.priority,
         requirements=work.requirements if work.requirements.ByteSize() else None,
         preset=work.preset,
-        not_before=_timestamp(not_before),
-        deadline=_timestamp(deadline),
+        not_before=values.timestamp("not_before", not_before),
+        deadline=values.timestamp("deadline", deadline),
         max_attempts=max_attempts or 0,
         callback=task_queue_pb2.Callback(url=callback) if callback is not None else None,
         group=group or "",
         labels=task_labels,
-        attempt_timeout=_duration(attempt_timeout),
+        attempt_timeout=values.duration("attempt_timeout", attempt_timeout),
     )
     if max_attempts == 0:
         raise ValueError("max_attempts must be 1 to 100, not 0")
@@ -113,39 +114,9 @@ def task_filter(
         task_types=[names.TASK_TYPE.number(kind) for kind in task_types],  # type: ignore[misc]
         group=group or "",
         idempotency_key=idempotency_key or "",
-        created_after=_timestamp(created_after),
-        created_before=_timestamp(created_before),
+        created_after=values.timestamp("created_after", created_after),
+        created_before=values.timestamp("created_before", created_before),
     )
-
-
-def _timestamp(given: datetime | float | None) -> Timestamp | None:
-    if given is None:
-        return None
-    if not isinstance(given, datetime):
-        if isinstance(given, bool) or not isinstance(given, int | float):
-            raise TypeError(f"a time is a datetime with its zone or seconds from now, not {type(given).__name__}")
-        try:
-            given = datetime.now(UTC) + timedelta(seconds=given)
-        except OverflowError:
-            raise ValueError(f"{given:g} seconds from now is no time") from None
-    if given.tzinfo is None:
-        raise ValueError("a time needs its zone, for example datetime.now(timezone.utc)")
-    message = Timestamp()
-    message.FromDatetime(given)
-    return message
-
-
-def _duration(seconds: float | None) -> Duration | None:
-    if seconds is None:
-        return None
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        raise TypeError(f"attempt_timeout is a number of seconds, not {type(seconds).__name__}")
-    message = Duration()
-    try:
-        message.FromTimedelta(timedelta(seconds=seconds))
-    except OverflowError:
-        raise ValueError(f"{seconds:g} seconds is no duration") from None
-    return message
 
 
 # ------------------------------------------------------------------- answers ---

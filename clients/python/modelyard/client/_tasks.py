@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, Unpack
 import grpc.aio
 
 from modelyard.client import _task_messages as messages
+from modelyard.client import _values as values
 from modelyard.client._errors import DeadlineExceeded, ModelyardError, StreamBroken, TaskFailed
 from modelyard.client._requests import Input
 from modelyard.client._service import PATIENCE, Resume, Service
 from modelyard.client._task_messages import NewTask, TaskOptions
 from modelyard.client._task_types import QueueStats, Submission, Task, TaskEvent
 from modelyard.client._types import GenerationResult
+from modelyard.client._values import filled
 from modelyard.v1 import task_queue_pb2, task_queue_pb2_grpc
 
 if TYPE_CHECKING:
@@ -118,7 +120,8 @@ class AsyncTasks(Service):
     ) -> AsyncGenerator[Task, None]:
         """Tasks that match, newest first, at most `limit`; read in pages. Times have their zone, or are seconds from
         now (so -3600 is an hour ago)."""
-        request = task_queue_pb2.ListTasksRequest(
+        request = filled(
+            task_queue_pb2.ListTasksRequest,
             filter=messages.task_filter(
                 states=states,
                 task_types=task_types,
@@ -148,7 +151,7 @@ class AsyncTasks(Service):
         """
 
         def open() -> Any:
-            return self._open("WatchTask", task_queue_pb2.WatchTaskRequest(id=id, after_event_id=after))
+            return self._open("WatchTask", filled(task_queue_pb2.WatchTaskRequest, id=id, after_event_id=after))
 
         async with contextlib.aclosing(self._resumed(open, patience)) as answers:
             async for answer in answers:
@@ -172,7 +175,9 @@ class AsyncTasks(Service):
         filter = messages.task_filter(states=states, task_types=task_types, group=group)
 
         def open() -> Any:
-            return self._open("WatchTasks", task_queue_pb2.WatchTasksRequest(filter=filter, after_event_id=after))
+            return self._open(
+                "WatchTasks", filled(task_queue_pb2.WatchTasksRequest, filter=filter, after_event_id=after)
+            )
 
         async with contextlib.aclosing(self._resumed(open, patience)) as answers:
             async for answer in answers:
@@ -184,7 +189,7 @@ class AsyncTasks(Service):
         """The task when it is terminal, with its result. Raises DeadlineExceeded after `timeout` seconds; the client's
         own timeout does not hold here."""
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(values.timeout(timeout)):
                 async with contextlib.aclosing(self.watch(id, patience=patience)) as events:
                     async for event in events:
                         if event.task is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 
+from modelyard.client import _values as values
 from modelyard.client._errors import ModelyardError, TryAgain
 
 _FIRST_PAUSE = 0.25
@@ -12,10 +13,12 @@ _LONGEST_PAUSE = 4.0
 
 
 class Patience:
-    """The seconds and the retries that one call has left; starts when it is made."""
+    """The seconds and the retries that one call has left; starts when it is made. Raises InvalidArgument for a timeout
+    that is none."""
 
     def __init__(self, timeout: float | None, retries: int) -> None:
         self._clock = asyncio.get_running_loop().time
+        timeout = values.timeout(timeout)
         self._end = math.inf if timeout is None else self._clock() + timeout
         self._retries = retries
         self._pause = _FIRST_PAUSE

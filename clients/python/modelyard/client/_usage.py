@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from modelyard.client import _answers as answers
 from modelyard.client import _names as names
+from modelyard.client import _values as values
 from modelyard.client._service import Service
 from modelyard.client._usage_types import BudgetStatus, UsageReport, UsageRow
 from modelyard.v1 import accounting_pb2, accounting_pb2_grpc
@@ -28,11 +29,10 @@ class AsyncAccounting(Service):
         """See `AsyncClient.usage`."""
         dimensions = [by] if isinstance(by, str) else by
         request = accounting_pb2.GetUsageRequest(
-            group_by=[names.USAGE_DIMENSION.number(one) for one in dimensions]  # type: ignore[misc]
+            since=None if since is None else values.timestamp("since", values.utc("since", since)),
+            until=None if until is None else values.timestamp("until", values.utc("until", until)),
+            group_by=[names.USAGE_DIMENSION.number(one) for one in dimensions],  # type: ignore[misc]
         )
-        for field, given in ((request.since, since), (request.until, until)):
-            if given is not None:
-                field.FromDatetime(given.astimezone(UTC))
         response = await self._call("GetUsage", request, timeout)
         return UsageReport(
             tenant=response.tenant,
