@@ -14,8 +14,10 @@ The SDK's calls share a stream, which h2load does not speak: the same is measure
 calls at a time over one connection, and takes its share of the machine.
 
 The added latency is that of the whole cycle with real programs: one asyncio client takes turns between calling the
-model server, and Assign followed by the same call with its ticket, Assign once as a plain call and once over a stream
-as the SDK makes it. Beside it stands one Assign as h2load sees it.
+model server, and Assign followed by the same call with its ticket: Assign once as a plain call, once over a stream as
+the SDK makes it, and once so ahead of need, by the class that holds such tickets in the SDK. Beside it stands one Assign
+as h2load sees it. Last, the SDK's own direct call, without tickets ahead and with them: what each adds to the
+plain call of the model server, the SDK's own work included.
 """
 
 from __future__ import annotations
@@ -30,11 +32,14 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 
+from modelyard.client._ahead import TicketsAhead
+from modelyard.client._direct import DirectCall, Hosts
 from modelyard.rpc.calls import SharedChannel
 from modelyard.rpc.channels import channel
 from modelyard.testing import model_info
@@ -63,7 +68,14 @@ class Figures:
     call_p50: float
     added_p50: float
     added_shared_p50: float
+    added_early_p50: float
     client_call_p50: float
+    added_sdk_p50: float
+    added_ahead_p50: float
+    early: float
+    """Share of the calls with tickets ahead that had one."""
+    asked: float
+    """Assign calls for each of those calls."""
 
 
 def assignment() -> bytes:
@@ -204,9 +216,10 @@ async def throughput(scale: float) -> tuple[tuple[float, float, float], tuple[fl
             return (assigned[0], assigned[1], assigned[2]), (assigned[3], assigned[4], assigned[5]), best
 
 
-async def latency(scale: float) -> tuple[float, float, float, float]:
+async def latency(scale: float) -> tuple[float, ...]:
     """Seconds, medians: one call of the model server as h2load sees it; what Assign before it adds to a call as an
-    asyncio client sees it, plain and over a stream, and that call without."""
+    asyncio client sees it, plain, over a stream, and so ahead of need, and that call without; what a direct call of the
+    SDK adds to it, without tickets ahead and with them. The last two are no times: see Figures."""
     async with control_plane("--log-level", "warning") as plane, channel(plane.address) as link:
         stub = OrchestratorStub(link)
         async with simulated_server(
@@ -231,6 +244,7 @@ async def latency(scale: float) -> tuple[float, float, float, float]:
                 for each in (link, sharing)
             ]
             outline, plain_body = assignment(), plain.SerializeToString()
+            sdk = Ways(SharedAssign(sharing), Hosts(plane.address))
             times: list[list[float]] = []
             for _ in range(int(2000 * scale)):
                 began = time.perf_counter()
@@ -242,10 +256,74 @@ async def latency(scale: float) -> tuple[float, float, float, float]:
                     plain.ticket = assigned.ticket
                     await _whole(generate(plain.SerializeToString()))
                     row.append(time.perf_counter() - began)
+                row.append(await sdk.early(generate, plain))
+                for ahead in (None, sdk.ahead):
+                    row.append(await sdk.call(ahead))
                 times.append(row)
-            await until(lambda: _settled(plane))
-            added, shared = (statistics.median(row[way] - row[0] for row in times) for way in (1, 2))
-            return call_p50, added, shared, statistics.median(row[0] for row in times)
+            sdk.close()
+            calls = len(times)
+            unused = sdk.stub.made - 3 * calls
+            await until(lambda: _settled(plane, unused))
+            added = [statistics.median(row[way] - row[0] for row in times) for way in range(1, 6)]
+            call = statistics.median(row[0] for row in times)
+            await sdk.hosts.close()
+            early, asked = 1 - (sdk.stub.plain / calls - 1) / 2, (sdk.stub.made / calls - 1) / 2
+            return call_p50, *added[:3], call, *added[3:], early, asked
+
+
+class SharedAssign:
+    """Assign over a stream, as the SDK calls it, counted."""
+
+    def __init__(self, link: SharedChannel) -> None:
+        self._assign = link.unary_unary(ASSIGN, response_deserializer=orchestrator_pb2.AssignResponse.FromString)
+        self.made = self.plain = 0
+
+    def Assign(self, asked: orchestrator_pb2.AssignRequest, timeout: float | None) -> Any:
+        self.made += 1
+        self.plain += not asked.ahead
+        return self._assign(asked.SerializeToString(), timeout=timeout)
+
+
+@dataclass
+class Ways:
+    """Direct calls of the SDK."""
+
+    stub: SharedAssign
+    hosts: Hosts
+    ahead: TicketsAhead = field(default_factory=TicketsAhead)
+    own: TicketsAhead = field(default_factory=TicketsAhead)
+
+    async def early(
+        self, generate: grpc.aio.UnaryStreamMultiCallable, asked: model_server_pb2.ModelServerGenerateRequest
+    ) -> float:
+        """Seconds of a call of the model server with a ticket that was taken ahead of need, if there is one."""
+        began = time.perf_counter()
+        wanted = orchestrator_pb2.AssignRequest.FromString(assignment())
+        shape = self.own.shape(wanted)
+        assert shape is not None
+        followed = shape.followed
+        assigned = await shape.take(wanted.prompt_tokens) or await self.stub.Assign(wanted, timeout=30)
+        asked.ticket = assigned.ticket
+        call, sent = generate(asked.SerializeToString()), time.perf_counter()
+        if followed:
+            shape.begun(self.stub, wanted)
+        await _whole(call)
+        shape.ended(self.stub, wanted, time.perf_counter() - sent, followed=followed)
+        return time.perf_counter() - began
+
+    def close(self) -> None:
+        """Drop what is held."""
+        self.ahead.close()
+        self.own.close()
+
+    async def call(self, ahead: TicketsAhead | None) -> float:
+        """Seconds of one call, with tickets ahead or without."""
+        asked = orchestrator_pb2.GenerateRequest(input=request(1))
+        began = time.perf_counter()
+        call = DirectCall(self.stub, self.hosts, asked, None, must=True, ahead=ahead)
+        while await call.read() is not grpc.aio.EOF:
+            pass
+        return time.perf_counter() - began
 
 
 async def _whole(call: grpc.aio.UnaryStreamCall) -> None:
@@ -253,9 +331,9 @@ async def _whole(call: grpc.aio.UnaryStreamCall) -> None:
         pass
 
 
-async def _settled(plane: Program) -> bool:
-    """Whether all but the one ticket that was taken to see whether the fleet is there have been used."""
-    return counted(plane, "Direct") == counted(plane, "Assign") - 1
+async def _settled(plane: Program, unused: int) -> bool:
+    """Whether all tickets have been used but the one that was taken to see whether the fleet is there, and these."""
+    return counted(plane, "Direct") == counted(plane, "Assign") - 1 - unused
 
 
 async def run(quick: bool = False) -> Figures:
@@ -281,6 +359,13 @@ def main() -> None:
     print(f"  to the same call without          {found.added_p50 / found.client_call_p50:9.2f}")
     print(f"the same with Assign over a stream  {found.added_shared_p50 * 1e3:9.3f} ms    wanted: below 0.35")
     print(f"  to the same call without          {found.added_shared_p50 / found.client_call_p50:9.2f}")
+    print(f"the same ahead of need              {found.added_early_p50 * 1e3:9.3f} ms    wanted: below 0.26")
+    print(f"  to the same call without          {found.added_early_p50 / found.client_call_p50:9.2f}")
+    print(f"added by the SDK's direct call, p50 {found.added_sdk_p50 * 1e3:9.3f} ms")
+    print(f"  to a plain call                   {found.added_sdk_p50 / found.client_call_p50:9.2f}")
+    print(f"the same with tickets ahead         {found.added_ahead_p50 * 1e3:9.3f} ms")
+    print(f"  to a plain call                   {found.added_ahead_p50 / found.client_call_p50:9.2f}")
+    print(f"  calls that had one                {found.early:9.1%}   Assign calls for each {found.asked:.3f}")
 
 
 if __name__ == "__main__":

@@ -61,15 +61,16 @@ class Host:
     async def reached(self, within: float) -> bool:
         """Whether there is a connection, or one comes about within so many seconds."""
         before = state = self.channel.get_state(try_to_connect=True)
-        try:
-            async with asyncio.timeout(within):
-                while state is not grpc.ChannelConnectivity.READY:
-                    if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and state is not before:
-                        return False
-                    await self.channel.wait_for_state_change(state)
-                    state = self.channel.get_state(try_to_connect=True)
-        except TimeoutError:
-            return False
+        if state is not grpc.ChannelConnectivity.READY:
+            try:
+                async with asyncio.timeout(within):
+                    while state is not grpc.ChannelConnectivity.READY:
+                        if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and state is not before:
+                            return False
+                        await self.channel.wait_for_state_change(state)
+                        state = self.channel.get_state(try_to_connect=True)
+            except TimeoutError:
+                return False
         self._pause = _FIRST_PAUSE
         return True
 
