@@ -34,7 +34,7 @@ from control_plane.domain.task import Priority
 from control_plane.fleet.accounts import Accounts, no_accounts
 from control_plane.fleet.registry import Fleet
 from control_plane.fleet.server import Flight, Outcome, OutcomeKind
-from control_plane.scheduling.ahead import affordable, spares
+from control_plane.scheduling.ahead import spares
 from control_plane.scheduling.queue import FairQueue, KindKey, Reached, Waiting
 from control_plane.selection.filters import PERMANENT, TRANSIENT, passing
 from control_plane.selection.forecast import Planned
@@ -356,12 +356,10 @@ class Scheduler:
         if len(self._queue) or self._later is not None:
             return None
         now = self._clock.monotonic()
+        table = self._fleet.table
+        if not len(table) or not self._accounts.spare(request, table):
+            return None
         query = self._query(request, avoid, now)
-        table, funds = query.table, query.funds
-        if not len(table):
-            return None
-        if funds is not None and not affordable(funds, request, table.dearest, table.longest):
-            return None
         choice = select(query)
         row = choice.row
         if choice.verdict is not Verdict.CHOSEN or (table.cold is not None and table.cold[row]):

@@ -6,10 +6,6 @@ next to nothing: so it is made where a slot is to spare, and where it is lost, i
 
 from __future__ import annotations
 
-from control_plane.domain.funds import Amounts, Funds
-from control_plane.domain.model import Price
-from control_plane.domain.request import RouteRequest
-
 
 def spares(slots: int, free: int, ahead: int) -> bool:
     """Whether a server can hold one more slot ahead of need. `free`: slots before that; `ahead`: held so already.
@@ -20,10 +16,3 @@ def spares(slots: int, free: int, ahead: int) -> bool:
     with less than four slots has none to spare.
     """
     return 2 * (free - 1) >= slots and 4 * (ahead + 1) <= slots
-
-
-def affordable(funds: Funds, request: RouteRequest, dearest: Price, longest: int) -> bool:
-    """Whether the tenant has the money for the request on any model, and for another one meanwhile. What is not at
-    hand is not asked for: a request that has come does that."""
-    most = funds.reckoning.most(request, dearest, longest)
-    return funds.now.covers(Amounts(2 * most.nano_usd, 2 * most.tokens))

@@ -15,8 +15,8 @@ calls at a time over one connection, and takes its share of the machine.
 
 The added latency is that of the whole cycle with real programs: one asyncio client takes turns between calling the
 model server, and Assign followed by the same call with its ticket: Assign once as a plain call, once over a stream as
-the SDK makes it, and once so ahead of need, by the class that holds such tickets in the SDK. Beside it stands one Assign
-as h2load sees it. Last, the SDK's own direct call, without tickets ahead and with them: what each adds to the
+the SDK makes it, and once so ahead of need, by the class that holds such tickets in the SDK. Beside it stands one
+Assign as h2load sees it. Last, the SDK's own direct call, without tickets ahead and with them: what each adds to the
 plain call of the model server, the SDK's own work included.
 """
 

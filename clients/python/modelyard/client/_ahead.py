@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import grpc.aio
@@ -21,7 +23,7 @@ _USED = 0.8
 _ANSWER_SECONDS, _WAIT_SECONDS = 1.0, 0.05
 """How long an answer is waited for in the background, and by a call that could use the ticket."""
 _PAUSE = 1.0
-"""Seconds without another try after there was none."""
+"""Seconds without another try, of the kind that was in vain: during a call its own prompt may be in the way."""
 _MOST_SHAPES = 64
 """That are remembered."""
 
@@ -60,7 +62,8 @@ class Shape:
     def __init__(self) -> None:
         self._ended = -math.inf
         self._took = math.inf
-        self._pause_until = -math.inf
+        self._pauses = {True: -math.inf, False: -math.inf}
+        """Until when there is no try during a call (True) and after one."""
         self._held: _Ticket | None = None
 
     @property
@@ -83,33 +86,32 @@ class Shape:
     def begun(self, stub: Any, asked: orchestrator_pb2.AssignRequest) -> None:
         """A call that follows another at once has gone to the model server."""
         if self._took < _BRIEF:
-            self._ask(stub, asked)
+            self._ask(stub, asked, during=True)
 
     def ended(self, stub: Any, asked: orchestrator_pb2.AssignRequest, took: float, *, followed: bool) -> None:
         """A call has succeeded, so many seconds after it went to the model server."""
         self._ended, self._took = time.monotonic(), took
         if followed:
-            self._ask(stub, asked)
+            self._ask(stub, asked, during=False)
 
     def drop(self) -> None:
         if self._held is not None:
             self._held.answer.cancel()
             self._held = None
 
-    def _ask(self, stub: Any, asked: orchestrator_pb2.AssignRequest) -> None:
-        if (self._held is None or not self._held.good) and time.monotonic() >= self._pause_until:
-            self._held = _Ticket(stub, asked)
-            self._held.answer.add_done_callback(self._pause_without)
+    def _ask(self, stub: Any, asked: orchestrator_pb2.AssignRequest, *, during: bool) -> None:
+        if (self._held is None or not self._held.good) and time.monotonic() >= self._pauses[during]:
+            self._held = _Ticket(stub, asked, partial(self._without, during))
 
-    def _pause_without(self, answer: asyncio.Task[orchestrator_pb2.AssignResponse | None]) -> None:
-        if answer.cancelled() or answer.result() is None:
-            self._pause_until = time.monotonic() + _PAUSE
+    def _without(self, during: bool) -> None:
+        self._pauses[during] = time.monotonic() + _PAUSE
 
 
 class _Ticket:
     """A ticket, or the hope of one."""
 
-    def __init__(self, stub: Any, asked: orchestrator_pb2.AssignRequest) -> None:
+    def __init__(self, stub: Any, asked: orchestrator_pb2.AssignRequest, on_none: Callable[[], None]) -> None:
+        self._on_none = on_none
         self.room = room(asked.prompt_tokens)
         """Tokens of a prompt that it is good for."""
         self._asked_at = time.monotonic()
@@ -131,6 +133,7 @@ class _Ticket:
                 self._until = self._asked_at + _USED * assigned.valid_for.ToNanoseconds() / 1e9
                 return assigned
         self._until = -math.inf
+        self._on_none()
         return None
 
 
