@@ -16,8 +16,9 @@ from modelyard.v1 import orchestrator_pb2
 
 _SOON = 1.0
 """Seconds after the end of a call within which the next of its shape makes it likely that there will be more."""
-_BRIEF = 0.25
-"""Seconds of a call that a ticket outlives for certain: it is taken while the call runs, else after its end."""
+_BRIEF, _AT_ONCE = 0.25, 0.003
+"""Seconds of a call that a ticket outlives for certain, and of a pause in which there is no time to take one: where
+both are so short it is taken while the call runs, else after its end, when nobody waits for anything."""
 _USED = 0.8
 """Share of a ticket's life, from before it was asked for, in which it is used: the rest is for the way."""
 _ANSWER_SECONDS, _WAIT_SECONDS = 1.0, 0.05
@@ -61,15 +62,15 @@ class Shape:
 
     def __init__(self) -> None:
         self._ended = -math.inf
-        self._took = math.inf
+        self._took = self._pause = math.inf
         self._pauses = {True: -math.inf, False: -math.inf}
         """Until when there is no try during a call (True) and after one."""
         self._held: _Ticket | None = None
 
-    @property
-    def followed(self) -> bool:
-        """Whether a call that begins now follows another at once."""
-        return time.monotonic() - self._ended < _SOON
+    def begins(self) -> bool:
+        """A call begins; whether it follows another soon."""
+        self._pause = time.monotonic() - self._ended
+        return self._pause < _SOON
 
     async def take(self, prompt_tokens: int) -> orchestrator_pb2.AssignResponse | None:
         """The ticket, which nobody else gets, if it fits and is still good; waits a little for one on its way."""
@@ -84,8 +85,8 @@ class Shape:
         return held.answer.result()
 
     def begun(self, stub: Any, asked: orchestrator_pb2.AssignRequest) -> None:
-        """A call that follows another at once has gone to the model server."""
-        if self._took < _BRIEF:
+        """A call that follows another has gone to the model server."""
+        if self._took < _BRIEF and self._pause < _AT_ONCE:
             self._ask(stub, asked, during=True)
 
     def ended(self, stub: Any, asked: orchestrator_pb2.AssignRequest, took: float, *, followed: bool) -> None:

@@ -152,7 +152,7 @@ class DirectCall:
         self._whole = whole and not must
         self._asked = assignment(request)
         self._shape = ahead.shape(self._asked) if ahead is not None else None
-        self._followed = self._shape is not None and self._shape.followed
+        self._followed = self._shape is not None and self._shape.begins()
         self._began = time.monotonic()
         self._end = math.inf if timeout is None else self._began + timeout
         self._call: Any = None
