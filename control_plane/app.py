@@ -154,6 +154,7 @@ class ControlPlane:
             self.scheduler,
             generation,
             settings.limits.ticket_lifetime,
+            min(settings.limits.ticket_ahead_lifetime, settings.limits.ticket_lifetime),
             clock,
             self.metrics,
         )

@@ -182,6 +182,10 @@ class LimitSettings(Settings):
     ticket_lifetime: PositiveSeconds = Field(
         5.0, description="Seconds in which a client must have begun to use a ticket of Assign."
     )
+    ticket_ahead_lifetime: PositiveSeconds = Field(
+        1.0,
+        description="The same for a ticket that was asked for ahead of need; never longer than `ticket_lifetime`.",
+    )
     write_timeout: PositiveSeconds = Field(
         30.0, description="Seconds that a client may leave its stream unread before it is cut off."
     )

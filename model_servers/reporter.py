@@ -28,6 +28,8 @@ _FIRST_ANSWER = 5.0
 """Seconds for connecting and for the first directive."""
 _MISSED = 3
 """A control plane that leaves that many reports unanswered is given up and dialled anew."""
+_AFTER_OUTCOME = 0.001
+"""Seconds that an outcome waits, so that the answer goes out before the report of it."""
 _BETWEEN_OUTCOMES = 0.01
 """Seconds from one report of tickets alone to the next; those that end meanwhile are told together."""
 _REFUSED_PAUSE = 10.0
@@ -121,6 +123,7 @@ class Reporter:
                     except TimeoutError:
                         break
                     if news.version > told:
+                        await asyncio.sleep(_AFTER_OUTCOME)
                         told = news.version
                         await call.write(self._tickets_alone())
                         await asyncio.sleep(_BETWEEN_OUTCOMES)

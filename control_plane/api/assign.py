@@ -23,7 +23,7 @@ from control_plane.api.tenant import tenant_of
 from control_plane.domain.errors import DomainError
 from control_plane.domain.ports import Clock
 from control_plane.fleet.registry import Fleet
-from control_plane.fleet.scheduler import Scheduler
+from control_plane.fleet.scheduler import Grant, Scheduler
 from control_plane.fleet.server import Flight, Outcome, OutcomeKind, Server
 from control_plane.scheduling.retry import blames_server
 from modelyard.rpc import tickets
@@ -33,7 +33,7 @@ from modelyard.rpc.server import InFlight
 from modelyard.rpc.validation import MAX_OUTCOMES, check_assign_request
 from modelyard.v1.fleet_pb2 import ServerDirective
 from modelyard.v1.generation_pb2 import GenerationInput
-from modelyard.v1.orchestrator_pb2 import AssignRequest, AssignResponse
+from modelyard.v1.orchestrator_pb2 import AssignRequest, AssignResponse, GenerateRequest
 from modelyard.v1.ticket_pb2 import Ticket, TicketOutcome, TicketReport
 
 COUNTED_AS = "Direct"
@@ -63,6 +63,7 @@ class Assignments:
         scheduler: Scheduler,
         generation: Generation,
         lifetime: float,
+        ahead_lifetime: float,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
@@ -72,10 +73,10 @@ class Assignments:
         self._scheduler = scheduler
         self._generation = generation
         self._lifetime = lifetime
+        self._ahead_lifetime = ahead_lifetime
         self._clock = clock
         self._metrics = metrics
         self._ids = itertools.count(1)
-        # In the order of expiry, which is that of their making.
         self._reserved: dict[Server, dict[int, Reservation]] = {}
 
     # -------------------------------------------------------------- Assign ---
@@ -101,10 +102,16 @@ class Assignments:
         pinned = self._generation.pinned(filled.requirements)
         tenant = tenant_of(context)
         route = convert.route_request(filled, request_id, tenant, pinned, more_tokens=request.prompt_tokens)
-        limit = self._generation.time_limit(context)
+        # The deadline of a call ahead says nothing of the request that is still to come.
+        limit = self._generation.max_generation if request.ahead else self._generation.time_limit(context)
         if preset is not None and preset.timeout is not None:
             limit = min(limit, preset.timeout)
         avoid = self._fleet.without_tickets()
+        if request.ahead:
+            coming = self._scheduler.ahead(route, avoid)
+            if coming is None:
+                return AssignResponse(request_id=request_id)
+            return self._assigned(Grant(coming, 0.0, None), filled, request_id, arrived, limit)
         try:
             async with asyncio.timeout(limit):
                 await self._generation.funded(route)
@@ -117,8 +124,15 @@ class Assignments:
                     Reason.UNSUPPORTED, f"no model server that takes tickets can serve it: {error.message}"
                 ) from error
             raise
+        return self._assigned(grant, filled, request_id, arrived, limit)
+
+    def _assigned(
+        self, grant: Grant, filled: GenerateRequest, request_id: str, arrived: float, limit: float
+    ) -> AssignResponse:
+        """Sign a ticket for the slot of a grant."""
         flight, now = grant.flight, self._clock.monotonic()
-        reservation = self._reserve(flight, request_id, arrived, now)
+        lifetime = self._ahead_lifetime if flight.ahead else self._lifetime
+        reservation = self._reserve(flight, request_id, arrived, now, lifetime)
         response = AssignResponse(
             request_id=request_id,
             server_id=flight.server_id,
@@ -127,7 +141,7 @@ class Assignments:
             provider=flight.provider,
             ticket=reservation.ticket,
         )
-        convert.set_duration(response.valid_for, self._lifetime)
+        convert.set_duration(response.valid_for, lifetime)
         convert.set_duration(response.time_limit, max(0.0, arrived + limit - now))
         convert.set_duration(response.queued, grant.queued)
         source: GenerationInput = filled.input
@@ -144,10 +158,12 @@ class Assignments:
             response.decision.CopyFrom(convert.decision(grant.record))
         return response
 
-    def _reserve(self, flight: Flight, request_id: str, arrived: float, now: float) -> Reservation:
-        number, expires_at = next(self._ids), now + self._lifetime
+    def _reserve(self, flight: Flight, request_id: str, arrived: float, now: float, lifetime: float) -> Reservation:
+        number, expires_at = next(self._ids), now + lifetime
         signed = self._signed(flight, number, request_id, expires_at)
-        reservation = Reservation(number, signed, flight, expires_at, now - arrived)
+        # Of a ticket ahead the client has not waited for.
+        preceded = 0.0 if flight.ahead else now - arrived
+        reservation = Reservation(number, signed, flight, expires_at, preceded)
         self._reserved.setdefault(flight.server, {})[number] = reservation
         self.in_flight.__enter__()
         flight.assigned = True
@@ -201,9 +217,9 @@ class Assignments:
             # What a server will tell of later, because its outcomes do not all fit, is not in use any more either.
             complete = len(told.outcomes) < MAX_OUTCOMES
             for reservation in list(reserved.values()) if complete else ():
-                if reservation.expires_at >= as_of:
-                    break
-                if reservation.id not in in_use:
+                if reservation.id in in_use:
+                    self._fleet.has_come(reservation.flight, self._clock.monotonic())
+                elif reservation.expires_at < as_of:
                     self._end(reservation, NEUTRAL, "unused")
         return told.outcomes[-1].sequence if told.outcomes else 0
 

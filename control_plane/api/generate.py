@@ -305,11 +305,15 @@ class Generation:
 
         call.add_done_callback(ended)
 
+    @property
+    def max_generation(self) -> float:
+        """Most seconds that a request may take."""
+        return self._limits.max_generation
+
     def time_limit(self, context: Sink) -> float:
         """Seconds that a request may take."""
         remaining = context.time_remaining()
-        longest = self._limits.max_generation
-        return longest if remaining is None else min(remaining, longest)
+        return self.max_generation if remaining is None else min(remaining, self.max_generation)
 
 
 class _Body(Generic[M]):

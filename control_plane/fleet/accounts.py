@@ -50,6 +50,16 @@ class Accounts:
         """Whether a tenant has budgets."""
         return bool(self.ledger.budgets_of(tenant))
 
+    def spare(self, request: RouteRequest, table: CandidateTable) -> bool:
+        """Whether a tenant has the money at hand for a request that is still to come, on any model, and for another one
+        meanwhile. What is lacking is looked for in the background."""
+        funds = self.funds(request.tenant)
+        if funds is None:
+            return True
+        most = self._reckoning.most(request, table.dearest, table.longest)
+        self.ledger.expect(request.tenant, most, self.now())
+        return funds.now.covers(Amounts(2 * most.nano_usd, 2 * most.tokens))
+
     def open(self, request: RouteRequest, card: ModelCard) -> Charge | None:
         """Set aside what a request can come to at most on the model that was chosen for it. None: there is not enough,
         which `select` has seen but for the last digit."""

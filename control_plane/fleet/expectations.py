@@ -115,6 +115,9 @@ class Expectations:
         flight.expected = expected = self._expected(flight, request, row, now, cached, patience)
         if request.blocks is not None:
             expected.credit = self._prefixes.dispatch(flight.row_key, request.blocks)
+        if flight.ahead:
+            server.idle.add(flight)
+            return
         server.prefilling[flight] = None
         server.lane_until = max(server.lane_until, now) + expected.lane
 
@@ -131,6 +134,7 @@ class Expectations:
 
     def end(self, flight: Flight, outcome: Outcome, now: float) -> None:
         """A flight has ended; of one that has succeeded there is much to learn."""
+        flight.server.idle.discard(flight)
         begun = not self.first_token(flight, now)
         succeeded = outcome.kind is OutcomeKind.SUCCESS
         if succeeded and flight.request is not None:
@@ -151,7 +155,7 @@ class Expectations:
             slot_at = min(max(flight.expected.end_at, now + (now - flight.began) / 4) for flight in server.flights)
         self._table.set_work(
             server.id,
-            streams=max(0, len(server.flights) - len(server.prefilling)) + server.report.load.foreign,
+            streams=max(0, _decoding(server)) + server.report.load.foreign,
             lane_until=server.lane_until,
             slot_at=slot_at,
         )
@@ -204,7 +208,7 @@ class Expectations:
     ) -> Expected:
         server, load, table = flight.server, flight.server.report.load, self._table
         backlog = sum(other.expected.features.uncached_tokens for other in server.prefilling)
-        streams = len(server.flights) - len(server.prefilling) + load.foreign
+        streams = _decoding(server) + load.foreign
         features = Features(
             request.prompt_tokens, cached, backlog, streams, load.waiting, load.kv_cache_utilization, flight.cold
         )
@@ -280,3 +284,8 @@ class Expectations:
         self._unkept[flight.row_key] = None
         if used is not None and used.whole and used.completion:
             self._lengths.observe(request.task_type, flight.model, used.completion)
+
+
+def _decoding(server: Server) -> int:
+    """Requests that have their first token, as far as is known."""
+    return len(server.flights) - len(server.prefilling) - len(server.idle)

@@ -259,6 +259,12 @@ class Fleet:
             self._recover(*key, now)
         self._expectations.tick(self._servers.values(), now)
 
+    def sound(self, row: int) -> bool:
+        """Whether nothing speaks against the pair in a row of the table: its circuit breaker does not watch it."""
+        chosen = self.table.rows[row]
+        pair = self._pair(self._servers[chosen.server_id], (chosen.card.name, chosen.card.provider))
+        return pair.breaker.state is BreakerState.CLOSED
+
     # --------------------------------------------------------- dispatching ---
 
     def begin(
@@ -268,9 +274,12 @@ class Fleet:
         request: RouteRequest | None = None,
         cached: float = 0.0,
         patience: float = math.inf,
+        *,
+        ahead: bool = False,
     ) -> Flight:
         """Take a slot for a request on the chosen row of the table; so many tokens of its prompt are expected to be
-        `cached` there. A server of which little is known is given `patience` seconds for the first token."""
+        `cached` there. A server of which little is known is given `patience` seconds for the first token. `ahead`: it
+        is still to come."""
         chosen = self.table.rows[row]
         server_id, model, provider = chosen.server_id, chosen.card.name, chosen.card.provider
         server = self._servers[server_id]
@@ -280,7 +289,7 @@ class Fleet:
             self._refresh_pair(server_id, (model, provider), now)
         cold = self.table.cold is not None and bool(self.table.cold[row])
         flight = Flight(server, model, provider, chosen.card.price, pair, pair.breaker.epoch, now, cold)
-        flight.request = request
+        flight.request, flight.ahead = request, ahead
         self._expectations.begin(flight, row, now, cached, patience)
         server.flights.add(flight)
         self.table.take(row)
@@ -318,6 +327,12 @@ class Fleet:
         if self._expectations.first_token(flight, now):
             self._expectations.refresh(flight.server, now)
             self.on_capacity()
+
+    def has_come(self, flight: Flight, now: float) -> None:
+        """The server is working on a request that was asked for ahead of need."""
+        if flight in flight.server.idle:
+            flight.server.idle.discard(flight)
+            self._expectations.refresh(flight.server, now)
 
     # ---------------------------------------------------------- prediction ---
 

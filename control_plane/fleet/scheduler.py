@@ -34,6 +34,7 @@ from control_plane.domain.task import Priority
 from control_plane.fleet.accounts import Accounts, no_accounts
 from control_plane.fleet.registry import Fleet
 from control_plane.fleet.server import Flight, Outcome, OutcomeKind
+from control_plane.scheduling.ahead import spares
 from control_plane.scheduling.queue import FairQueue, KindKey, Reached, Waiting
 from control_plane.selection.filters import PERMANENT, TRANSIENT, passing
 from control_plane.selection.forecast import Planned
@@ -354,6 +355,27 @@ class Scheduler:
         """A server for work in the background if one is free that nobody waits for; None if not."""
         return self._without_waiting(request, avoid, place, self._clock.monotonic(), explain)
 
+    def ahead(self, request: RouteRequest, avoid: frozenset[Failed] = frozenset()) -> Flight | None:
+        """A slot for a request that is still to come, if it is in nobody's way (see `scheduling.ahead`); None if
+        not. Raises nothing: there is time to find out why when the request comes."""
+        if len(self._queue) or self._later is not None:
+            return None
+        now = self._clock.monotonic()
+        table = self._fleet.table
+        if not len(table) or not self._accounts.spare(request, table):
+            return None
+        query = self._query(request, avoid, now)
+        choice = select(query)
+        row = choice.row
+        if choice.verdict is not Verdict.CHOSEN or (table.cold is not None and table.cold[row]):
+            return None
+        server = self._fleet.server(table.rows[row].server_id)
+        slots, free = int(table.slots[row]), int(table.free[row])
+        working = bool(table.waiting[row] or table.lane_until[row] > now)
+        if working or not spares(slots, free, len(server.idle)) or not self._fleet.sound(row):
+            return None
+        return self._take(query, choice, ahead=True)
+
     def outlook(self, request: RouteRequest, avoid: frozenset[Failed] = frozenset()) -> Outlook:
         """Whether waiting for a server is of use."""
         choice = select(self._query(request, avoid, self._clock.monotonic()))
@@ -673,22 +695,13 @@ class Scheduler:
         if choice.verdict is Verdict.CHOSEN:
             if not overtake:
                 return None
-            # What it may cost is set aside in the same step in which it was seen to be there.
-            charge = self._accounts.open(request, query.table.rows[choice.row].card)
-            if charge is None:
+            record = explain(query) if wanted.explain else None
+            flight = self._take(query, choice)
+            if flight is None:
                 self._short.add(request.tenant)
                 return None
-            record = explain(query) if wanted.explain else None
-            there = 0.0 if query.cached is None else float(query.cached[choice.row])
-            patience = query.policy.ttft_objective(request.prompt_tokens)
-            flight = self._fleet.begin(choice.row, now, request, there, patience)
-            self._queue.charge(request.tenant, request.priority, flight.expected.work)
-            flight.charge = charge
-            self._granted += 1
             if not wanted.background:
                 self._on_granted(request.priority, now - wanted.since)
-            if choice.explored:
-                self.on_explored(flight.model, choice.propensity)
             return Grant(flight, now - wanted.since, record)
         if query.funds is not None and (choice.verdict is Verdict.WAIT or wanted.background):
             self._short.add(request.tenant)
@@ -709,6 +722,23 @@ class Scheduler:
                 self._declines += 1
                 self._reconsider_at = min(self._reconsider_at, now + _RECONSIDER)
         return None
+
+    def _take(self, query: Query, choice: Choice, *, ahead: bool = False) -> Flight | None:
+        """The slot that was chosen. None: its tenant lacks the money after all."""
+        request, row = query.request, choice.row
+        # What it may cost is set aside in the same step in which it was seen to be there.
+        charge = self._accounts.open(request, query.table.rows[row].card)
+        if charge is None:
+            return None
+        there = 0.0 if query.cached is None else float(query.cached[row])
+        patience = query.policy.ttft_objective(request.prompt_tokens)
+        flight = self._fleet.begin(row, query.now, request, there, patience, ahead=ahead)
+        self._queue.charge(request.tenant, request.priority, flight.expected.work)
+        flight.charge = charge
+        self._granted += 1
+        if choice.explored:
+            self.on_explored(flight.model, choice.propensity)
+        return flight
 
     def _plan_anew(self, rows: int) -> None:
         self._planned = Planned.nothing(rows)

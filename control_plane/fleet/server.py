@@ -93,6 +93,8 @@ class Flight:
     """The model had to be loaded: its times say nothing of the next request."""
     assigned: bool = False
     """Its client calls the server itself."""
+    ahead: bool = False
+    """Its client has asked for a ticket ahead of need."""
     on_lost: Callable[[], None] | None = None
     """Called when the server's lease runs out: nothing will come any more."""
     on_overdue: Callable[[], None] | None = None
@@ -136,6 +138,8 @@ class Server:
     """Flights without a first token yet, in order."""
     lane_until: float = 0.0
     """Monotonic seconds when the last of them is expected to have it."""
+    idle: set[Flight] = field(default_factory=set)
+    """Those that were asked for ahead of need and, as far as is known, have not come: they hold a slot, no more."""
     lost_at: float = 0.0
     echoed: int = 0
     """The lease epoch that the server has been told of, by its own word; with it came the key of tickets."""

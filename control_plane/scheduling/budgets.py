@@ -188,6 +188,10 @@ class Pot:
             self._liked = max(self._liked, amount)
         return False
 
+    def expect(self, amount: int) -> None:
+        """Take note that a request may need so much, without asking for it at once."""
+        self._largest = max(self._largest, amount)
+
     def wish(self, *, last: bool = False) -> Wish | None:
         """What to ask the store for, at regular intervals and when it is urgent. None: nothing has changed. `last`:
         give back all that is not in hand."""
@@ -349,6 +353,11 @@ class Ledger:
             if wanted and not pot.need(wanted, waits=waits):
                 there = there and pot.denied
         return there
+
+    def expect(self, tenant: str, amounts: Amounts, now: float) -> None:
+        """Take note that a request that is still to come may need so much: what is kept at hand follows that."""
+        for pot in self.pots(tenant, now):
+            pot.expect(min(amounts[pot.index], pot.later))
 
     def blocking(self, tenant: str, amounts: Amounts, now: float) -> tuple[Pot, ...]:
         """The pots in which there is less than that, for as long as their windows last."""

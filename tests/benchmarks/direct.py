@@ -16,6 +16,11 @@ calls at a time over one connection, and takes its share of the machine.
 The added latency is that of the whole cycle with real programs: one asyncio client takes turns between calling the
 model server, and Assign followed by the same call with its ticket, Assign once as a plain call and once over a stream
 as the SDK makes it. Beside it stands one Assign as h2load sees it.
+
+What tickets ahead of need make of it is measured in a run of its own, once with a pause after each call, and once back
+to back, where taking the ticket competes with the call itself for the machine: Assign over a stream and the call, the
+same with the ticket taken ahead by the class that does so in the SDK, and the SDK's direct calls without and with it,
+its own work included; each against the plain call.
 """
 
 from __future__ import annotations
@@ -29,12 +34,15 @@ import struct
 import tempfile
 import time
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 
+from modelyard.client._ahead import TicketsAhead
+from modelyard.client._direct import DirectCall, Hosts
 from modelyard.rpc.calls import SharedChannel
 from modelyard.rpc.channels import channel
 from modelyard.testing import model_info
@@ -64,6 +72,20 @@ class Figures:
     added_p50: float
     added_shared_p50: float
     client_call_p50: float
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Medians, seconds."""
+
+    call: float
+    """The plain call."""
+    added: list[float]
+    """By Assign, by a ticket ahead, by the SDK's direct call without and with one."""
+    early: float
+    """Share of the calls with tickets ahead that had one."""
+    asked: float
+    """Assign calls for each of those calls."""
 
 
 def assignment() -> bytes:
@@ -248,6 +270,96 @@ async def latency(scale: float) -> tuple[float, float, float, float]:
             return call_p50, added, shared, statistics.median(row[0] for row in times)
 
 
+async def ahead(turns: int, block: int, pause: float) -> Ahead:
+    """Blocks of so many calls, with so many seconds between two calls; the ways take turns by blocks."""
+    async with control_plane("--log-level", "warning") as plane, channel(plane.address) as link:
+        async with simulated_server(
+            "bench", plane.address, instant=True, answer_tokens=1, slots=SLOTS
+        ) as server, channel(server.address) as straight:  # fmt: skip
+            sharing = SharedChannel(link)
+            await joined(sharing)
+            ways = Ways(sharing, Hosts(plane.address), straight.unary_stream(MODEL_SERVER))
+
+            async def live() -> bool:
+                try:
+                    await ways.fresh()
+                except grpc.aio.AioRpcError:
+                    return False
+                return True
+
+            await until(live)
+            ways.made.clear()
+            each: list[Callable[[], Awaitable[None]]] = [
+                ways.plain, ways.fresh, ways.early, lambda: ways.sdk(None), lambda: ways.sdk(ways.tickets),
+            ]  # fmt: skip
+            rows: list[list[float]] = []
+            for _ in range(turns):
+                row = []
+                for way in each:
+                    times = []
+                    for _ in range(block):
+                        await asyncio.sleep(pause)
+                        began = time.perf_counter()
+                        await way()
+                        times.append(time.perf_counter() - began)
+                    row.append(statistics.median(times[block // 8 :]))  # the first may have no ticket yet
+                rows.append(row)
+            ways.tickets.close()
+            await ways.hosts.close()
+            calls = turns * block
+            return Ahead(
+                statistics.median(row[0] for row in rows),
+                [statistics.median(row[way] - row[0] for row in rows) for way in range(1, len(each))],
+                1 - (ways.made.count(False) - 2 * calls) / (2 * calls),
+                (len(ways.made) - 2 * calls) / (2 * calls),
+            )
+
+
+class Ways:
+    """To have a request answered."""
+
+    def __init__(self, sharing: SharedChannel, hosts: Hosts, generate: grpc.aio.UnaryStreamMultiCallable) -> None:
+        self._assign = sharing.unary_unary(ASSIGN, response_deserializer=orchestrator_pb2.AssignResponse.FromString)
+        self.hosts = hosts
+        self._generate = generate
+        self.tickets = TicketsAhead()
+        self.made: list[bool] = []
+        """Of every Assign call, whether it was ahead."""
+        self._wanted = orchestrator_pb2.AssignRequest.FromString(assignment())
+        self._asked = model_server_pb2.ModelServerGenerateRequest(model="simulated", input=request(1))
+
+    def Assign(self, wanted: orchestrator_pb2.AssignRequest, timeout: float | None) -> Any:
+        """As the SDK calls it."""
+        self.made.append(wanted.ahead)
+        return self._assign(wanted.SerializeToString(), timeout=timeout)
+
+    async def plain(self) -> None:
+        self._asked.ticket = b""
+        await _whole(self._generate(self._asked.SerializeToString()))
+
+    async def fresh(self) -> None:
+        self._asked.ticket = (await self.Assign(self._wanted, 30)).ticket
+        await _whole(self._generate(self._asked.SerializeToString()))
+
+    async def early(self) -> None:
+        shape = self.tickets.shape(self._wanted)
+        assert shape is not None
+        followed = shape.begins()
+        assigned = await shape.take(self._wanted.prompt_tokens) or await self.Assign(self._wanted, 30)
+        self._asked.ticket = assigned.ticket
+        call, sent = self._generate(self._asked.SerializeToString()), time.perf_counter()
+        if followed:
+            shape.begun(self, self._wanted)
+        await _whole(call)
+        shape.ended(self, self._wanted, time.perf_counter() - sent, followed=followed)
+
+    async def sdk(self, tickets: TicketsAhead | None) -> None:
+        asked = orchestrator_pb2.GenerateRequest(input=request(1))
+        call = DirectCall(self, self.hosts, asked, None, must=True, ahead=tickets)
+        while await call.read() is not grpc.aio.EOF:
+            pass
+
+
 async def _whole(call: grpc.aio.UnaryStreamCall) -> None:
     while await call.read() is not grpc.aio.EOF:
         pass
@@ -268,7 +380,10 @@ async def run(quick: bool = False) -> Figures:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of the work: for trying the benchmark itself")
-    found = asyncio.run(run(parser.parse_args().quick))
+    quick = parser.parse_args().quick
+    found = asyncio.run(run(quick))
+    paused = asyncio.run(ahead(40 if quick else 400, 1, 0.01))
+    tight = asyncio.run(ahead(4 if quick else 40, 25, 0.0))
     print(f"Assign at concurrency 64            {found.assigned:9,.0f} 1/s   wanted: 2,500")
     print(f"control plane CPU per Assign cycle  {found.assigned_cpu * 1e6:9,.0f} us")
     print(f"Assign over one stream, 64 at once  {found.shared:9,.0f} 1/s   wanted: 2,500")
@@ -281,6 +396,13 @@ def main() -> None:
     print(f"  to the same call without          {found.added_p50 / found.client_call_p50:9.2f}")
     print(f"the same with Assign over a stream  {found.added_shared_p50 * 1e3:9.3f} ms    wanted: below 0.35")
     print(f"  to the same call without          {found.added_shared_p50 / found.client_call_p50:9.2f}")
+    for what, figures in (("a pause of 10 ms after each", paused), ("back to back", tight)):
+        print(f"plain call, {what:23} {figures.call * 1e3:9.3f} ms")
+        for who, added in zip(
+            ("Assign over a stream", "a ticket ahead", "the SDK, without", "the SDK, with"), figures.added, strict=True
+        ):
+            print(f"  added by {who:23}  {added * 1e3:9.3f} ms    {added / figures.call:.2f} of it")
+        print(f"  calls that had a ticket ahead     {figures.early:9.1%}     Assign for each: {figures.asked:.3f}")
 
 
 if __name__ == "__main__":

@@ -24,11 +24,14 @@ from tests.harness.model_servers import text_input
 from tests.harness.programs import until
 
 
-async def assign(door: FrontDoor, **fields: Any) -> orchestrator_pb2.AssignResponse:
+async def assign(
+    door: FrontDoor, *, ahead: bool = False, prompt_tokens: int = 5, timeout: float | None = None, **fields: Any
+) -> orchestrator_pb2.AssignResponse:
     """A ticket; fields as for `ask`."""
     outline = ask(**fields)
     del outline.input.messages[:]
-    return await door.stub.Assign(orchestrator_pb2.AssignRequest(request=outline, prompt_tokens=5))
+    asked = orchestrator_pb2.AssignRequest(request=outline, prompt_tokens=prompt_tokens, ahead=ahead)
+    return await door.stub.Assign(asked, timeout=timeout)
 
 
 async def use(

@@ -131,12 +131,14 @@ class Attempt(_message.Message):
     def __init__(self, server_id: _Optional[str] = ..., model: _Optional[str] = ..., provider: _Optional[str] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., failure_reason: _Optional[str] = ..., failure_message: _Optional[str] = ..., overtaken: bool = ...) -> None: ...
 
 class AssignRequest(_message.Message):
-    __slots__ = ("request", "prompt_tokens")
+    __slots__ = ("request", "prompt_tokens", "ahead")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    AHEAD_FIELD_NUMBER: _ClassVar[int]
     request: GenerateRequest
     prompt_tokens: int
-    def __init__(self, request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
+    ahead: bool
+    def __init__(self, request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., ahead: bool = ...) -> None: ...
 
 class AssignResponse(_message.Message):
     __slots__ = ("request_id", "server_id", "endpoint", "model", "provider", "ticket", "valid_for", "time_limit", "queued", "sampling", "preset_messages", "price", "decision")

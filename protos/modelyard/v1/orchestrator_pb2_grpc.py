@@ -182,6 +182,10 @@ class OrchestratorServicer(object):
         the server has not taken it. A call that no server with tickets could serve
         is UNSUPPORTED: Generate may do.
 
+        Whoever expects to send another request in a moment may ask `ahead` for its
+        ticket. That is answered at once, with a ticket or without one: it is never
+        queued, and granted only where it is in nobody's way.
+
         Not idempotent: each call reserves anew.
         Errors: INVALID_REQUEST, UNKNOWN_MODEL, NO_CAPABLE_SERVER, UNSUPPORTED,
         QUEUE_FULL, BUDGET_EXHAUSTED, FLEET_WARMING_UP, SERVERS_AWAY, DRAINING,

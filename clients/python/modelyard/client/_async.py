@@ -18,6 +18,7 @@ import grpc.aio
 from modelyard.client import _answers as answers
 from modelyard.client import _values as values
 from modelyard.client._agents import AsyncAgents
+from modelyard.client._ahead import TicketsAhead
 from modelyard.client._beliefs import AsyncBeliefs, AsyncCallbacks
 from modelyard.client._direct import MODES, Direct, DirectCall, Hosts
 from modelyard.client._errors import Cancelled, from_call, parsed
@@ -74,6 +75,8 @@ class AsyncClient:
     direct    "auto": answers come from the model server itself where it can be reached, else through the control
               plane; "never": always through the control plane; "always": never. Default: environment variable
               MODELYARD_DIRECT, else "auto"
+    tickets_ahead  whether direct calls that follow each other within a second, and differ to routing in the length of
+              their prompts only, get their tickets in the background, each while the one before is at work or done
     retries   how often a call that failed with TryAgain is made again, after the pause that the
               control plane asks for; never after a part of the answer has come
     tenant    whose durable tasks, beliefs, agents, budgets and usage are meant; default: environment variable
@@ -92,12 +95,14 @@ class AsyncClient:
         retries: int = 0,
         tenant: str | None = None,
         direct: Direct | None = None,
+        tickets_ahead: bool = True,
     ) -> None:
         self.address = address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS
         self._timeout = values.timeout(timeout)
         self._retries = retries
         self._direct = direct_mode(direct or os.environ.get(DIRECT_VARIABLE) or "auto")
         self._hosts = Hosts(self.address)
+        self._ahead = TicketsAhead() if tickets_ahead else None
         self._channel: SharedChannel | None = None
         self._stub: Any = None
         self._whole: WholeAnswers | None = None
@@ -125,6 +130,8 @@ class AsyncClient:
     async def close(self) -> None:
         """Cancel what runs and close the connection. Idempotent."""
         self._closed = True
+        if self._ahead is not None:
+            self._ahead.close()
         await self._hosts.close()
         if self._channel is not None:
             await self._channel.close(None)
@@ -326,7 +333,9 @@ class AsyncClient:
                 self._whole = WholeAnswers(stub)
             stub = self._whole
         if mode == "always" or (mode == "auto" and self._hosts.assigned):
-            return DirectCall(stub, self._hosts, request, timeout, must=mode == "always", whole=whole)
+            return DirectCall(
+                stub, self._hosts, request, timeout, must=mode == "always", whole=whole, ahead=self._ahead
+            )
         return stub.Generate(request, timeout=timeout)
 
     def _patience(self, timeout: float | None, retries: int | None) -> Patience:

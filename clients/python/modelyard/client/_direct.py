@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 from google.protobuf.duration_pb2 import Duration
 
+from modelyard.client._ahead import TicketsAhead
 from modelyard.client._errors import ServersAway, StreamBroken, from_call
 from modelyard.rpc.channels import channel
 from modelyard.rpc.errors import Refusal, from_rpc_error
@@ -60,15 +61,16 @@ class Host:
     async def reached(self, within: float) -> bool:
         """Whether there is a connection, or one comes about within so many seconds."""
         before = state = self.channel.get_state(try_to_connect=True)
-        try:
-            async with asyncio.timeout(within):
-                while state is not grpc.ChannelConnectivity.READY:
-                    if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and state is not before:
-                        return False
-                    await self.channel.wait_for_state_change(state)
-                    state = self.channel.get_state(try_to_connect=True)
-        except TimeoutError:
-            return False
+        if state is not grpc.ChannelConnectivity.READY:
+            try:
+                async with asyncio.timeout(within):
+                    while state is not grpc.ChannelConnectivity.READY:
+                        if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and state is not before:
+                            return False
+                        await self.channel.wait_for_state_change(state)
+                        state = self.channel.get_state(try_to_connect=True)
+            except TimeoutError:
+                return False
         self._pause = _FIRST_PAUSE
         return True
 
@@ -138,20 +140,27 @@ class DirectCall:
         *,
         must: bool,
         whole: bool = False,
+        ahead: TicketsAhead | None = None,
     ) -> None:
         """`must`: there is no relay to fall back to. `whole`: pieces of the answer are of no use, so none are given
-        before its end, and what fails in the middle is done again by the relay."""
+        before its end, and what fails in the middle is done again by the relay. `ahead`: where tickets for further
+        calls are kept; None: they are taken one by one."""
         self._stub = stub
         self._hosts = hosts
         self._request = request
         self._must = must
         self._whole = whole and not must
+        self._asked = assignment(request)
+        self._shape = ahead.shape(self._asked) if ahead is not None else None
+        self._followed = self._shape is not None and self._shape.begins()
         self._began = time.monotonic()
         self._end = math.inf if timeout is None else self._began + timeout
         self._call: Any = None
         self._cancelled = False
         self._used = False
         """The model server has taken the ticket, and tells the control plane what came of it."""
+        self._early = False
+        """The ticket was taken ahead of need."""
         self._failed: list[orchestrator_pb2.Attempt] = []
         self._messages = self._answer()
 
@@ -175,19 +184,12 @@ class DirectCall:
         return call
 
     async def _answer(self) -> AsyncGenerator[orchestrator_pb2.GenerateResponse, None]:
-        assigned: orchestrator_pb2.AssignResponse | None = None
-        try:
-            call = self._go_on(self._stub.Assign(assignment(self._request), timeout=self._left()))
-            assigned = await call
-        except grpc.aio.AioRpcError as error:
-            reason = from_rpc_error(error).reason
-            if self._must or reason not in (Reason.UNSUPPORTED, Reason.INVALID_REQUEST):
-                raise
-            if reason is Reason.UNSUPPORTED:
-                self._hosts.not_assigned()
-            # What is malformed is refused once more, in terms of the request that was made.
         request = self._request
-        if assigned is not None:
+        assigned = await self._shape.take(self._asked.prompt_tokens) if self._shape is not None else None
+        self._early = assigned is not None
+        if assigned is None:
+            assigned = await self._assign()
+        while assigned is not None:
             if assigned.HasField("decision"):
                 yield orchestrator_pb2.GenerateResponse(decision=assigned.decision)
             attempt = orchestrator_pb2.Attempt(
@@ -200,6 +202,10 @@ class DirectCall:
                     yield response
                 if not attempt.failure_reason:
                     return
+                if self._early and attempt.failure_reason == Reason.TICKET_REFUSED:
+                    # It has come too late: as if there had been none.
+                    self._early, assigned = False, await self._assign()
+                    continue
             else:
                 attempt.failure_reason = Reason.SERVERS_AWAY
                 attempt.failure_message = f"{assigned.endpoint} cannot be reached from here"
@@ -214,12 +220,29 @@ class DirectCall:
             request.failed_server_ids.append(assigned.server_id)
             if not self._used:
                 request.unused_ticket = assigned.ticket
+            break
         call = self._go_on(self._stub.Generate(request, timeout=self._left()))
         while (message := await call.read()) is not grpc.aio.EOF:
             if message is not None and message.HasField("summary"):
                 message.summary.attempts.MergeFrom(self._failed)
                 message.summary.attempts.sort(key=lambda each: each.started_at.ToNanoseconds())
             yield message
+
+    async def _assign(self) -> orchestrator_pb2.AssignResponse | None:
+        """A server and a ticket; None: the relay may do, or tells better why nothing does."""
+        try:
+            assigned: orchestrator_pb2.AssignResponse = await self._go_on(
+                self._stub.Assign(self._asked, timeout=self._left())
+            )
+            return assigned
+        except grpc.aio.AioRpcError as error:
+            reason = from_rpc_error(error).reason
+            if self._must or reason not in (Reason.UNSUPPORTED, Reason.INVALID_REQUEST):
+                raise
+            if reason is Reason.UNSUPPORTED:
+                self._hosts.not_assigned()
+            # What is malformed is refused once more, in terms of the request that was made.
+            return None
 
     async def _from(
         self, host: Host, assigned: orchestrator_pb2.AssignResponse, attempt: orchestrator_pb2.Attempt
@@ -230,7 +253,9 @@ class DirectCall:
         call = self._go_on(
             host.generate(direct_request(self._request, assigned), timeout=limit if left is None else min(left, limit))
         )
-        first = last = 0.0
+        began, first, last = time.monotonic(), 0.0, 0.0
+        if self._followed and self._shape is not None:
+            self._shape.begun(self._stub, self._asked)
         kept: list[orchestrator_pb2.GenerateResponse] = []
         host.calls += 1
         try:
@@ -244,6 +269,9 @@ class DirectCall:
                     first = first or last
                     response.delta.CopyFrom(message.delta)
                 if message.HasField("result"):
+                    if self._shape is not None:
+                        took = time.monotonic() - began
+                        self._shape.ended(self._stub, self._asked, took, followed=self._followed)
                     for piece in kept:
                         yield piece
                     self._sum_up(response.summary, message.result, assigned, attempt, first, last)
@@ -266,9 +294,10 @@ class DirectCall:
                     metadata={"server_id": assigned.server_id, "cause": refusal.reason},
                 ) from error
             self._used = bool(first) or (not refusal.transport and refusal.reason is not Reason.TICKET_REFUSED)
-            if refusal.transport or not self._used:
+            late = self._early and refusal.reason is Reason.TICKET_REFUSED
+            if refusal.transport or not (self._used or late):
                 host.failed()
-            if self._must:
+            if self._must and not late:
                 if isinstance(error, Refusal) or refusal.transport:
                     raise ServersAway(
                         f"{assigned.server_id} at {host.endpoint}: {refusal.message}", request_id=assigned.request_id

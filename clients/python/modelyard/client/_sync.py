@@ -112,8 +112,11 @@ class Client:
         retries: int = 0,
         direct: Direct | None = None,
         tenant: str | None = None,
+        tickets_ahead: bool = True,
     ) -> None:
-        self._client = AsyncClient(address, timeout=timeout, retries=retries, direct=direct, tenant=tenant)
+        self._client = AsyncClient(
+            address, timeout=timeout, retries=retries, direct=direct, tenant=tenant, tickets_ahead=tickets_ahead
+        )
         self._lock = threading.Lock()
         self._thread: _LoopThread | None = None
         self._closed = False

@@ -1,0 +1,28 @@
+"""When a slot may be held for a request that is still to come."""
+
+from __future__ import annotations
+
+import pytest
+
+from control_plane.scheduling.ahead import spares
+
+
+@pytest.mark.parametrize(
+    ("slots", "free", "ahead", "spared"),
+    [
+        (4, 4, 0, True),
+        (4, 3, 0, True),
+        (4, 2, 0, False),  # one of four would be left
+        (4, 4, 1, False),  # a quarter is held already
+        (8, 7, 1, True),
+        (8, 6, 2, False),
+        (8, 5, 0, True),
+        (8, 4, 0, False),
+        (3, 3, 0, False),
+        (1, 1, 0, False),
+        (0, 0, 0, False),
+        (4, -1, 0, False),
+    ],
+)
+def test_half_stays_free_and_a_quarter_is_the_most(slots: int, free: int, ahead: int, spared: bool) -> None:
+    assert spares(slots, free, ahead) is spared
