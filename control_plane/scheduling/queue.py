@@ -31,7 +31,9 @@ FAIR_QUANTUM = 2.0
 """Seconds of service that a tenant may be ahead of another before its requests go behind."""
 
 _MOST_OWED = 20.0
-"""Seconds of service: what a class could not use is not saved up."""
+"""Requests of typical size: what a class could not use is not saved up."""
+_NEWEST = 0.1
+"""Weight of the newest request in what is typical."""
 
 # Tenants without waiting requests that are remembered, about.
 _TENANTS = 1000
@@ -123,9 +125,9 @@ class Reached(Generic[T]):
 
 class FairQueue(Generic[T]):
     """Higher priority first, but for classes with a floor: one that waits is owed that share of the service that all
-    get, and goes first while it is owed any. Within a class the tenants share by seconds of service, not tokens: who
-    has had less by `FAIR_QUANTUM` goes first, be its requests late or not, or one that floods the queue with new ones
-    would take all.
+    get, and goes first while it is owed a request's worth. Within a class the tenants share by seconds of service, not
+    tokens: who has had less by `FAIR_QUANTUM` goes first, be its requests late or not, or one that floods the queue
+    with new ones would take all.
     One that comes back after a pause starts at most that much ahead of those who wait: the little that it asks for is
     not held up by the much that others do, and nobody saves up.
     Source: the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024.
@@ -176,6 +178,8 @@ class FairQueue(Generic[T]):
             raise ValueError(f"floors must be in [0, 1) and less than 1 together, are {dict(floors or {})}")
         self._owed = dict.fromkeys(self._floors, 0.0)
         """Seconds of service."""
+        self._typical = 0.0
+        """Seconds of service that a request takes, a moving average."""
         self._bounds = {priority: bounds[priority] for priority in Priority}
         self._timeouts = {priority: timeouts[priority] for priority in Priority}
         self._total = sum(self._bounds.values()) if total is None else total
@@ -286,13 +290,15 @@ class FairQueue(Generic[T]):
     def charge(self, tenant: str, priority: Priority, work: float) -> None:
         """A tenant gets seconds of service, for a request of a class."""
         self._share(tenant).granted += work
+        self._typical += _NEWEST * (work - self._typical)
         for owed, share in self._floors.items():
             if not self._depth[owed]:
                 self._owed[owed] = 0.0
             elif owed is priority:
                 self._owed[owed] -= (1 - share) * work
             else:
-                self._owed[owed] = min(self._owed[owed] + share * work, _MOST_OWED)
+                most = _MOST_OWED * max(FAIR_QUANTUM, self._typical)
+                self._owed[owed] = min(self._owed[owed] + share * work, most)
 
     def demote(self, now: float) -> None:
         """Let those who cannot be served well any more go behind those who can."""
@@ -459,8 +465,8 @@ class FairQueue(Generic[T]):
     # ------------------------------------------------------------- private ---
 
     def _owes(self, priority: Priority) -> bool:
-        """Whether a class is owed service."""
-        return self._owed.get(priority, 0.0) > 0.0
+        """Whether a class is owed service that is worth going first for."""
+        return self._owed.get(priority, 0.0) >= max(FAIR_QUANTUM, self._typical)
 
     def _from_the_top(self) -> None:
         """A dispatch begins with the first in order."""

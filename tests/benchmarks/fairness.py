@@ -90,8 +90,8 @@ def granted(work: Trace, hosts: Sequence[HostSpec], since: float) -> tuple[Resul
 def _note(fleet: Fleet, seconds: dict[str, float], since: float, until: float) -> None:
     begin = fleet.begin
 
-    def noted(row: int, now: float, request: RouteRequest | None = None, *more: float) -> Flight:
-        flight = begin(row, now, request, *more)
+    def noted(row: int, now: float, request: RouteRequest | None = None, *more: float, **how: bool) -> Flight:
+        flight = begin(row, now, request, *more, **how)
         if request is not None and since <= now <= until:
             seconds[request.tenant] += flight.expected.work
         return flight
