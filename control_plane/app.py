@@ -317,6 +317,7 @@ class ControlPlane:
             if learned:
                 await store.keep_learned(learned)
             await store.keep_knowledge(self.fleet.knowledge(self.clock.monotonic()))
+            self.fleet.knowledge_kept()
             await self.foresight.keep(store)
         except Exception as error:
             log.warning("what was learned of the fleet is not kept for now: %s", privacy.kind(error))

@@ -295,6 +295,8 @@ class _Life(Generic[T]):
         one = self.begin(grant)
         one.progress.on_begin = self._won
         task = one.task = asyncio.ensure_future(self.ask(one))
+        # One that is told to stop before its first step never gets to release its slot itself.
+        task.add_done_callback(lambda _: self._owner.scheduler.release(grant.flight, NEUTRAL))
         return task
 
     def _won(self, winner: Progress) -> None:

@@ -57,6 +57,8 @@ class Expectations:
         self._table = CandidateTable([])
         self._unkept: dict[RowKey, None] = {}
         """Rows that have learned since what they know was handed out."""
+        self._handed: list[RowKey] = []
+        """Those that were handed out, and are not known to be kept."""
         self.caches_prefixes = False
         """Whether some model here keeps the beginnings of prompts."""
 
@@ -172,9 +174,10 @@ class Expectations:
     # ------------------------------------------------------------- survival ---
 
     def knowledge(self, now: float) -> dict[str, str]:
-        """What has been learned since this was asked last, JSON by name: for the next process to `know`."""
-        keys = list(self._unkept)[:_ROWS_AT_ONCE]
-        if not keys:
+        """What has been learned and is not `kept`, JSON by name: for the next process to `know`."""
+        self._unkept.update(dict.fromkeys(self._handed))
+        keys = self._handed = list(self._unkept)[:_ROWS_AT_ONCE]
+        if not keys and not self.judgements.unkept:
             return {}
         for key in keys:
             del self._unkept[key]
@@ -184,6 +187,10 @@ class Expectations:
         parts[_LENGTHS] = self._lengths.state()
         parts[_SUCCESS] = self.judgements.success.state(now)
         return {name: msgspec.json.encode(part).decode() for name, part in parts.items()}
+
+    def kept(self) -> None:
+        """What was handed out last is kept."""
+        self._handed, self.judgements.unkept = [], False
 
     def know(self, entries: Mapping[str, str], now: float) -> None:
         """Take over what an earlier process has learned. What cannot be read is left out."""

@@ -36,6 +36,8 @@ class Judgements:
         self._answers: OrderedDict[tuple[str, str], _Answer] = OrderedDict()
         self._judged = False
         """Whether anybody has ever said anything: till then all answers are good."""
+        self.unkept = False
+        """Whether somebody has said something since it was kept."""
         self._table = CandidateTable([])
         self._fresh_until = 0.0
 
@@ -57,7 +59,7 @@ class Judgements:
             return False
         answer.judged = True
         self.success.feedback(answer.model, answer.task, score, now, _WEIGHT)
-        self._judged = True
+        self._judged = self.unkept = True
         self._refresh(answer.model, now)
         return True
 

@@ -367,6 +367,10 @@ class Fleet:
         """See `Expectations.knowledge`."""
         return self._expectations.knowledge(now)
 
+    def knowledge_kept(self) -> None:
+        """See `Expectations.kept`."""
+        self._expectations.kept()
+
     def know(self, entries: Mapping[str, str], now: float) -> None:
         """See `Expectations.know`. To be called before a server attaches."""
         self._expectations.know(entries, now)

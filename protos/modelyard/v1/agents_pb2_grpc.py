@@ -95,7 +95,7 @@ class AgentsServicer(object):
         """Renews an agent's lease. UNKNOWN_AGENT after a restart of the control plane,
         and long after the lease ran out: register again.
 
-        Idempotent. Errors: INVALID_REQUEST, UNKNOWN_AGENT.
+        Idempotent. Errors: INVALID_REQUEST, UNKNOWN_AGENT, SUPERSEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -106,7 +106,7 @@ class AgentsServicer(object):
         are reported as ever.
 
         Not idempotent: a second call finds nothing. Errors: INVALID_REQUEST,
-        UNKNOWN_AGENT.
+        UNKNOWN_AGENT, SUPERSEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

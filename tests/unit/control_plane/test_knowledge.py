@@ -39,6 +39,8 @@ def decoding(subject: Fleet, now: float) -> float:
 def test_the_next_process_knows_what_this_one_has_learned() -> None:
     before = taught()
     kept = before.knowledge(200.0)
+    assert before.knowledge(200.0).keys() == kept.keys(), "until it is kept"
+    before.knowledge_kept()
     assert before.knowledge(200.0) == {}, "only what is new"
     after = fleet()
     after.know(kept, 5.0)
@@ -47,6 +49,18 @@ def test_the_next_process_knows_what_this_one_has_learned() -> None:
     assert decoding(after, 6.0) == pytest.approx(decoding(before, 210.0)), "the length of answers, too"
     good = {float(column[0]) for column in after.table.good.values()}
     assert good and all(0.5 < share < 1.0 for share in good), "and who has complained"
+
+
+def test_what_somebody_says_is_handed_out_though_nothing_was_measured_since() -> None:
+    subject = taught()
+    subject.knowledge(200.0)
+    subject.knowledge_kept()
+    flight = subject.begin(0, 210.0, replace(REQUEST, request_id="s"))
+    subject.end(flight, Outcome(OutcomeKind.SUCCESS), 211.0)
+    subject.knowledge(211.0)
+    subject.knowledge_kept()
+    assert subject.judge("t", "s", 0.0, 212.0)
+    assert "success" in subject.knowledge(212.0)
 
 
 def test_what_cannot_be_read_is_left_out() -> None:
