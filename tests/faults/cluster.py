@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -20,6 +19,7 @@ import grpc
 from modelyard.rpc.channels import channel
 from modelyard.v1 import generation_pb2, orchestrator_pb2, orchestrator_pb2_grpc, task_queue_pb2, task_queue_pb2_grpc
 from tests.faults.history import TERMINAL, History
+from tests.harness.ports import free_port
 
 T = TypeVar("T")
 
@@ -29,11 +29,6 @@ QUICK = {"decode_tokens_per_second": 400, "aggregate_tokens_per_second": 0, "ans
 _PASSING = frozenset(
     {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED}
 )
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 class Restartable:

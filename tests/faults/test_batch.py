@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from modelyard.client import AsyncClient
-from tests.faults.cluster import QUICK, Restartable, free_port
+from tests.faults.cluster import QUICK, Restartable
+from tests.harness.ports import free_port
 from tests.harness.programs import simulated_server, until
 
 PROMPTS = int(os.environ.get("MODELYARD_TEST_PROMPTS", "120"))

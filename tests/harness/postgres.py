@@ -7,7 +7,6 @@ import importlib.util
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -16,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import asyncpg
+
+from tests.harness.ports import free_port
 
 START_TIMEOUT = 30.0
 _NOBODY = 65534
@@ -34,7 +35,7 @@ class Postgres:
     def __init__(self, folder: Path, *settings: str) -> None:
         self.folder = folder
         self.settings = settings
-        self.port = _free_port()
+        self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self._databases = 0
         self._template = ""
@@ -166,13 +167,6 @@ async def migrated(server: Postgres, name: str) -> str:
 
 def _as_nobody() -> dict[str, int | list[int]]:
     return {"user": _NOBODY, "group": _NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _children(pid: int) -> list[int]:

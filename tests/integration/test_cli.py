@@ -21,6 +21,7 @@ import pytest
 from modelyard.rpc.errors import Refusal, Violation
 from modelyard.rpc.reasons import Reason
 from modelyard.testing import FakeOrchestrator
+from tests.harness.ports import free_port
 from tests.harness.programs import control_plane, simulated_server, until
 
 CLI = [sys.executable, "-m", "modelyard.cli"]
@@ -429,12 +430,6 @@ def test_no_control_plane_is_told_with_its_cure(tmp_path: Path) -> None:
         told = f"modelyard: no control plane answers at {address}; start one with `modelyard up`"
         assert done.stderr.startswith(told), command
         assert done.returncode == (0 if command == ("chat",) else 3), command
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # --------------------------------------------------------------------------- up ---

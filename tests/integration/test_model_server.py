@@ -32,6 +32,7 @@ from modelyard.rpc.errors import from_rpc_error
 from modelyard.rpc.reasons import Reason
 from modelyard.v1 import fleet_pb2, generation_pb2, model_server_pb2, model_server_pb2_grpc
 from tests.harness.model_servers import PREFIX, eventually, model_server, request
+from tests.harness.ports import free_port
 
 HANG = {"kind": "hang", "tokens": 3}
 
@@ -316,7 +317,7 @@ async def test_slow_reader_is_cut_off():
 
 
 async def test_starting_server_describes_itself_and_refuses_work():
-    hearer_port = _free_port()
+    hearer_port = free_port()
     async with model_server(
         engine_settings={"instant": False, "start_seconds": 60}, port=hearer_port, wait_ready=False
     ) as server:
@@ -385,7 +386,7 @@ async def test_finished_requests_show_in_the_performance():
 
 async def test_engine_that_does_not_start_ends_the_server():
     async with model_server(
-        engine_settings={"faults": [{"kind": "refuse_start"}]}, port=_free_port(), wait_ready=False
+        engine_settings={"faults": [{"kind": "refuse_start"}]}, port=free_port(), wait_ready=False
     ) as server:
         assert await server.task == 1
 
@@ -394,14 +395,6 @@ async def test_batch_of_requests_shares_the_engine():
     async with model_server(engine_settings={"slots": 2}) as server:
         answers = await asyncio.gather(*(server.generate(request(f"prompt {n}")) for n in range(6)))
     assert all(answer.result for answer in answers)
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 async def _describes(server) -> bool:
