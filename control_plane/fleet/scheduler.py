@@ -36,7 +36,7 @@ from control_plane.fleet.registry import Fleet
 from control_plane.fleet.server import Flight, Outcome, OutcomeKind
 from control_plane.scheduling.ahead import spares
 from control_plane.scheduling.queue import FairQueue, KindKey, Reached, Waiting
-from control_plane.selection.filters import PERMANENT, TRANSIENT, passing
+from control_plane.selection.filters import FREE, passing, permanent, present
 from control_plane.selection.forecast import Planned
 from control_plane.selection.policy import Policy
 from control_plane.selection.query import Query
@@ -623,7 +623,8 @@ class Scheduler:
 
     def _open(self, now: float) -> Mask:
         """Rows that take a request at this moment."""
-        return passing(TRANSIENT, Query(self._fleet.table, _ANY, self._policy, now=now))
+        anything = Query(self._fleet.table, _ANY, self._policy, now=now)
+        return passing(FREE, anything, present(anything))
 
     def _reaches(self) -> dict[KindKey, Mask]:
         """The rows that can serve each kind that waits, however much it needs and whatever it does not want."""
@@ -635,7 +636,7 @@ class Scheduler:
                 request, prompt_tokens=0, max_tokens=None, min_context_length=0, excluded=frozenset(),
                 max_cost_nano_usd=0,
             )  # fmt: skip
-            self._reach[kind] = passing(PERMANENT, Query(self._table, least, self._policy))
+            self._reach[kind] = permanent(Query(self._table, least, self._policy))
         return self._reach
 
     def _servers(self, rows: Mask) -> list[tuple[ServerId, int]]:

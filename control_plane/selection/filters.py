@@ -305,25 +305,31 @@ def _slot_detail(query: Query, row: int) -> str:
 
 
 def _lane(query: Query) -> Mask | None:
-    return query.table.lane_until - query.now <= query.policy.late_binding_s
+    return query.table.lane_until <= query.now + query.policy.late_binding_s
 
 
 def _lane_detail(query: Query, row: int) -> str:
     return f"prompts of others take {query.table.lane_until[row] - query.now:.2f} s more"
 
 
-PERMANENT: tuple[Filter, ...] = (
+_KIND: tuple[Filter, ...] = (
     Filter(RejectionReason.MODEL_MISMATCH, _model, _model_detail),
     Filter(RejectionReason.PROVIDER_MISMATCH, _provider, _provider_detail),
     Filter(RejectionReason.SERVER_MISMATCH, _server, _server_detail),
     Filter(RejectionReason.SERVER_MISMATCH, _labels, _labels_detail),
     Filter(RejectionReason.TASK_TYPE, _task_type, _task_type_detail),
-    Filter(RejectionReason.CONTEXT_TOO_SHORT, _context, _context_detail),
     Filter(RejectionReason.FEATURE_MISSING, _features, _features_detail),
-    Filter(RejectionReason.EXCLUDED, _excluded, _excluded_detail),
     Filter(RejectionReason.EXCLUDED, _excluded_models, _excluded_models_detail),
+)
+"""These look at static columns, and at what many requests have in common: see `permanent`."""
+
+_OWN: tuple[Filter, ...] = (
+    Filter(RejectionReason.CONTEXT_TOO_SHORT, _context, _context_detail),
+    Filter(RejectionReason.EXCLUDED, _excluded, _excluded_detail),
     Filter(RejectionReason.TOO_EXPENSIVE, _price, _price_detail),
 )
+
+PERMANENT: tuple[Filter, ...] = (*_KIND, *_OWN)
 """A row that fails one can never serve the request."""
 
 AVOIDED: tuple[Filter, ...] = (Filter(RejectionReason.EXCLUDED, _avoided, _avoided_detail),)
@@ -332,13 +338,16 @@ AVOIDED: tuple[Filter, ...] = (Filter(RejectionReason.EXCLUDED, _avoided, _avoid
 FUNDED: tuple[Filter, ...] = (Filter(RejectionReason.BUDGET, _funded, _funded_detail),)
 """A row that fails this costs more than is left to the tenant, until its budget begins anew."""
 
+_NOW_FUNDED = Filter(RejectionReason.BUDGET, _funded_now, _funded_detail)
+_AVAILABLE = Filter(RejectionReason.AVAILABILITY, _available, _available_detail)
+
 PRESENT: tuple[Filter, ...] = (
-    Filter(RejectionReason.BUDGET, _funded_now, _funded_detail),
+    _NOW_FUNDED,
     Filter(RejectionReason.NOT_READY, _ready, _ready_detail),
     Filter(RejectionReason.DRAINING, _draining, _draining_detail),
     Filter(RejectionReason.MODEL_NOT_HERE, _here, _here_detail),
     Filter(RejectionReason.BREAKER_OPEN, _breaker, _breaker_detail),
-    Filter(RejectionReason.AVAILABILITY, _available, _available_detail),
+    _AVAILABLE,
 )
 """A row that passes these takes requests as fast as its slots allow."""
 
@@ -352,11 +361,27 @@ TRANSIENT: tuple[Filter, ...] = (*PRESENT, *FREE)
 """A row that fails only these may serve the request later. The most serious first."""
 
 
-def passing(filters: tuple[Filter, ...], query: Query) -> Mask:
-    """The rows that pass all filters, shape (rows,). May be a column of the table itself: not to be written to."""
-    result: Mask | None = None
+def passing(filters: tuple[Filter, ...], query: Query, among: Mask | None = None) -> Mask:
+    """The rows that pass all filters, shape (rows,), of all or `among` some. May be a column of the table itself: not
+    to be written to."""
+    result = among
     for condition in filters:
         mask = condition.passes(query)
         if mask is not None:
             result = mask if result is None else result & mask
     return np.ones(len(query.table), dtype=np.bool_) if result is None else result
+
+
+def permanent(query: Query) -> Mask:
+    """What passes PERMANENT. That for a kind of request is computed once for all of them."""
+    request = query.request
+    kind = (
+        request.model, request.provider, request.server_id, request.labels, request.task_type, request.features,
+        request.excluded_models,
+    )  # fmt: skip
+    return passing(_OWN, query, query.table.once(kind, lambda: passing(_KIND, query)))
+
+
+def present(query: Query) -> Mask:
+    """What passes PRESENT; most of those conditions are one column of the table."""
+    return passing((_AVAILABLE, _NOW_FUNDED), query, query.table.able)

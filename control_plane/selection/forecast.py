@@ -16,7 +16,7 @@ import numpy as np
 
 from control_plane.domain.request import RouteRequest
 from control_plane.selection.policy import Policy
-from control_plane.selection.table import CandidateTable, Floats, Ints
+from control_plane.selection.table import CandidateTable, Floats, Ints, Mask
 
 PROBIT = 1.702
 _SOONEST = 1e-9
@@ -96,7 +96,8 @@ def forecast(
     if planned is not None:
         lane += planned.lane
         free = free - planned.slots
-    turn = _turn(table, free, now, base + single * output_tokens) if (free <= 0).any() else None
+    full = free <= 0
+    turn = _turn(table, free, full, now, base + single * output_tokens) if np.count_nonzero(full) else None
     start = lane if turn is None else np.maximum(lane, turn)
     loading = None if table.cold is None else load_seconds(table, policy)
     if loading is not None:
@@ -126,14 +127,17 @@ def load_seconds(table: CandidateTable, policy: Policy) -> Floats:
 
 def service_seconds(table: CandidateTable, typical: Floats) -> Floats:
     """For which a request holds its slot, shape (rows,): as measured, else `typical`."""
+    if table.measured:
+        return table.service
     return np.where(np.isnan(table.service), typical, table.service)
 
 
-def _turn(table: CandidateTable, free: Ints, now: float, typical: Floats) -> Floats:
-    """Seconds until a slot is free, shape (rows,): 0 where one is."""
-    turn = service_seconds(table, typical) / np.maximum(table.slots, 1)
+def _turn(table: CandidateTable, free: Ints, full: Mask, now: float, typical: Floats) -> Floats:
+    """Seconds until a slot is free, shape (rows,): 0 where one is, which are those not `full`."""
+    turn = service_seconds(table, typical) * table.per_slot
     first = np.where(np.isnan(table.slot_at), turn, np.maximum(table.slot_at - now, 0.0))
-    return np.where(free <= 0, first + (table.waiting - np.minimum(free, 0)) * turn, 0.0)
+    first += (table.waiting - np.minimum(free, 0)) * turn
+    return np.where(full, first, 0.0)
 
 
 def _within(ratios: Floats, sigmas: Floats) -> Floats:

@@ -39,16 +39,16 @@ def outrun(query: Query, capable: Mask, present: Mask) -> Outrun | None:
     """The cold ones among the `capable` rows that a warm one outruns, which is one of those `present`; None if there is
     none of either."""
     table = query.table
-    if table.cold is None:
+    if table.cold is None or table.warm is None:
         return None
-    rivals = present & ~table.cold
+    rivals = present & table.warm
     idle = rivals & (table.free > 0)
-    if idle.any():
+    if np.count_nonzero(idle):
         rival, start = int(idle.argmax()), 0.0
-    elif rivals.any():
+    elif np.count_nonzero(rivals):
         expected = query.forecast
         service = service_seconds(table, expected.seconds - expected.start)
-        turns = (table.waiting + (query.queued + 1)) / np.maximum(table.slots, 1)
+        turns = (table.waiting + (query.queued + 1)) * table.per_slot
         starts = np.where(rivals, turns * service, np.inf)
         rival = int(starts.argmin())
         start = float(starts[rival])

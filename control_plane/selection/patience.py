@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from control_plane.selection.query import Query
-from control_plane.selection.scorers import SCORERS, latency
+from control_plane.selection.scorers import latency
 from control_plane.selection.table import Floats, Mask
 
 _SURE = 0.84
 """Chance of meeting the objective at which it is taken as met: one standard deviation to spare."""
-_LOAD = [name for name, _ in SCORERS].index("load")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +38,14 @@ class Better:
         )
 
 
-def better_later(query: Query, present: Mask, eligible: Mask, chosen: int, values: Floats) -> Better | None:
-    """The row that is worth waiting for rather than starting on `chosen`; None if none is. values: what the scorers
-    say, shape (scorers, rows)."""
+def better_later(query: Query, present: Mask, eligible: Mask, chosen: int, scores: Floats) -> Better | None:
+    """The row that is worth waiting for rather than starting on `chosen`; None if none is. scores: without the load,
+    shape (rows,)."""
     rivals = present & ~eligible
-    if query.table.cold is not None:
-        rivals &= ~query.table.cold
-    if not rivals.any():
+    if query.table.warm is not None:
+        rivals &= query.table.warm
+    if not np.count_nonzero(rivals):
         return None
-    shares = query.policy.shares.copy()
-    shares[_LOAD] = 0.0
-    scores = np.add.reduce(values * shares, axis=0)
     best = int(np.where(rivals, scores, -1.0).argmax())
     if scores[best] <= scores[chosen]:
         return None

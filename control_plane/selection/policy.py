@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field, fields
 from types import MappingProxyType
 
-import numpy as np
-from numpy.typing import NDArray
-
 from control_plane.domain.model import Provider
 
 
@@ -86,8 +83,10 @@ class Policy:
     exploration_margin: float = 0.05
     """By how much the score of those may be less, [0, 1]."""
 
-    shares: NDArray[np.float64] = field(init=False, repr=False, compare=False)
-    """Weights divided by their sum, shape (scorers, 1)."""
+    shares: Weights = field(init=False, repr=False, compare=False)
+    """Weights divided by their sum."""
+    identity: object = field(init=False, repr=False, compare=False, default_factory=object)
+    """Stands for this very policy where something is kept under a key."""
     preference_scale: float = field(init=False, repr=False, compare=False)
     """What preferences are divided by."""
 
@@ -116,11 +115,11 @@ class Policy:
             if not 0 <= liking < math.inf:
                 raise ValueError(f"provider_preference.{provider} must be finite and >= 0, is {liking}")
         object.__setattr__(self, "preference_scale", max(1.0, *self.provider_preference.values(), 0.0))
-        weights = np.array(astuple(self.weights), dtype=np.float64)[:, np.newaxis]
         # Dividing by the largest first keeps huge weights from overflowing in the sum.
-        weights /= weights.max()
+        largest = max(astuple(self.weights))
+        scaled = [weight / largest for weight in astuple(self.weights)]
         # A frozen value with derived parts: they are set once, here.
-        object.__setattr__(self, "shares", weights / weights.sum())
+        object.__setattr__(self, "shares", Weights(*(weight / sum(scaled) for weight in scaled)))
 
     def ttft_objective(self, prompt_tokens: int) -> float:
         """Seconds from arrival to the first token within which a request is served well."""

@@ -16,8 +16,7 @@ from control_plane.selection.table import Floats
 def capability(query: Query) -> Floats:
     """How good an answer is to be expected: how good the model is at the kind of work, as its card says, times the
     share of its answers that were good ones."""
-    quality, good = query.table.capability[query.request.task_type], query.table.good.get(query.request.task_type)
-    return quality if good is None else quality * good
+    return query.table.quality[query.request.task_type]
 
 
 def success(query: Query) -> Floats:
@@ -42,9 +41,7 @@ def cost(query: Query) -> Floats:
 
 def load(query: Query) -> Floats:
     """(free slots - requests waiting on the server) / slots, at least 0: the emptiest server first."""
-    table = query.table
-    share = (table.free - table.waiting) / np.maximum(table.slots, 1)
-    return np.minimum(np.maximum(share, 0.0), 1.0)
+    return query.table.emptiness
 
 
 def provider(query: Query) -> Floats:
@@ -88,10 +85,23 @@ def parts(query: Query) -> Floats:
     return values
 
 
-def weigh(values: Floats, query: Query) -> Floats:
-    """Weighted mean of the parts, shape (rows,).
+def scores(query: Query) -> tuple[Floats, Floats]:
+    """Weighted mean of the parts, and the same without that of the load, each of shape (rows,).
 
     Not a matrix product: BLAS may round equal columns differently by their place, and ties must break on the id.
     """
-    mean: Floats = np.add.reduce(values * query.policy.shares, axis=0)
-    return np.minimum(mean, 1.0, out=mean)
+    table, policy = query.table, query.policy
+    shares = policy.shares
+
+    def lasting() -> Floats:
+        free = shares.cost if table.paid is None else 0.0
+        return capability(query) * shares.capability + (provider(query) * shares.provider + free)
+
+    later = table.success * shares.success
+    later += table.once((query.request.task_type, policy.identity), lasting)
+    later += latency(query) * shares.latency
+    if table.paid is not None:
+        later += cost(query) * shares.cost
+    now = table.emptiness * shares.load
+    now += later
+    return np.minimum(now, 1.0, out=now), later

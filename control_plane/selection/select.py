@@ -15,12 +15,22 @@ from control_plane.domain.decision import (
     Verdict,
 )
 from control_plane.domain.funds import Amounts
-from control_plane.selection.filters import AVOIDED, FREE, FUNDED, PERMANENT, PRESENT, TRANSIENT, cheapest, passing
+from control_plane.selection.filters import (
+    AVOIDED,
+    FREE,
+    FUNDED,
+    PERMANENT,
+    TRANSIENT,
+    cheapest,
+    passing,
+    permanent,
+    present,
+)
 from control_plane.selection.formulas import FORMULAS, of_request, of_rows
 from control_plane.selection.loading import outrun
 from control_plane.selection.patience import Better, better_later, worth_waiting_for
 from control_plane.selection.query import Query
-from control_plane.selection.scorers import SCORERS, parts, weigh
+from control_plane.selection.scorers import SCORERS, parts, scores
 from control_plane.selection.spill import spared
 from control_plane.selection.summary import summarise
 from control_plane.selection.table import Floats, Mask
@@ -63,35 +73,34 @@ def select(query: Query) -> Choice:
     """
     table = query.table
     capable = _capable(query)
-    present = capable & passing(PRESENT, query)
-    eligible = present & passing(FREE, query)
-    if table.cold is not None and (eligible & table.cold).any():
-        slower = outrun(query, capable, present)
+    startable = capable & present(query)
+    eligible = passing(FREE, query, startable)
+    if table.cold is not None and np.count_nonzero(eligible & table.cold):
+        slower = outrun(query, capable, startable)
         if slower is not None:
             eligible &= ~slower.rows
-    spare = spared(query, capable, present)
+    spare = spared(query, capable, startable)
     if spare is not None:
         left_alone, eligible = (eligible & spare.rows).any(), eligible & ~spare.rows
-        present = present & ~spare.rows
+        startable = startable & ~spare.rows
         if left_alone and spare.home >= 0 and not eligible.any():
             return Choice(
                 Verdict.WAIT, later=spare.home, prefill=float(query.forecast.prefill[spare.home]), prefers=True
             )
     rows = eligible.nonzero()[0]
     if len(rows) == 0:
-        return _refusal(query, capable, present)
+        return _refusal(query, capable, startable)
     if len(rows) == 1 and np.count_nonzero(capable) == 1:
         # Nothing to compare: a pinned model on one server is the commonest request there is.
         return Choice(Verdict.CHOSEN, int(rows[0]))
-    values = parts(query)
+    score, later = scores(query)
     # Scores are >= 0, and argmax returns the first of equals.
-    scores = np.where(eligible, weigh(values, query), -1.0)
-    best = int(scores.argmax())
+    best = int(np.where(eligible, score, -1.0).argmax())
     if query.content or (table.cold is not None and table.cold[best]):
         return Choice(Verdict.CHOSEN, best)  # that loading it is worth while has been decided
-    better = better_later(query, present, eligible, best, values)
+    better = better_later(query, startable, eligible, best, later)
     if better is None:
-        return _explored(query, eligible, best, scores)
+        return _explored(query, eligible, best, score)
     prefill = float(query.forecast.prefill[better.row])
     return Choice(Verdict.WAIT, later=better.row, prefill=prefill, prefers=True)
 
@@ -144,33 +153,30 @@ def _explored(query: Query, eligible: Mask, best: int, scores: Floats) -> Choice
 
 def _capable(query: Query) -> Mask:
     """Rows that could serve the request, now or later."""
-    capable = passing(PERMANENT, query)
-    if query.avoid:
-        capable = capable & passing(AVOIDED, query)
-    return capable if query.funds is None else capable & passing(FUNDED, query)
+    return passing((*AVOIDED, *FUNDED), query, permanent(query))
 
 
 def _refusal(query: Query, capable: Mask, startable: Mask) -> Choice:
     if not capable.any():
         if query.funds is not None:
-            dear = passing((*PERMANENT, *AVOIDED), query)
+            dear = passing(AVOIDED, query, permanent(query))
             if dear.any():
                 return Choice(Verdict.IMPOSSIBLE, unaffordable=True, lacking=cheapest(query, dear, unpaid=False))
-        all_failed = bool(query.avoid) and bool(passing(PERMANENT, query).any())
+        all_failed = bool(query.avoid) and bool(permanent(query).any())
         return Choice(Verdict.IMPOSSIBLE, all_failed=all_failed)
-    present = capable & query.table.ready & ~query.table.draining
+    there = capable & query.table.ready & ~query.table.draining
     if query.table.obtainable is not None:
-        present &= query.table.obtainable
+        there &= query.table.obtainable
     later = worth_waiting_for(query, startable) if query.planned is not None else -1
     prefill = float(query.forecast.prefill[later]) if later >= 0 else 0.0
-    lacking = cheapest(query, present, unpaid=True)
-    return Choice(Verdict.WAIT, later=later, prefill=prefill, all_away=not present.any(), lacking=lacking)
+    lacking = cheapest(query, there, unpaid=True)
+    return Choice(Verdict.WAIT, later=later, prefill=prefill, all_away=not there.any(), lacking=lacking)
 
 
 def _candidates(query: Query, choice: Choice) -> list[ScoredCandidate]:
     """Every row of the table, in its order."""
     values = parts(query)
-    scores = weigh(values, query).tolist()
+    totals = scores(query)[0].tolist()
     rejections: list[list[Rejection]] = [[] for _ in query.table.rows]
     for condition in (*PERMANENT, *AVOIDED, *FUNDED, *TRANSIENT):
         mask = condition.passes(query)
@@ -178,12 +184,12 @@ def _candidates(query: Query, choice: Choice) -> list[ScoredCandidate]:
             for row in (~mask).nonzero()[0].tolist():
                 rejections[row].append(Rejection(condition.reason, condition.detail(query, row)))
     capable = _capable(query)
-    present = capable & passing(PRESENT, query)
-    slower = outrun(query, capable, present)
+    startable = capable & present(query)
+    slower = outrun(query, capable, startable)
     if slower is not None:
         for row in slower.rows.nonzero()[0].tolist():
             rejections[row].append(Rejection(RejectionReason.LOADING_TAKES_LONGER, slower.detail(query, row)))
-    spare = spared(query, capable, present)
+    spare = spared(query, capable, startable)
     if spare is not None:
         for row in spare.rows.nonzero()[0].tolist():
             rejections[row].append(Rejection(RejectionReason.SPARED, spare.detail(query, row)))
@@ -207,6 +213,6 @@ def _candidates(query: Query, choice: Choice) -> list[ScoredCandidate]:
             terms=dict(zip(terms, numbers, strict=True)),
         )
         for row, score, column, reasons, numbers in zip(
-            query.table.rows, scores, values.T.tolist(), rejections, columns, strict=True
+            query.table.rows, totals, values.T.tolist(), rejections, columns, strict=True
         )
     ]

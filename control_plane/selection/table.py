@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +18,13 @@ from control_plane.prediction.features import Coefficients
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
 Mask: TypeAlias = NDArray[np.bool_]
+Column = TypeVar("Column", Floats, Mask)
 
 UNKNOWN_SIGMA = 0.5
 """Standard deviation of ln(measured / predicted) where nothing was learned: 95% are within a factor of 2.7."""
 _LEAST_SIGMA = 0.05
+_KEPT = 256
+"""Columns kept by `once`."""
 _NINE_OF_TEN = NormalDist().inv_cdf(0.9)
 
 _TO_BE_LOADED = frozenset({ModelState.COLD, ModelState.LOADING})
@@ -51,10 +54,13 @@ class CandidateTable:
 
     __slots__ = (
         "_index",
+        "_kept",
         "_names",
         "_qualified",
         "_span_of_row",
+        "_unmeasured",
         "_unpredicted",
+        "able",
         "breaker_open",
         "capability",
         "cold",
@@ -62,6 +68,7 @@ class CandidateTable:
         "context_length",
         "dearest",
         "draining",
+        "emptiness",
         "features",
         "free",
         "good",
@@ -76,9 +83,11 @@ class CandidateTable:
         "offers",
         "paid",
         "per_prompt_token",
+        "per_slot",
         "prompt_price",
         "provider_code",
         "provider_codes",
+        "quality",
         "ready",
         "rows",
         "service",
@@ -92,6 +101,7 @@ class CandidateTable:
         "tpot_per_stream",
         "ttft",
         "waiting",
+        "warm",
     )
 
     def __init__(self, rows: Iterable[CandidateRow] = ()) -> None:
@@ -109,6 +119,7 @@ class CandidateTable:
         """The rows of each server; adjacent, as rows are sorted."""
         self._span_of_row = [self.spans[row.server_id] for row in self.rows]
         self._names = frozenset(card.name for card in cards)
+        self._kept: dict[Hashable, Any] = {}
         self._qualified = {card.id: (card.name, card.provider) for card in cards}
 
         # Static columns.
@@ -149,6 +160,8 @@ class CandidateTable:
         to_be_loaded = [card.state in _TO_BE_LOADED for card in cards]
         self.cold: Mask | None = np.array(to_be_loaded, dtype=np.bool_) if any(to_be_loaded) else None
         """A request has to wait until the model is loaded. None: no model is cold."""
+        self.warm: Mask | None = None if self.cold is None else ~self.cold
+        """The others. None: all are."""
         self.load_time: Floats = np.array(
             [_seconds(card.load_time) if card.state in _TO_BE_LOADED else 0.0 for card in cards], dtype=np.float64
         )
@@ -160,10 +173,14 @@ class CandidateTable:
         """The server is LIVE and its engine is ready."""
         self.draining: Mask = np.zeros(size, dtype=np.bool_)
         self.breaker_open: Mask = np.zeros(size, dtype=np.bool_)
+        self.able: Mask = np.zeros(size, dtype=np.bool_)
+        """Ready, not draining, the model is here, and no breaker holds it back."""
         self.success: Floats = np.ones(size, dtype=np.float64)
         """[0, 1]."""
         self.good: dict[TaskType, Floats] = {}
         """Expected share of good answers among those to a kind of work, [0, 1]; missing: nobody has complained."""
+        self.quality: dict[TaskType, Floats] = dict(self.capability)
+        """`capability` times `good`."""
         self.ttft: Floats = np.array([_seconds(card.ttft) for card in cards], dtype=np.float64)
         """Seconds to the first token of an idle server, without those of `per_prompt_token`; NaN: not known."""
         self.per_prompt_token: Floats = np.zeros(size, dtype=np.float64)
@@ -177,11 +194,16 @@ class CandidateTable:
         self._unpredicted = set(range(size))
         self.service: Floats = np.full(size, math.nan, dtype=np.float64)
         """Seconds that a request holds its slot; NaN: never measured."""
+        self._unmeasured = set(range(size))
         self.slots: Ints = np.zeros(size, dtype=np.int64)
+        self.per_slot: Floats = np.ones(size, dtype=np.float64)
+        """1 / slots; 1 where there are none."""
         self.free: Ints = np.zeros(size, dtype=np.int64)
         """Free slots of the row's server. Below 0 while more is running than there are slots."""
         self.waiting: Ints = np.zeros(size, dtype=np.int64)
         """Requests that the server has accepted and not started."""
+        self.emptiness: Floats = np.zeros(size, dtype=np.float64)
+        """(free - waiting) / slots, clamped to [0, 1]."""
         self.streams: Floats = np.zeros(size, dtype=np.float64)
         """Requests of the row's server that are decoding."""
         self.lane_until: Floats = np.zeros(size, dtype=np.float64)
@@ -215,6 +237,16 @@ class CandidateTable:
             return ModelName(model), None
         return self._qualified.get(model)
 
+    def once(self, key: Hashable, column: Callable[[], Column]) -> Column:
+        """A column made of static ones, and of `quality`, kept under a key that says of what else. Not to be written
+        to."""
+        kept: Column | None = self._kept.get(key)
+        if kept is None:
+            if len(self._kept) >= _KEPT:
+                self._kept.clear()
+            kept = self._kept[key] = column()
+        return kept
+
     # ------------------------------------------------------------- changes ---
 
     def set_server(
@@ -227,8 +259,10 @@ class CandidateTable:
         self.ready[span] = ready
         self.draining[span] = draining
         self.slots[span] = slots
-        self.free[span] = slots - used
+        self.per_slot[span] = 1.0 / max(slots, 1)
         self.waiting[span] = waiting
+        self._set_free(span, slots - used)
+        self._set_able(span)
 
     def set_stats(
         self,
@@ -252,7 +286,11 @@ class CandidateTable:
         self.success[row] = _unit(success)
         self.ttft[row] = _seconds(ttft, card.ttft)
         self.tpot[row] = _seconds(tpot, card.tpot)
-        self.service[row] = _seconds(service)
+        self.service[row] = seconds = _seconds(service)
+        if seconds == seconds:
+            self._unmeasured.discard(row)
+        else:
+            self._unmeasured.add(row)
 
     def set_success(self, server_id: ServerId, model: ModelName, provider: Provider, success: float) -> None:
         """The success rate of a pair alone. Raises KeyError: no such row."""
@@ -274,6 +312,13 @@ class CandidateTable:
         if good is None:
             good = self.good[task] = np.ones(len(self), dtype=np.float64)
         good[self.model_code == self.model_codes[model]] = _unit(share)
+        self.quality[task] = self.capability[task] * good
+        self._kept.clear()
+
+    @property
+    def measured(self) -> bool:
+        """Whether every row has a service time: `service` has no NaN."""
+        return not self._unmeasured
 
     @property
     def predicted(self) -> bool:
@@ -294,15 +339,28 @@ class CandidateTable:
 
     def set_breaker(self, server_id: ServerId, model: ModelName, provider: Provider, *, open: bool) -> None:
         """Whether the breaker of a pair holds requests back now. Raises KeyError: no such row."""
-        self.breaker_open[self._index[server_id, model, provider]] = open
+        row = self._index[server_id, model, provider]
+        self.breaker_open[row] = open
+        self._set_able(slice(row, row + 1))
 
     def take(self, row: int) -> None:
         """One slot less on the server of this row."""
-        self.free[self._span_of_row[row]] -= 1
+        self._set_free(self._span_of_row[row], int(self.free[row]) - 1)
 
     def give(self, row: int) -> None:
         """One slot more on the server of this row."""
-        self.free[self._span_of_row[row]] += 1
+        self._set_free(self._span_of_row[row], int(self.free[row]) + 1)
+
+    def _set_free(self, span: slice, free: int) -> None:
+        self.free[span] = free
+        first = span.start
+        share = (free - int(self.waiting[first])) / max(int(self.slots[first]), 1)
+        self.emptiness[span] = min(1.0, max(0.0, share))
+
+    def _set_able(self, span: slice) -> None:
+        able = self.ready[span] & ~self.draining[span]
+        able &= ~self.breaker_open[span]
+        self.able[span] = able if self.here is None else able & self.here[span]
 
 
 def sigma(spread: tuple[float, ...]) -> float:

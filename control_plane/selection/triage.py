@@ -18,7 +18,7 @@ import numpy as np
 
 from control_plane.domain.model import ServerId
 from control_plane.domain.request import RouteRequest
-from control_plane.selection.filters import PRESENT, passing
+from control_plane.selection.filters import present
 from control_plane.selection.policy import Policy
 from control_plane.selection.query import Query
 from control_plane.selection.table import CandidateTable, Floats, Mask
@@ -59,9 +59,9 @@ def triage(table: CandidateTable, cases: Sequence[Case], now: float) -> list[boo
     needed = np.array([case.request.context_needed for case in cases])
     paces = np.array([case.policy.tpot_objective_s for case in cases])
     unfit = (needed[:, np.newaxis] > table.context_length) | (expected.tpot > paces[:, np.newaxis])
-    present = passing(PRESENT, anything)
+    there = present(anything)
     for number, case in enumerate(cases):
-        unfit[number] |= ~(case.reach & present)
+        unfit[number] |= ~(case.reach & there)
         for server_id in (*case.avoided, *case.request.excluded):
             span = table.spans.get(server_id)
             if span is not None:

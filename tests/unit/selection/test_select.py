@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,10 +16,10 @@ from control_plane.domain.decision import DecisionRecord, RejectionReason, Verdi
 from control_plane.domain.model import ModelCard, ModelName, ModelState, Price, Provider, ServerId
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.task import Feature, TaskType
-from control_plane.selection.filters import AVOIDED, PERMANENT, TRANSIENT
+from control_plane.selection.filters import AVOIDED, PERMANENT, PRESENT, TRANSIENT, passing, permanent, present
 from control_plane.selection.policy import Policy, Weights
 from control_plane.selection.query import Query
-from control_plane.selection.scorers import SCORERS
+from control_plane.selection.scorers import SCORERS, parts, scores
 from control_plane.selection.select import explain, select
 from control_plane.selection.table import CandidateRow, CandidateTable
 
@@ -371,6 +373,32 @@ def test_an_explanation_never_differs_from_the_choice(
         weight = sum(part.weight for part in candidate.parts)
         mean = sum(part.weight * part.value for part in candidate.parts) / weight
         assert candidate.score == pytest.approx(mean)
+
+
+@given(tables(), st.lists(requests, min_size=2, max_size=3), st.lists(st.tuples(st.booleans(), models, tasks, units)))
+def test_what_is_kept_or_combined_is_what_it_is_made_of(
+    table: CandidateTable, asked: list[RouteRequest], changes: list[tuple[bool, ModelName, TaskType, float]]
+) -> None:
+    for number, (grow, model, task, share) in enumerate(changes):
+        if len(table):
+            (table.give if grow else table.take)(number % len(table))
+        if table.knows_model(model):
+            table.set_good(model, task, share)
+        for request in asked:
+            scores(Query(table, request, POLICY))  # so that something is kept
+    dear = Policy(Weights(cost=9.0), provider_preference={Provider("p1"): 0.1})
+    for request, policy in product(asked, (POLICY, dear)):
+        query = Query(table, request, policy)
+        assert permanent(query).tolist() == passing(PERMANENT, query).tolist()
+        assert present(query).tolist() == passing(PRESENT, query).tolist()
+        shares = np.array([getattr(policy.shares, name) for name, _ in SCORERS])
+        assert scores(query)[0] == pytest.approx(shares @ parts(query))
+    assert table.emptiness.tolist() == [
+        min(1.0, max(0.0, (free - waiting) / max(slots, 1)))
+        for free, waiting, slots in zip(table.free, table.waiting, table.slots, strict=True)
+    ]
+    for task, column in table.quality.items():
+        assert column.tolist() == (table.capability[task] * table.good.get(task, np.ones(len(table)))).tolist()
 
 
 @given(tables(), requests)
