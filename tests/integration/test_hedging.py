@@ -11,6 +11,7 @@ from modelyard.rpc.reasons import Reason
 from modelyard.testing import FakeModelServer
 from modelyard.v1 import fleet_pb2
 from tests.harness.front_door import ask, attached, front_door
+from tests.harness.model_servers import eventually
 
 FIRST, SECOND = "a-first", "b-second"
 HEDGING = {"hedging": 1.0, "max_attempts": 3}
@@ -74,7 +75,7 @@ async def test_one_that_fails_leaves_the_other(last):
         await asyncio.gather(*(gate.arrived.wait() for gate in gates.values()))
         fakes[other].answer(Refusal(Reason.ENGINE_FAILED, "broken"))
         gates[other].open()
-        await fakes[other].until(lambda: fakes[other].calls_of("Generate")[-1].outcome != "running")
+        await door.until_server(other, lambda server: not server.in_flight)  # the control plane has heard of it
         gates[last].open()
         reply = await asked
         assert reply.done.server_id == last
@@ -104,7 +105,9 @@ async def test_it_is_off_unless_asked_for_and_bounded():
         gate = first.gate("Generate")
         asked = asyncio.create_task(door.generate())
         await gate.arrived.wait()
-        await asyncio.sleep(0.3)  # far longer than it should take
+        (flight,) = door.plane.fleet.server(first.server_id).flights
+        await eventually(lambda: door.plane.clock.monotonic() > flight.expected.slow_at)
+        await door.explain(ask())  # and it has had a turn since
         assert len(second.calls_of("Generate")) == 8 and not hedged(door)
         gate.open()
         assert (await asked).done.server_id == first.server_id
