@@ -120,18 +120,16 @@ class Expectations:
         if flight.ahead:
             server.idle.add(flight)
             return
-        server.prefilling[flight] = None
+        server.prefilling.add(flight)
         server.lane_until = max(server.lane_until, now) + expected.lane
 
     def first_token(self, flight: Flight, now: float) -> bool:
         """The server may begin with the next prompt; whether that is news."""
         server = flight.server
-        if flight not in server.prefilling:
+        if not server.prefilling.discard(flight):
             return False
-        del server.prefilling[flight]
         flight.expected.end_at += now - flight.expected.first_at
-        left = sum(other.expected.lane for other in server.prefilling)
-        server.lane_until = now + left if server.prefilling else 0.0
+        server.lane_until = now + max(0.0, server.prefilling.seconds) if server.prefilling else 0.0
         return True
 
     def end(self, flight: Flight, outcome: Outcome, now: float) -> None:
@@ -214,7 +212,7 @@ class Expectations:
         self, flight: Flight, request: RouteRequest, row: int, now: float, cached: float, patience: float
     ) -> Expected:
         server, load, table = flight.server, flight.server.report.load, self._table
-        backlog = sum(other.expected.features.uncached_tokens for other in server.prefilling)
+        backlog = max(0.0, server.prefilling.tokens)
         streams = _decoding(server) + load.foreign
         features = Features(
             request.prompt_tokens, cached, backlog, streams, load.waiting, load.kv_cache_utilization, flight.cold
@@ -245,6 +243,7 @@ class Expectations:
             slow_at=slow_at,
             overdue_at=overdue_at,
             work=lane + decoding / max(load.slots, 1),
+            uncached=uncached,
             lane=lane,
         )
 

@@ -70,8 +70,10 @@ class Expected:
     """Monotonic seconds at which its first token is too late."""
     work: float = 0.0
     """Seconds of service that it takes of the server."""
+    uncached: float = 0.0
+    """Tokens of its prompt that have to be prefilled."""
     lane: float = 0.0
-    """Of those, seconds for which nobody else's prompt is prefilled."""
+    """Of those seconds, the ones for which nobody else's prompt is prefilled."""
     credit: Credit | None = None
     """For what its prompt leaves in the server's prefix cache."""
 
@@ -118,6 +120,37 @@ class Flight:
         return self.server.report.identity.endpoint
 
 
+class Prefilling(dict["Flight", None]):
+    """Flights without a first token yet, in order, and what they come to."""
+
+    __slots__ = ("seconds", "tokens")
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def add(self, flight: Flight) -> None:
+        """The last in order."""
+        self[flight] = None
+        self.tokens += flight.expected.uncached
+        self.seconds += flight.expected.lane
+
+    def discard(self, flight: Flight) -> bool:
+        """Whether it was one of them."""
+        if flight not in self:
+            return False
+        del self[flight]
+        self.tokens -= flight.expected.uncached
+        self.seconds -= flight.expected.lane
+        if not self:
+            self.clear()  # of what rounding has left
+        return True
+
+    def clear(self) -> None:
+        super().clear()
+        self.tokens = self.seconds = 0.0
+        """Of prompts that have to be prefilled, and for which they keep the server."""
+
+
 @dataclass(eq=False, slots=True)
 class Server:
     """One model server."""
@@ -134,8 +167,7 @@ class Server:
     attachment: Attachment | None = None
     pairs: dict[PairKey, Pair] = field(default_factory=dict)
     flights: set[Flight] = field(default_factory=set)
-    prefilling: dict[Flight, None] = field(default_factory=dict)
-    """Flights without a first token yet, in order."""
+    prefilling: Prefilling = field(default_factory=Prefilling)
     lane_until: float = 0.0
     """Monotonic seconds when the last of them is expected to have it."""
     idle: set[Flight] = field(default_factory=set)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +24,8 @@ _MEAN: Vector = (_UPPER - _LOWER) / _WIDTH
 BINS = len(_LOWER)
 _TASKS = frozenset(TaskType)
 MOST_TOKENS = float(EDGES[-1]) - 1
+_EDGES: list[float] = EDGES.tolist()
+_LARGEST_UNIT = 1e100
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +39,30 @@ class Length:
 
 @dataclass(slots=True)
 class Histogram:
-    bins: list[float] = field(default_factory=lambda: [0.0] * BINS)
+    """All that was observed counts less with every observation: instead of making every bin smaller, each observation
+    is entered with a larger weight than the one before."""
+
+    entered: list[float] = field(default_factory=lambda: [0.0] * BINS)
+    unit: float = 1.0
+    """What counts as one observation."""
     weight: float = 0.0
-    """Their sum."""
+    """Of all bins, observations."""
     observed: int = 0
+
+    @property
+    def bins(self) -> Vector:
+        """Observations, shape (BINS,)."""
+        return np.array(self.entered) / self.unit
+
+    def add(self, first: int, shares: Sequence[float], decay: float) -> None:
+        """One observation, in `shares` of the bins from the `first` on; those before count `decay` as much."""
+        self.unit /= decay
+        for number, share in enumerate(shares, first):
+            self.entered[number] += share * self.unit
+        self.weight = self.weight * decay + 1
+        self.observed += 1
+        if self.unit > _LARGEST_UNIT:
+            self.entered, self.unit = self.bins.tolist(), 1.0
 
 
 @dataclass(slots=True)
@@ -68,7 +91,7 @@ class OutputLength:
         """An answer had so many tokens; `cut`: it was ended by its limit, and would have had at least as many."""
         if not 1 <= tokens < math.inf:
             return
-        number = min(int(np.searchsorted(EDGES, tokens, side="right")) - 1, BINS - 1)
+        number = min(bisect_right(_EDGES, tokens) - 1, BINS - 1)
         later: list[float] | None = None
         if cut and number + 1 < BINS:
             # To the right, as those went that were not cut. Source: Efron, "The two sample problem with censored
@@ -79,14 +102,7 @@ class OutputLength:
             later = (tail / total).tolist() if total > 0 else None
         decay = 1 - 1 / self.policy.window
         for histogram in self._chain(task, model):
-            histogram.bins = bins = [weight * decay for weight in histogram.bins]
-            if later is None:
-                bins[number] += 1
-            else:
-                for offset, share in enumerate(later):
-                    bins[number + offset] += share
-            histogram.weight = histogram.weight * decay + 1
-            histogram.observed += 1
+            histogram.add(number, (1.0,) if later is None else later, decay)
 
     def expect(self, task: TaskType, model: str, max_tokens: float | None = None, produced: float = 0) -> Length:
         """Of an answer of at most `max_tokens` that has `produced` tokens already."""
@@ -122,7 +138,7 @@ class OutputLength:
         entries = [(0, "", self._all)]
         entries += [(int(task), "", histogram) for task, histogram in self._tasks.items()]
         entries += [(int(task), model, histogram) for (task, model), histogram in self._models.items()]
-        return tuple(HistogramState(task, model, tuple(h.bins)) for task, model, h in entries if h.weight)
+        return tuple(HistogramState(task, model, tuple(h.bins.tolist())) for task, model, h in entries if h.weight)
 
     def restore(self, state: Iterable[HistogramState]) -> None:
         """Take over what an earlier process learned. What cannot be is left out."""
@@ -137,7 +153,7 @@ class OutputLength:
                 histogram = self._tasks[TaskType(entry.task)]
             else:
                 histogram = self._chain(TaskType(entry.task), entry.model)[-1]
-            histogram.bins, histogram.weight = list(entry.bins), sum(entry.bins)
+            histogram.entered, histogram.unit, histogram.weight = list(entry.bins), 1.0, sum(entry.bins)
         self._cache.clear()
 
     def _chain(self, task: TaskType, model: str) -> tuple[Histogram, Histogram, Histogram]:
@@ -161,7 +177,7 @@ class OutputLength:
         share = self._prior
         for histogram in chain:
             kin = self.policy.kin_weight
-            share = (np.array(histogram.bins) + kin * share) / (histogram.weight + kin)
+            share = (histogram.bins + kin * share) / (histogram.weight + kin)
         if key in self._models:
             self._cache[key] = _Cached(share, tuple(one.observed + 1 + int(0.02 * one.weight) for one in chain))
         return share

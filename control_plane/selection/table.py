@@ -57,6 +57,7 @@ class CandidateTable:
         "_kept",
         "_names",
         "_qualified",
+        "_said",
         "_span_of_row",
         "_unmeasured",
         "_unpredicted",
@@ -120,6 +121,8 @@ class CandidateTable:
         self._span_of_row = [self.spans[row.server_id] for row in self.rows]
         self._names = frozenset(card.name for card in cards)
         self._kept: dict[Hashable, Any] = {}
+        self._said: dict[ServerId, tuple[bool, bool, int, int]] = {}
+        """What `set_server` was told last."""
         self._qualified = {card.id: (card.name, card.provider) for card in cards}
 
         # Static columns.
@@ -256,13 +259,16 @@ class CandidateTable:
         span = self.spans.get(server_id)
         if span is None:
             return
-        self.ready[span] = ready
-        self.draining[span] = draining
-        self.slots[span] = slots
-        self.per_slot[span] = 1.0 / max(slots, 1)
-        self.waiting[span] = waiting
+        said = ready, draining, slots, waiting
+        if self._said.get(server_id) != said:  # most of the time only what is used has changed
+            self._said[server_id] = said
+            self.ready[span] = ready
+            self.draining[span] = draining
+            self.slots[span] = slots
+            self.per_slot[span] = 1.0 / max(slots, 1)
+            self.waiting[span] = waiting
+            self._set_able(span)
         self._set_free(span, slots - used)
-        self._set_able(span)
 
     def set_stats(
         self,
@@ -340,8 +346,9 @@ class CandidateTable:
     def set_breaker(self, server_id: ServerId, model: ModelName, provider: Provider, *, open: bool) -> None:
         """Whether the breaker of a pair holds requests back now. Raises KeyError: no such row."""
         row = self._index[server_id, model, provider]
-        self.breaker_open[row] = open
-        self._set_able(slice(row, row + 1))
+        if self.breaker_open[row] != open:
+            self.breaker_open[row] = open
+            self._set_able(slice(row, row + 1))
 
     def take(self, row: int) -> None:
         """One slot less on the server of this row."""
