@@ -227,7 +227,7 @@ class Scheduler:
         self._hoping = False
         """Somebody waits for a server whose models are not known yet."""
         self._later: object | None = None
-        self._planned = Planned.nothing(0)
+        self._planned = self._nothing = Planned.nothing(0)
         """What those who wait, and were asked so far, are expected to take of each row first."""
         self._ahead: list[tuple[Priority, float, slice, float]] = []
         """Of those among them that are expected to be served well: class, when their answer is due, rows, seconds."""
@@ -447,8 +447,8 @@ class Scheduler:
         if not len(self._queue):
             self._known, self._offer, self._doubtful, self._picture_changed = None, None, [], False
             self._reconsider_at = math.inf
-            if len(self._planned.lane):
-                self._plan_anew(0)
+            if self._planned.anything:
+                self._plan_anew(len(self._fleet.table))
             return
         now = self._clock.monotonic()
 
@@ -743,14 +743,22 @@ class Scheduler:
 
     def _plan_anew(self, rows: int) -> None:
         self._planned = Planned.nothing(rows)
+        if len(self._nothing.lane) != rows:
+            self._nothing = Planned.nothing(rows)
         self._ahead.clear()
 
     def _planned_before(self, priority: Priority, due: float) -> Planned:
         """What those who wait are expected to take before one that comes now."""
+        before = [
+            (span, prefill)
+            for other, when, span, prefill in self._ahead
+            if other > priority or (other == priority and when < due)
+        ]
+        if not before:
+            return self._nothing
         planned = Planned.nothing(len(self._fleet.table))
-        for other, when, span, prefill in self._ahead:
-            if other > priority or (other == priority and when < due):
-                planned.add(span, prefill)
+        for span, prefill in before:
+            planned.add(span, prefill)
         return planned
 
     def _policy_for(self, request: RouteRequest) -> Policy:

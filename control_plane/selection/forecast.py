@@ -32,6 +32,7 @@ class Planned:
     lane: Floats
     """Seconds of prefill."""
     slots: Ints
+    anything: bool = False
 
     @classmethod
     def nothing(cls, rows: int) -> Planned:
@@ -41,6 +42,7 @@ class Planned:
         """One request more for the server with these rows, seconds of `prefill`."""
         self.lane[span] += prefill
         self.slots[span] += 1
+        self.anything = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ def forecast(
     prefill: Floats = table.per_prompt_token * uncached
     lane: Floats = np.maximum(table.lane_until - now, 0.0)
     free = table.free
-    if planned is not None:
+    if planned is not None and planned.anything:
         lane += planned.lane
         free = free - planned.slots
     full = free <= 0

@@ -56,7 +56,9 @@ def questions(draw: st.DrawFn) -> Query:
             table.set_good(model, TaskType.CHAT, draw(st.floats(0, 1)))
     planned = None
     if draw(st.booleans()):
-        planned = Planned(np.array(draw(st.lists(small, min_size=size, max_size=size))), np.zeros(size, dtype=np.int64))
+        planned = Planned(
+            np.array(draw(st.lists(small, min_size=size, max_size=size))), np.zeros(size, dtype=np.int64), True
+        )
     policy = Policy(
         Weights(*(draw(st.floats(0.1, 5)) for _ in NAMES)),
         provider_preference=draw(st.dictionaries(st.sampled_from(["p1", "p2"]), st.floats(0, 3))),
