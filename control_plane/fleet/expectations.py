@@ -49,7 +49,7 @@ class Expectations:
         self.judgements = Judgements()
         self._latency = LatencyModel()
         self._coefficients: dict[RowKey, Coefficients[float]] = {}
-        """Of every row of the table, as the table has them."""
+        """Of every row of the table, as the table has them, and of some that are gone."""
         self._lengths = OutputLength()
         self._lengths_at: dict[tuple[TaskType, ModelName, int | None], tuple[float, float]] = {}
         """Mean of an answer, and until when it is good enough, monotonic seconds."""
@@ -79,7 +79,9 @@ class Expectations:
     def rebuilt(self, table: CandidateTable, servers: Mapping[ServerId, Server], now: float) -> None:
         """There is a new table."""
         self._table = table
-        self._coefficients.clear()
+        if len(self._coefficients) > 2 * len(table):
+            keys = {(row.server_id, row.card.name, row.card.provider) for row in table.rows}
+            self._coefficients = {key: value for key, value in self._coefficients.items() if key in keys}
         self.judgements.rebuilt(table, now)
         self.caches_prefixes = any(Feature.PREFIX_CACHE in row.card.features for row in table.rows)
         self._prefixes.align(

@@ -407,6 +407,8 @@ class Fleet:
             for key in gone[: max(0, len(gone) - max(_GONE_KEPT, len(server.held)))]:
                 del server.pairs[key]
             self._rebuild(now)
+            for card in server.cards:
+                self._refresh_pair(server.id, (card.name, card.provider), now)
         elif was_ready and server.ready and _as_busy(old, report):
             return  # nothing that the table tells: so it is with most reports
         else:
@@ -463,19 +465,23 @@ class Fleet:
 
     def _rebuild(self, now: float) -> None:
         """The set of rows changed: build the table anew and fill in what moves."""
-        self.table = CandidateTable(
-            [
-                CandidateRow(server.id, card, server.report.identity.labels)
-                for server in self._servers.values()
-                for card in server.cards
-            ]
+        before, self.table = (
+            self.table,
+            CandidateTable(
+                [
+                    CandidateRow(server.id, card, server.report.identity.labels)
+                    for server in self._servers.values()
+                    for card in server.cards
+                ]
+            ),
         )
+        fresh = [self.table.rows[number] for number in self.table.carry(before)]
         self._expectations.rebuilt(self.table, self._servers, now)
         for server in self._servers.values():
             self._refresh(server)
             self._expectations.refresh(server, now)
-            for card in server.cards:
-                self._refresh_pair(server.id, (card.name, card.provider), now)
+        for row in fresh:
+            self._refresh_pair(row.server_id, (row.card.name, row.card.provider), now)
 
     def _refresh(self, server: Server) -> None:
         load = server.report.load

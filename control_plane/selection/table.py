@@ -23,6 +23,7 @@ Column = TypeVar("Column", Floats, Mask)
 UNKNOWN_SIGMA = 0.5
 """Standard deviation of ln(measured / predicted) where nothing was learned: 95% are within a factor of 2.7."""
 _LEAST_SIGMA = 0.05
+_OF_ROWS = ("breaker_open", "success", "ttft", "per_prompt_token", "tpot", "tpot_per_stream", "service")
 _KEPT = 256
 """Columns kept by `once`."""
 _NINE_OF_TEN = NormalDist().inv_cdf(0.9)
@@ -251,6 +252,26 @@ class CandidateTable:
         return kept
 
     # ------------------------------------------------------------- changes ---
+
+    def carry(self, before: CandidateTable) -> list[int]:
+        """Take over what another table was told of the rows with the very same card, but for what belongs to servers.
+        Returns the numbers of the others."""
+        kept: list[int] = []
+        known: list[int] = []
+        fresh: list[int] = []
+        for (key, number), row in zip(self._index.items(), self.rows, strict=True):
+            old = before._index.get(key)
+            if old is not None and before.rows[old].card is row.card:
+                kept.append(number)
+                known.append(old)
+            else:
+                fresh.append(number)
+        for name in _OF_ROWS:
+            getattr(self, name)[kept] = getattr(before, name)[known]
+        self.sigmas[:, kept] = before.sigmas[:, known]
+        self._unpredicted = {*fresh, *(new for new, old in zip(kept, known, strict=True) if old in before._unpredicted)}
+        self._unmeasured = {*fresh, *(new for new, old in zip(kept, known, strict=True) if old in before._unmeasured)}
+        return fresh
 
     def set_server(
         self, server_id: ServerId, *, ready: bool, draining: bool, slots: int, used: int, waiting: int

@@ -2,14 +2,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from control_plane.domain.definition import Definitions, ModelDefinition
 from control_plane.domain.errors import DomainError
 from control_plane.domain.model import ModelName, ModelState, Price, Provider
+from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import BreakerState, Health, LeaseState
 from control_plane.fleet.registry import Fleet, InitialStats
 from control_plane.fleet.server import Flight, Outcome, OutcomeKind, Pair
+from control_plane.selection.table import CandidateTable
 from tests.unit.control_plane.builders import POLICY, card, fleet, report
 
 FAILURE = Outcome(OutcomeKind.FAILURE)
@@ -169,6 +172,30 @@ def test_what_was_learned_survives_a_reconnect() -> None:
     subject.attach(report(), 1.0, 1.0, nothing)
     stats = served(subject).stats
     assert (stats.ttft, stats.tpot) == (0.25, 0.02)
+
+
+def columns(table: CandidateTable) -> dict[str, list[object]]:
+    names = [name for name in CandidateTable.__slots__ if isinstance(getattr(table, name), np.ndarray)]
+    return {name: np.nan_to_num(getattr(table, name), nan=-1.0).tolist() for name in names}
+
+
+def test_a_table_that_takes_over_what_is_known_is_as_one_made_anew() -> None:
+    subject = fleet()
+    models = (card(), card("n"))
+    first = subject.attach(report(models=models), 0.0, 0.0, nothing)
+    subject.attach(report("b"), 0.0, 0.0, nothing)
+    for row, outcome in ((0, Outcome(OutcomeKind.SUCCESS, 0.25, 0.02)), (2, FAILURE), (2, FAILURE)):
+        subject.end(subject.begin(row, 0.0, RouteRequest("r", prompt_tokens=100)), outcome, 0.5)
+    subject.begin(1, 0.5, RouteRequest("r", prompt_tokens=100))
+    subject.attach(report("aa", models=(card("n"),)), 0.5, 0.5, nothing)
+    subject.detach(first)
+    subject.attach(report(models=models[:1], instance="2"), 0.5, 0.5, nothing)
+    after = columns(subject.table)
+    assert after["breaker_open"] == [False, False, True] and after["ttft"][0] != after["ttft"][2]
+    subject.table = CandidateTable([])  # nothing to take over
+    subject._rebuild(0.5)
+    assert columns(subject.table) == after
+    assert subject.table.predicted and not subject.table.measured
 
 
 def learned(subject: Fleet) -> tuple[int, int, float | None, BreakerState]:
