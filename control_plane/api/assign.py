@@ -101,7 +101,10 @@ class Assignments:
         filled, preset = self._generation.presets.fill(asked)
         pinned = self._generation.pinned(filled.requirements)
         tenant = tenant_of(context)
-        route = convert.route_request(filled, request_id, tenant, pinned, more_tokens=request.prompt_tokens)
+        route = convert.route_request(
+            filled, request_id, tenant, pinned, more_tokens=request.prompt_tokens,
+            blocks=self._generation.blocks_of(request.prompt_hashes, request.prompt_tokens, tenant, filled.input),
+        )  # fmt: skip
         # The deadline of a call ahead says nothing of the request that is still to come.
         limit = self._generation.max_generation if request.ahead else self._generation.time_limit(context)
         if preset is not None and preset.timeout is not None:

@@ -14,7 +14,7 @@ from control_plane.api import convert
 from control_plane.api.answer import in_one_piece, mean_tpot
 from control_plane.api.attempts import AttemptFailed, Attempts, Progress, charged
 from control_plane.api.metrics import Metrics
-from control_plane.api.prompt_blocks import prompt_blocks
+from control_plane.api.prompt_blocks import digest_blocks, prompt_blocks
 from control_plane.api.tenant import tenant_of
 from control_plane.api.upstream import Upstream, Upstreams
 from control_plane.api.whole import complete
@@ -293,6 +293,14 @@ class Generation:
     def _blocks(self, source: GenerationInput, tenant: str) -> Blocks | None:
         """The beginnings of a prompt, to be looked for in the caches of servers."""
         return prompt_blocks(source, self._secret, tenant) if self._fleet.caches_prefixes else None
+
+    def blocks_of(
+        self, hashes: Sequence[int], tokens: int, tenant: str, before: GenerationInput | None = None
+    ) -> Blocks | None:
+        """The same from the hashes of a prompt of so many tokens, which comes after the messages in `before`."""
+        if not hashes or not self._fleet.caches_prefixes:
+            return None
+        return digest_blocks(hashes, tokens, self._secret, tenant, before)
 
     def let_end(self, call: grpc.aio.Call) -> None:
         """Give a call that has told its result a moment for its status; dropping it would cancel it."""

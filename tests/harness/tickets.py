@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc.aio
 
+from control_plane.api.tenant import TENANT_KEY
 from modelyard.rpc.errors import Refusal, from_rpc_error
 from modelyard.testing import model_info
 from modelyard.v1 import (
@@ -25,13 +26,22 @@ from tests.harness.programs import until
 
 
 async def assign(
-    door: FrontDoor, *, ahead: bool = False, prompt_tokens: int = 5, timeout: float | None = None, **fields: Any
+    door: FrontDoor,
+    *,
+    ahead: bool = False,
+    prompt_tokens: int = 5,
+    prompt_hashes: Sequence[int] = (),
+    tenant: str = "default",
+    timeout: float | None = None,
+    **fields: Any,
 ) -> orchestrator_pb2.AssignResponse:
     """A ticket; fields as for `ask`."""
     outline = ask(**fields)
     del outline.input.messages[:]
-    asked = orchestrator_pb2.AssignRequest(request=outline, prompt_tokens=prompt_tokens, ahead=ahead)
-    return await door.stub.Assign(asked, timeout=timeout)
+    asked = orchestrator_pb2.AssignRequest(
+        request=outline, prompt_tokens=prompt_tokens, ahead=ahead, prompt_hashes=prompt_hashes
+    )
+    return await door.stub.Assign(asked, timeout=timeout, metadata=((TENANT_KEY, tenant),))
 
 
 async def use(

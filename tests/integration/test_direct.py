@@ -69,6 +69,31 @@ async def test_of_the_prompt_nothing_may_come():
         assert [each.field for each in refusal.violations] == ["request"]
 
 
+async def test_a_prompt_goes_to_where_its_beginning_is():
+    hashes = tuple(range(1, 33))
+    async with front_door() as door, scripted(door, "a") as first, scripted(door, "b"):
+        await until_direct(door, "a", "b")
+
+        async def cached(**asked: Any) -> dict[str, float]:
+            assigned = await assign(door, **{"prompt_tokens": 2048, "prompt_hashes": hashes, "explain": True, **asked})
+            return {each.server_id: each.terms["cached_tokens"] for each in assigned.decision.candidates}
+
+        assigned = await assign(door, server_id="a", prompt_tokens=2048, prompt_hashes=hashes)
+        await first.report(outcome(1, read(assigned.ticket).id, ttft=0.1, total=0.2))
+        await until_counted(door, "ok", 1)
+        assert await cached() == {"a": 2048, "b": 0}
+        assert await cached(prompt_hashes=(*hashes[:16], *range(100, 116))) == {"a": 1024, "b": 0}
+        assert await cached(prompt_tokens=700) == {"a": 640, "b": 0}, "no more than the prompt is long"
+        for other in ({"prompt_hashes": ()}, {"tenant": "other"}, {"preset": "critic"}):
+            assert await cached(**other) == {"a": 0, "b": 0}, other
+
+
+async def test_a_prompt_has_no_more_than_so_many_hashes():
+    async with front_door() as door:
+        refusal = await refused(assign(door, prompt_hashes=range(513)))
+        assert [each.field for each in refusal.violations] == ["prompt_hashes"]
+
+
 async def test_a_preset_reaches_the_direct_call():
     async with front_door(**BRIEF) as door, serving(door):
         await until_direct(door, "a")

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from google.protobuf.duration_pb2 import Duration
 
 from modelyard.rpc.errors import Violation
+from modelyard.rpc.prompts import MOST_DIGESTS
 from modelyard.v1 import (
     fleet_pb2,
     generation_pb2,
@@ -102,6 +103,8 @@ def check_assign_request(request: orchestrator_pb2.AssignRequest) -> Violations:
         found.append(Violation("request.task_type", unknown_number(inner.task_type)))
     if request.prompt_tokens > MAX_CONTEXT_LENGTH // 2:
         found.append(Violation("prompt_tokens", "is more than any model takes"))
+    if len(request.prompt_hashes) > MOST_DIGESTS:
+        found.append(Violation("prompt_hashes", f"are more than {MOST_DIGESTS}"))
     _check_routing(inner, "request.", found)
     return found[:MAX_VIOLATIONS]
 

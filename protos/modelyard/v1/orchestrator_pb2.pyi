@@ -131,14 +131,16 @@ class Attempt(_message.Message):
     def __init__(self, server_id: _Optional[str] = ..., model: _Optional[str] = ..., provider: _Optional[str] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., failure_reason: _Optional[str] = ..., failure_message: _Optional[str] = ..., overtaken: bool = ...) -> None: ...
 
 class AssignRequest(_message.Message):
-    __slots__ = ("request", "prompt_tokens", "ahead")
+    __slots__ = ("request", "prompt_tokens", "ahead", "prompt_hashes")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     AHEAD_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_HASHES_FIELD_NUMBER: _ClassVar[int]
     request: GenerateRequest
     prompt_tokens: int
     ahead: bool
-    def __init__(self, request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., ahead: bool = ...) -> None: ...
+    prompt_hashes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., ahead: bool = ..., prompt_hashes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class AssignResponse(_message.Message):
     __slots__ = ("request_id", "server_id", "endpoint", "model", "provider", "ticket", "valid_for", "time_limit", "queued", "sampling", "preset_messages", "price", "decision")

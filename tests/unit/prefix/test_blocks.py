@@ -6,9 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from control_plane.prefix.blocks import Blocks, fingerprint, known_blocks
+from control_plane.prefix.blocks import Blocks, known_blocks, own_blocks
+from modelyard.rpc.prompts import BLOCK_ENDS, BLOCK_TOKENS, digests
 
 SECRET = b"secret"
+
+
+def fingerprint(prompt: bytes, secret: bytes, tenant: str, before: bytes = b"") -> Blocks:
+    return own_blocks(digests(prompt), BLOCK_TOKENS, BLOCK_ENDS, len(prompt) // 4, secret, tenant, before)
 
 
 def equal_beginning(one: Blocks, other: Blocks) -> int:
@@ -66,6 +71,17 @@ def test_where_a_tenants_name_ends_is_known(name: str, one: int, other: int) -> 
     ours = fingerprint(name[one:].encode() + rest, SECRET, name[:one])
     theirs = fingerprint(name[other:].encode() + rest, SECRET, name[:other])
     assert bool(set(ours.ids) & set(theirs.ids)) is (name[:one] == name[:other])
+
+
+def test_a_prompt_after_something_else_is_another() -> None:
+    prompt = text(1000)
+    ours, theirs = (fingerprint(prompt, SECRET, "acme", before) for before in (b"", b"Be brief."))
+    assert ours.ids and not set(ours.ids) & set(theirs.ids)
+
+
+def test_more_hashes_than_the_prompt_has_tokens_for_are_dropped() -> None:
+    blocks = own_blocks(digests(text(1000)), BLOCK_TOKENS, BLOCK_ENDS, 130, SECRET, "acme")
+    assert blocks.ends == (64, 128) and len(blocks.ids) == len(blocks.sizes) == 2 and blocks.tokens == 130
 
 
 def test_sizes_are_bounded_and_so_is_their_number() -> None:

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from control_plane.prefix.blocks import Blocks, fingerprint
+from control_plane.prefix.blocks import Blocks, own_blocks
 from control_plane.prefix.cache import CacheRow, Credit
 from control_plane.prefix.index import PrefixIndex
+from modelyard.rpc.prompts import BLOCK_ENDS, BLOCK_TOKENS, digests
 from tests.unit.prefix.builders import SIZE, TrueCache, indexed, prompt, row
 
 A = row("a")
@@ -173,7 +174,7 @@ def test_a_server_counts_in_tokens_of_its_own() -> None:
     index = indexed(A, capacity=100_000)
     text = b"word " * 4_000
     for turn in range(10, 40):
-        blocks = fingerprint(text[: turn * 500], b"secret", "acme")
+        blocks = own_blocks(digests(text[: turn * 500]), BLOCK_TOKENS, BLOCK_ENDS, turn * 125, b"secret", "acme")
         credit = index.dispatch(A.key, blocks)
         assert credit is not None
         own = int(blocks.tokens * 0.75)
