@@ -36,7 +36,7 @@ async def test_a_killed_server_is_suspect_at_once_and_lost_when_its_lease_ends()
         assert time.monotonic() - killed < TERMINAL_WITHIN
         await watch.until(lambda: watch.states("one") == [LIVE, SUSPECT, LOST])
         # Counted from the last report, not from the break.
-        assert 3.0 - FLEET["report_interval"] - 0.5 < time.monotonic() - killed < 3.0 + 1.0
+        assert 3.0 - FLEET["report_interval"] - 0.5 < time.monotonic() - killed < 3.0 + 2.0
         assert (await door.server("one")).in_flight == 0
 
 

@@ -101,7 +101,7 @@ async def simulated_server(
         yield running
 
 
-async def until(condition: Callable[[], Awaitable[Any]], timeout: float = 10.0, every: float = 0.02) -> Any:
+async def until(condition: Callable[[], Awaitable[Any]], timeout: float = 30.0, every: float = 0.02) -> Any:
     """The first true value that `condition` returns. Raises TimeoutError."""
     async with asyncio.timeout(timeout):
         while True:
