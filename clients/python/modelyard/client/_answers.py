@@ -62,7 +62,7 @@ class Answer:
         return types.GenerationResult(
             text="".join(self._texts),
             finish_reason=names.FINISH_REASON.name(summary.finish_reason),
-            tool_calls=tuple(_tool_call(self._calls[index]) for index in sorted(self._calls)),
+            tool_calls=tuple([_tool_call(self._calls[index]) for index in sorted(self._calls)]) if self._calls else (),
             reasoning_text="".join(self._reasoning),
             logprobs=tuple(self._logprobs),
             usage=usage(summary.usage),
@@ -70,7 +70,7 @@ class Answer:
             server_id=summary.server_id,
             model=summary.model,
             provider=summary.provider,
-            attempts=tuple(_attempt(attempt) for attempt in summary.attempts),
+            attempts=tuple([_attempt(attempt) for attempt in summary.attempts]),
             decisions=tuple(self._decisions),
             cost_usd=summary.cost_nano_usd / 1e9,
             request_id=summary.request_id,
@@ -92,11 +92,12 @@ def usage(message: generation_pb2.Usage) -> types.Usage:
 
 
 def _timings(message: generation_pb2.Timings) -> types.Timings:
+    queued, total = message.queued, message.total
     return types.Timings(
-        queued=_seconds(message, "queued") or 0.0,
-        ttft=_seconds(message, "ttft"),
-        tpot=_seconds(message, "tpot"),
-        total=_seconds(message, "total") or 0.0,
+        queued.seconds + queued.nanos / 1e9,
+        _seconds(message, "ttft"),
+        _seconds(message, "tpot"),
+        total.seconds + total.nanos / 1e9,
     )
 
 
