@@ -30,8 +30,8 @@ spend on taking them is divided by that."""
 _MOST_SHAPES = 64
 """That are remembered."""
 
-Asked = Callable[[], orchestrator_pb2.AssignRequest]
-"""What would be asked for the request of a call."""
+Asked = Callable[[int], orchestrator_pb2.AssignRequest]
+"""What would be asked for the request of a call, if its prompt had so many tokens."""
 
 
 class TicketsAhead:
@@ -73,6 +73,7 @@ class Shape:
     def __init__(self) -> None:
         self._ended = -math.inf
         self._took = self._pause = math.inf
+        self._prompt_tokens = 0
         self._pauses = {True: -math.inf, False: -math.inf}
         """Until when there is no try during a call (True) and after one."""
         self._most, self._most_until = _MOST, -math.inf
@@ -88,6 +89,7 @@ class Shape:
 
     async def take(self, prompt_tokens: int) -> orchestrator_pb2.AssignResponse | None:
         """A ticket, which nobody else gets, if one fits and is still good; waits a little for one on its way."""
+        self._prompt_tokens = prompt_tokens
         taken, asking = self._take(prompt_tokens), self._asking
         if taken is None and asking is not None and asking.unclaimed and _fits(asking.room, prompt_tokens):
             asking.unclaimed -= 1
@@ -114,8 +116,7 @@ class Shape:
         """A call has succeeded, so many seconds after it went to the model server."""
         self._ended, self._took = time.monotonic(), took
         if followed:
-            # Whoever waits for the answer gets it first.
-            asyncio.get_running_loop().call_soon(lambda: self._ask(stub, asked, during=False))
+            self._ask(stub, asked, during=False)
 
     def refused(self) -> None:
         """The model server did not take one: those that came with it are not better."""
@@ -129,12 +130,13 @@ class Shape:
 
     def _ask(self, stub: Any, asked: Asked, *, during: bool) -> None:
         """Take tickets if half of those that are wanted have been used."""
-        self._forget_old()
         now = time.monotonic()
         most = self._most if now < self._most_until else _MOST
         wanted = min(most, 1 + int(_STOCK_SECONDS / max(self._took + self._pause, 1e-6)))
+        self._forget_old()
         if self._asking is None and 2 * len(self._held) < wanted and now >= self._pauses[during]:
-            self._asking = _Asking(self, stub, asked(), wanted - len(self._held), during=during)
+            tokens = room(self._prompt_tokens)
+            self._asking = _Asking(self, stub, asked, tokens, wanted - len(self._held), during=during)
 
     def came(self, tickets: list[_Ticket], asking: _Asking) -> None:
         """What was asked for, or less."""
@@ -150,19 +152,16 @@ class Shape:
 class _Asking:
     """A call for tickets that is under way."""
 
-    def __init__(
-        self, shape: Shape, stub: Any, asked: orchestrator_pb2.AssignRequest, count: int, *, during: bool
-    ) -> None:
-        self.room = room(asked.prompt_tokens)
+    def __init__(self, shape: Shape, stub: Any, asked: Asked, tokens: int, count: int, *, during: bool) -> None:
+        self.room = tokens
         self.count = self.unclaimed = count
         """Tickets, and those of them that nobody waits for."""
         self.during = during
         self.task = asyncio.ensure_future(self._ask(shape, stub, asked))
 
-    async def _ask(self, shape: Shape, stub: Any, asked: orchestrator_pb2.AssignRequest) -> None:
-        wanted = orchestrator_pb2.AssignRequest(
-            request=asked.request, prompt_tokens=self.room, ahead=True, ahead_requests=self.count
-        )
+    async def _ask(self, shape: Shape, stub: Any, asked: Asked) -> None:
+        wanted = asked(self.room)
+        wanted.ahead, wanted.ahead_requests = True, self.count
         began, tickets = time.monotonic(), []
         try:
             assigned: orchestrator_pb2.AssignResponse = await stub.Assign(wanted, timeout=_ANSWER_SECONDS)

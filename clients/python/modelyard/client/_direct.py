@@ -198,8 +198,8 @@ class DirectCall:
             call.cancel()
         return call
 
-    def _asked(self) -> orchestrator_pb2.AssignRequest:
-        return assignment(self._request, self._features, self._prompt_tokens)
+    def _asked(self, prompt_tokens: int) -> orchestrator_pb2.AssignRequest:
+        return assignment(self._request, self._features, prompt_tokens)
 
     async def _answer(self) -> AsyncGenerator[orchestrator_pb2.GenerateResponse, None]:
         request = self._request
@@ -258,7 +258,7 @@ class DirectCall:
         """A server and a ticket; None: the relay may do, or tells better why nothing does."""
         try:
             assigned: orchestrator_pb2.AssignResponse = await self._go_on(
-                self._stub.Assign(self._asked(), timeout=self._left())
+                self._stub.Assign(self._asked(self._prompt_tokens), timeout=self._left())
             )
             return assigned
         except grpc.aio.AioRpcError as error:
@@ -297,6 +297,8 @@ class DirectCall:
         call = self._go_on(host.complete(request, timeout=self._limit(assigned)))
         sent = self._sent()
         host.calls += 1
+        response = orchestrator_pb2.GenerateResponse()
+        _introduce(response.summary, assigned, attempt)
         try:
             answer: model_server_pb2.ModelServerCompleteResponse | None = await call
             if answer is None or not answer.HasField("result"):
@@ -314,7 +316,6 @@ class DirectCall:
             host.calls -= 1
             call.cancel()
         self._answered(sent)
-        response = orchestrator_pb2.GenerateResponse()
         first = last = 0.0
         if answer.HasField("delta"):
             response.delta.CopyFrom(answer.delta)
@@ -322,7 +323,7 @@ class DirectCall:
             last, result = time.monotonic(), answer.result
             decoding = _seconds(result.timings.tpot) * max(0, result.usage.completion_tokens - 1)
             first = max(sent, last - decoding)
-        self._sum_up(response.summary, answer.result, assigned, attempt, first, last)
+        self._sum_up(response.summary, answer.result, assigned, first, last)
         return response
 
     async def _from(
@@ -351,7 +352,8 @@ class DirectCall:
                     self._answered(sent)
                     for piece in kept:
                         yield piece
-                    self._sum_up(response.summary, message.result, assigned, attempt, first, last)
+                    _introduce(response.summary, assigned, attempt)
+                    self._sum_up(response.summary, message.result, assigned, first, last)
                     yield response
                     return
                 if self._whole:
@@ -401,24 +403,32 @@ class DirectCall:
         summary: orchestrator_pb2.GenerationSummary,
         result: generation_pb2.GenerationResult,
         assigned: orchestrator_pb2.AssignResponse,
-        attempt: orchestrator_pb2.Attempt,
         first: float,
         last: float,
     ) -> None:
         """What the control plane says of an answer that it relays, as it is seen from here."""
-        usage, timings, now = result.usage, summary.timings, time.monotonic()
-        summary.request_id, summary.finish_reason = assigned.request_id, result.finish_reason
-        summary.server_id, summary.model, summary.provider = assigned.server_id, assigned.model, assigned.provider
+        usage, timings = result.usage, summary.timings
+        summary.finish_reason = result.finish_reason
         summary.usage.CopyFrom(usage)
-        summary.attempts.append(attempt)
-        timings.queued.CopyFrom(assigned.queued)
-        _set_seconds(timings.total, now - self._began)
+        _set_seconds(timings.total, time.monotonic() - self._began)
         if first:
             _set_seconds(timings.ttft, first - self._began)
             if usage.completion_tokens > 1:
                 _set_seconds(timings.tpot, (last - first) / (usage.completion_tokens - 1))
         if assigned.HasField("price"):
             summary.cost_nano_usd = _cost(usage, assigned.price)
+
+
+def _introduce(
+    summary: orchestrator_pb2.GenerationSummary,
+    assigned: orchestrator_pb2.AssignResponse,
+    attempt: orchestrator_pb2.Attempt,
+) -> None:
+    """What is known before the answer."""
+    summary.request_id, summary.server_id = assigned.request_id, assigned.server_id
+    summary.model, summary.provider = assigned.model, assigned.provider
+    summary.attempts.append(attempt)
+    summary.timings.queued.CopyFrom(assigned.queued)
 
 
 def _cost(usage: generation_pb2.Usage, price: fleet_pb2.Price) -> int:
