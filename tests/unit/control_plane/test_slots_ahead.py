@@ -130,3 +130,19 @@ async def test_what_it_may_cost_is_set_aside(left: int, granted: bool) -> None:
 async def test_nothing_can_be_held_where_there_is_nothing() -> None:
     assert ahead(House(), REQUEST) is None
     assert ahead(house(), replace(REQUEST, model=ModelName("nowhere"))) is None
+
+
+async def test_several_for_one_client_leave_some_for_the_next() -> None:
+    subject = house(32)
+    requests = [replace(REQUEST, request_id=f"r{number}") for number in range(16)]
+    flights = subject.scheduler.ahead(requests)
+    assert [flight.request and flight.request.request_id for flight in flights] == ["r0", "r1", "r2", "r3"]
+    assert len(subject.scheduler.ahead(requests)) == 1, "an eighth is held, so one more"
+    assert subject.fleet.table.free[0] == 32 - 5
+
+
+async def test_several_only_as_far_as_the_money_goes() -> None:
+    subject = House()
+    subject.attach(slots=64, models=(PAID,))
+    budgeted(subject, 4 * 1_010_000)
+    assert len(subject.scheduler.ahead([REQUEST] * 8)) == 3, "each leaves the money for one more"

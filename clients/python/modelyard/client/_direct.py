@@ -12,8 +12,11 @@ import grpc
 import grpc.aio
 from google.protobuf.duration_pb2 import Duration
 
+from modelyard.client import _answers as answers
+from modelyard.client import _names as names
 from modelyard.client._ahead import Shape, TicketsAhead
 from modelyard.client._errors import ServersAway, StreamBroken, from_call
+from modelyard.client._types import Attempt, Timings, Usage
 from modelyard.rpc.calls import SharedChannel, UnaryMethod
 from modelyard.rpc.channels import channel
 from modelyard.rpc.errors import Refusal, from_rpc_error
@@ -138,7 +141,8 @@ def _is_loopback(address: str) -> bool:
 
 class DirectCall:
     """A Generate call that is answered by the model server itself where it can be, by the relay where not. Read and
-    cancelled like the relayed call; besides AioRpcError, reading raises ModelyardError."""
+    cancelled like the relayed call; besides AioRpcError, reading raises ModelyardError, and instead of a summary the
+    model server's answer ends with an Ending."""
 
     def __init__(
         self,
@@ -177,10 +181,14 @@ class DirectCall:
         self._early = False
         """The ticket was taken ahead of need."""
         self._failed: list[orchestrator_pb2.Attempt] = []
+        self._started_at = 0
+        """Nanoseconds of the clock: when the present attempt began."""
+        self._failure: Refusal | None = None
+        """Of the present attempt."""
         self._messages = self._answer()
 
     async def read(self) -> Any:
-        """The next GenerateResponse, EOF at the end."""
+        """The next GenerateResponse, an Ending, EOF at the end."""
         return await anext(self._messages, grpc.aio.EOF)
 
     def cancel(self) -> None:
@@ -201,7 +209,7 @@ class DirectCall:
     def _asked(self, prompt_tokens: int) -> orchestrator_pb2.AssignRequest:
         return assignment(self._request, self._features, prompt_tokens)
 
-    async def _answer(self) -> AsyncGenerator[orchestrator_pb2.GenerateResponse, None]:
+    async def _answer(self) -> AsyncGenerator[orchestrator_pb2.GenerateResponse | answers.Ending, None]:
         request = self._request
         assigned = await self._shape.take(self._prompt_tokens) if self._shape is not None else None
         self._early = assigned is not None
@@ -210,35 +218,35 @@ class DirectCall:
         while assigned is not None:
             if assigned.HasField("decision"):
                 yield orchestrator_pb2.GenerateResponse(decision=assigned.decision)
-            attempt = orchestrator_pb2.Attempt(
-                server_id=assigned.server_id, model=assigned.model, provider=assigned.provider
-            )
-            attempt.started_at.seconds, attempt.started_at.nanos = divmod(time.time_ns(), 10**9)
+            self._started_at, self._failure = time.time_ns(), None
             host = await self._hosts.way_to(assigned.endpoint, must=self._must)
             if host is not None:
                 if self._as_one and not host.only_streams:
-                    response = await self._in_one(host, assigned, attempt)
-                    if response is not None:
-                        yield response
+                    ending = await self._in_one(host, assigned)
+                    if ending is not None:
+                        yield ending
                         return
                 if not self._as_one or host.only_streams:
-                    async for response in self._from(host, assigned, attempt):
+                    async for response in self._from(host, assigned):
                         yield response
-                    if not attempt.failure_reason:
+                    if self._failure is None:
                         return
-                if self._early and attempt.failure_reason == Reason.TICKET_REFUSED:
+                if self._early and self._failure is not None and self._failure.reason is Reason.TICKET_REFUSED:
                     # It has come too late: as if there had been none.
                     if self._shape is not None:
                         self._shape.refused()
                     self._early, assigned = False, await self._assign()
                     continue
             else:
-                attempt.failure_reason = Reason.SERVERS_AWAY
-                attempt.failure_message = f"{assigned.endpoint} cannot be reached from here"
+                self._failure = Refusal(Reason.SERVERS_AWAY, f"{assigned.endpoint} cannot be reached from here")
                 if self._must:
-                    raise ServersAway(
-                        f"{assigned.server_id}: {attempt.failure_message}", request_id=assigned.request_id
-                    )
+                    raise ServersAway(f"{assigned.server_id}: {self._failure.message}", request_id=assigned.request_id)
+            attempt = orchestrator_pb2.Attempt(
+                server_id=assigned.server_id, model=assigned.model, provider=assigned.provider
+            )
+            attempt.started_at.FromNanoseconds(self._started_at)
+            if self._failure is not None:
+                attempt.failure_reason, attempt.failure_message = self._failure.reason, self._failure.message
             self._failed.append(attempt)
             request = orchestrator_pb2.GenerateRequest()
             request.CopyFrom(self._request)
@@ -287,18 +295,14 @@ class DirectCall:
         if self._shape is not None:
             self._shape.ended(self._stub, self._asked, time.monotonic() - sent, followed=self._followed)
 
-    async def _in_one(
-        self, host: Host, assigned: orchestrator_pb2.AssignResponse, attempt: orchestrator_pb2.Attempt
-    ) -> orchestrator_pb2.GenerateResponse | None:
-        """The answer of the model server as one message, with the summary. None: the reason is in `attempt`, or the
-        host turns out to know streams only."""
+    async def _in_one(self, host: Host, assigned: orchestrator_pb2.AssignResponse) -> answers.Ending | None:
+        """The answer of the model server as one message. None: it has failed, or the host turns out to know streams
+        only."""
         request = model_server_pb2.ModelServerCompleteRequest()
         fill(request, self._request, assigned)
         call = self._go_on(host.complete(request, timeout=self._limit(assigned)))
         sent = self._sent()
         host.calls += 1
-        response = orchestrator_pb2.GenerateResponse()
-        _introduce(response.summary, assigned, attempt)
         try:
             answer: model_server_pb2.ModelServerCompleteResponse | None = await call
             if answer is None or not answer.HasField("result"):
@@ -308,28 +312,25 @@ class DirectCall:
                 host.only_streams = from_rpc_error(error).transport
                 if host.only_streams:
                     return None
-            self._fails(error, host, assigned, attempt, begun=False)
+            self._failure = self._failed_at(error, host, assigned, begun=False)
             # Whether it has come, and what it has cost there, the model server tells the control plane.
-            self._used = self._used or attempt.failure_reason != Reason.TICKET_REFUSED
+            self._used = self._used or self._failure.reason is not Reason.TICKET_REFUSED
             return None
         finally:
             host.calls -= 1
             call.cancel()
         self._answered(sent)
-        first = last = 0.0
-        if answer.HasField("delta"):
-            response.delta.CopyFrom(answer.delta)
-            # How long it took is what was measured here; how that divides, only the server has seen.
-            last, result = time.monotonic(), answer.result
-            decoding = _seconds(result.timings.tpot) * max(0, result.usage.completion_tokens - 1)
-            first = max(sent, last - decoding)
-        self._sum_up(response.summary, answer.result, assigned, first, last)
-        return response
+        if not answer.HasField("delta"):
+            return self._ending(answer.result, assigned, 0.0, 0.0, None)
+        # How long it took is what was measured here; how that divides, only the server has seen.
+        last, result = time.monotonic(), answer.result
+        decoding = _seconds(result.timings.tpot) * max(0, result.usage.completion_tokens - 1)
+        return self._ending(result, assigned, max(sent, last - decoding), last, answer.delta)
 
     async def _from(
-        self, host: Host, assigned: orchestrator_pb2.AssignResponse, attempt: orchestrator_pb2.Attempt
-    ) -> AsyncGenerator[orchestrator_pb2.GenerateResponse, None]:
-        """The answer of the model server. One that failed before its first token ends with the reason in `attempt`."""
+        self, host: Host, assigned: orchestrator_pb2.AssignResponse
+    ) -> AsyncGenerator[orchestrator_pb2.GenerateResponse | answers.Ending, None]:
+        """The answer of the model server. One that failed before its first token just ends."""
         request = model_server_pb2.ModelServerGenerateRequest()
         fill(request, self._request, assigned)
         call: Any = self._go_on(host.generate(request, timeout=self._limit(assigned)))
@@ -341,42 +342,39 @@ class DirectCall:
                 message = await call.read()
                 if message is grpc.aio.EOF or message is None:
                     raise Refusal(Reason.ENGINE_FAILED, "the stream ended without a result")
-                response = orchestrator_pb2.GenerateResponse()
-                if message.HasField("delta"):
+                delta = message.delta if message.HasField("delta") else None
+                if delta is not None:
                     last = time.monotonic()
                     first = first or last
-                    response.delta.CopyFrom(message.delta)
                 if message.HasField("result"):
                     host.leave(call)
                     call = None
                     self._answered(sent)
                     for piece in kept:
                         yield piece
-                    _introduce(response.summary, assigned, attempt)
-                    self._sum_up(response.summary, message.result, assigned, first, last)
-                    yield response
+                    yield self._ending(message.result, assigned, first, last, delta)
                     return
+                response = orchestrator_pb2.GenerateResponse(delta=delta)
                 if self._whole:
                     kept.append(response)
                 else:
                     yield response
         except (grpc.aio.AioRpcError, Refusal) as error:
-            self._fails(error, host, assigned, attempt, begun=bool(first))
+            self._failure = self._failed_at(error, host, assigned, begun=bool(first))
         finally:
             host.calls -= 1
             if call is not None:
                 call.cancel()
 
-    def _fails(
+    def _failed_at(
         self,
         error: grpc.aio.AioRpcError | Refusal,
         host: Host,
         assigned: orchestrator_pb2.AssignResponse,
-        attempt: orchestrator_pb2.Attempt,
         *,
         begun: bool,
-    ) -> None:
-        """Put the reason into `attempt`, or raise where the relay is of no use. `begun`: pieces have come."""
+    ) -> Refusal:
+        """Why an attempt has failed; raises where the relay is of no use. `begun`: pieces have come."""
         refusal = error if isinstance(error, Refusal) else from_rpc_error(error)
         if refusal.reason in _FINAL:
             raise error
@@ -396,50 +394,47 @@ class DirectCall:
                     f"{assigned.server_id} at {host.endpoint}: {refusal.message}", request_id=assigned.request_id
                 ) from error
             raise from_call(error, address=host.endpoint, request_id=assigned.request_id) from error
-        attempt.failure_reason, attempt.failure_message = refusal.reason, refusal.message
+        return refusal
 
-    def _sum_up(
+    def _ending(
         self,
-        summary: orchestrator_pb2.GenerationSummary,
         result: generation_pb2.GenerationResult,
         assigned: orchestrator_pb2.AssignResponse,
         first: float,
         last: float,
-    ) -> None:
+        delta: generation_pb2.GenerationDelta | None,
+    ) -> answers.Ending:
         """What the control plane says of an answer that it relays, as it is seen from here."""
-        usage, timings = result.usage, summary.timings
-        summary.finish_reason = result.finish_reason
-        summary.usage.CopyFrom(usage)
-        _set_seconds(timings.total, time.monotonic() - self._began)
-        if first:
-            _set_seconds(timings.ttft, first - self._began)
-            if usage.completion_tokens > 1:
-                _set_seconds(timings.tpot, (last - first) / (usage.completion_tokens - 1))
-        if assigned.HasField("price"):
-            summary.cost_nano_usd = _cost(usage, assigned.price)
+        usage, began = answers.usage(result.usage), self._began
+        server_id, model, provider = assigned.server_id, assigned.model, assigned.provider
+        return answers.Ending(
+            finish_reason=names.FINISH_REASON.name(result.finish_reason),
+            usage=usage,
+            timings=Timings(
+                queued=_seconds(assigned.queued),
+                ttft=first - began if first else None,
+                tpot=(last - first) / (usage.completion_tokens - 1) if first and usage.completion_tokens > 1 else None,
+                total=time.monotonic() - began,
+            ),
+            server_id=server_id,
+            model=model,
+            provider=provider,
+            attempts=(Attempt(server_id, model, provider, answers.moment(self._started_at)),),
+            cost_usd=_cost(usage, assigned.price) if assigned.HasField("price") else 0.0,
+            request_id=assigned.request_id,
+            delta=delta,
+        )
 
 
-def _introduce(
-    summary: orchestrator_pb2.GenerationSummary,
-    assigned: orchestrator_pb2.AssignResponse,
-    attempt: orchestrator_pb2.Attempt,
-) -> None:
-    """What is known before the answer."""
-    summary.request_id, summary.server_id = assigned.request_id, assigned.server_id
-    summary.model, summary.provider = assigned.model, assigned.provider
-    summary.attempts.append(attempt)
-    summary.timings.queued.CopyFrom(assigned.queued)
-
-
-def _cost(usage: generation_pb2.Usage, price: fleet_pb2.Price) -> int:
-    """1e-9 US dollars."""
+def _cost(usage: Usage, price: fleet_pb2.Price) -> float:
+    """US dollars, whole nano-dollars."""
     cached = min(usage.cached_prompt_tokens, usage.prompt_tokens)
     nano_usd = 1e3 * (
         (usage.prompt_tokens - cached) * price.prompt_usd_per_million_tokens
         + cached * price.cached_prompt_usd_per_million_tokens
         + usage.completion_tokens * price.completion_usd_per_million_tokens
     )
-    return round(min(nano_usd, 2**63 - 1024))
+    return round(nano_usd) / 1e9
 
 
 def shape_key(request: orchestrator_pb2.GenerateRequest, features: Sequence[int]) -> Hashable:
@@ -493,7 +488,3 @@ def fill(
 
 def _seconds(duration: Duration) -> float:
     return duration.seconds + duration.nanos / 1e9
-
-
-def _set_seconds(duration: Duration, seconds: float) -> None:
-    duration.seconds, duration.nanos = divmod(round(seconds * 1e9), 10**9)

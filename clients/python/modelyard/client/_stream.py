@@ -132,6 +132,15 @@ class GenerationStream:
                 await self.aclose()
                 raise
             event: Delta | Decision | None = None  # None: a step of a newer control plane
+            if isinstance(message, answers.Ending):
+                if message.delta is not None:
+                    event = answers.delta(message.delta)
+                    self._answer.add(event)
+                self._result = self._answer.ended(message)
+                self._ended = True
+                if event is None:
+                    break
+                return event
             if message.HasField("delta"):
                 event = answers.delta(message.delta)
             elif message.HasField("decision"):
@@ -146,7 +155,7 @@ class GenerationStream:
                 return event
         raise StopAsyncIteration
 
-    async def _read(self) -> orchestrator_pb2.GenerateResponse:
+    async def _read(self) -> orchestrator_pb2.GenerateResponse | answers.Ending:
         """The next message, making the call anew where that is allowed. Raises ModelyardError."""
         if self._patience is None:
             self._patience = self._make_patience()
