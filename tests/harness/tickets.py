@@ -25,12 +25,20 @@ from tests.harness.programs import until
 
 
 async def assign(
-    door: FrontDoor, *, ahead: bool = False, prompt_tokens: int = 5, timeout: float | None = None, **fields: Any
+    door: FrontDoor,
+    *,
+    ahead: bool = False,
+    ahead_requests: int = 0,
+    prompt_tokens: int = 5,
+    timeout: float | None = None,
+    **fields: Any,
 ) -> orchestrator_pb2.AssignResponse:
     """A ticket; fields as for `ask`."""
     outline = ask(**fields)
     del outline.input.messages[:]
-    asked = orchestrator_pb2.AssignRequest(request=outline, prompt_tokens=prompt_tokens, ahead=ahead)
+    asked = orchestrator_pb2.AssignRequest(
+        request=outline, prompt_tokens=prompt_tokens, ahead=ahead, ahead_requests=ahead_requests
+    )
     return await door.stub.Assign(asked, timeout=timeout)
 
 

@@ -108,9 +108,10 @@ async def test_a_call_that_was_read_to_its_end_ends_by_itself():
             async for _ in client.stream("Hello", max_tokens=3, direct="always"):
                 pass
         host = client._hosts._hosts[server.address]
+        assert not host.calls
 
         async def none_left() -> bool:
-            return not host._ending and not host.calls
+            return not host._ending
 
         await until(none_left)
         await until_counted(door, "ok", 3)

@@ -120,7 +120,7 @@ async def test_several_at_a_time_are_each_good_for_one_call() -> None:
         assert len({each.request_id for each in tickets}) == len({each.ticket for each in tickets}) == 4
         assert (await door.server("a")).assigned == 4
         for each in tickets:
-            assert each.server_id == "a" and not each.more
+            assert each.server_id == "a" and (each is first or not each.more)
             assert not isinstance(await use(each, server.stub), Refusal)
             assert isinstance(await use(each, server.stub), Refusal), "once"
         await until_counted(door, "ok", 4)
@@ -327,14 +327,17 @@ async def test_calls_that_follow_at_once_share_the_way_to_the_control_plane() ->
     async with front_door(**LONG) as door, serving(door, slots=256), AsyncClient(door.address) as client:
         await until_direct(door, "a")
         await practised(client)
-        began = (asked(door), waited_for(door), counted(door, "ok"))
+        fresh, calls, ok = waited_for(door), asked(door), counted(door, "ok")
         for _ in range(40):
             await client.generate("Hello", max_tokens=3, direct="always")
-        calls = asked(door) - began[0]
-        assert calls <= 41, "never more than one for each"
-        await until_counted(door, "ok", int(began[2]) + 40)
-        # However busy the machine is: what took more than a fiftieth of a second got its ticket alone.
-        assert waited_for(door) - began[1] <= calls
+        # Those that were waited for are as many on a machine that is too busy for calls to follow at once.
+        in_advance = asked(door) - calls - (waited_for(door) - fresh)
+        assert in_advance <= 30, "several at a time"
+
+        async def all_told() -> bool:
+            return counted(door, "ok") >= ok + 40
+
+        await until(all_told, PATIENCE)
         assert counted(door, "TICKET_REFUSED") == 0
 
 

@@ -135,20 +135,17 @@ class GenerationStream:
             if isinstance(message, answers.Ending):
                 if message.delta is not None:
                     event = answers.delta(message.delta)
-                    self._answer.add(event)
-                self._result = self._answer.ended(message)
-                self._ended = True
-                if event is None:
-                    break
-                return event
-            if message.HasField("delta"):
+            elif message.HasField("delta"):
                 event = answers.delta(message.delta)
             elif message.HasField("decision"):
                 event = answers.decision(message.decision)
             if event is not None:
                 self._answer.add(event)
-            if message.HasField("summary"):
-                # The last piece may have come with it.
+            # The last piece may have come with it.
+            if isinstance(message, answers.Ending):
+                self._result = self._answer.ended(message)
+                await self._finish()
+            elif message.HasField("summary"):
                 self._result = self._answer.result(message.summary)
                 await self._finish()
             if event is not None:
