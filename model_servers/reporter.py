@@ -29,7 +29,7 @@ _FIRST_ANSWER = 5.0
 _MISSED = 3
 """A control plane that leaves that many reports unanswered is given up and dialled anew."""
 _AFTER_OUTCOME = 0.001
-"""Seconds that an outcome waits, so that the answer goes out before anything is done for the report of it."""
+"""Seconds that an outcome waits, so that the answer goes out before the report of it."""
 _BETWEEN_OUTCOMES = 0.01
 """Seconds from one report of tickets alone to the next; those that end meanwhile are told together."""
 _REFUSED_PAUSE = 10.0
@@ -41,22 +41,6 @@ _OPTIONS: tuple[Option, ...] = (
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 400),
 )
-
-
-class _TicketNews(Changes):
-    """Those that nobody hears of before the answers that made them have gone out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._timer: asyncio.TimerHandle | None = None
-
-    def tell(self) -> None:
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(_AFTER_OUTCOME, self._tell)
-
-    def _tell(self) -> None:
-        self._timer = None
-        super().tell()
 
 
 class Reporter:
@@ -76,7 +60,7 @@ class Reporter:
         self._lifecycle = lifecycle
         self._chance = chance
         self._tickets = tickets
-        self._ticket_news = _TicketNews()
+        self._ticket_news = Changes()
         self._ledger = tickets.ledger(target, self._ticket_news)
         self._interval = FIRST_INTERVAL
         self._orchestrator_id = ""
@@ -139,6 +123,7 @@ class Reporter:
                     except TimeoutError:
                         break
                     if news.version > told:
+                        await asyncio.sleep(_AFTER_OUTCOME)
                         told = news.version
                         await call.write(self._tickets_alone())
                         await asyncio.sleep(_BETWEEN_OUTCOMES)
