@@ -97,7 +97,7 @@ class Ledger:
             raise _refused("its control plane has not been heard of for too long")
         if ticket.lease_epoch < self._since:
             raise _refused("it was made before the lease was lost, its slot is taken")
-        expires_at = ticket.expires_at.ToNanoseconds() / 1e9
+        expires_at = ticket.expires_at.seconds + ticket.expires_at.nanos / 1e9
         if now >= expires_at:
             raise _refused("it has expired")
         if ticket.id in self._used:

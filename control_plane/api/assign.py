@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import grpc
@@ -22,6 +22,8 @@ from control_plane.api.metrics import Metrics
 from control_plane.api.tenant import tenant_of
 from control_plane.domain.errors import DomainError
 from control_plane.domain.ports import Clock
+from control_plane.domain.request import RouteRequest
+from control_plane.domain.server import Failed
 from control_plane.fleet.registry import Fleet
 from control_plane.fleet.scheduler import Grant, Scheduler
 from control_plane.fleet.server import Flight, Outcome, OutcomeKind, Server
@@ -111,10 +113,7 @@ class Assignments:
             limit = min(limit, preset.timeout)
         avoid = self._fleet.without_tickets()
         if request.ahead:
-            coming = self._scheduler.ahead(route, avoid)
-            if coming is None:
-                return AssignResponse(request_id=request_id)
-            return self._assigned(Grant(coming, 0.0, None), filled, request_id, arrived, limit)
+            return self._ahead(request, route, avoid, filled, arrived, limit)
         try:
             async with asyncio.timeout(limit):
                 await self._generation.funded(route)
@@ -128,6 +127,24 @@ class Assignments:
                 ) from error
             raise
         return self._assigned(grant, filled, request_id, arrived, limit)
+
+    def _ahead(
+        self,
+        request: AssignRequest,
+        route: RouteRequest,
+        avoid: frozenset[Failed],
+        filled: GenerateRequest,
+        arrived: float,
+        limit: float,
+    ) -> AssignResponse:
+        """One for each slot that may be held; the first is empty if there is none."""
+        routes = [route, *(replace(route, request_id=new_request_id()) for _ in range(1, request.ahead_requests))]
+        first, *more = [
+            self._assigned(Grant(flight, 0.0, None), filled, each.request_id, arrived, limit)
+            for each, flight in zip(routes, self._scheduler.ahead(routes, avoid), strict=False)
+        ] or [AssignResponse(request_id=route.request_id)]
+        first.more.extend(more)
+        return first
 
     def _assigned(
         self, grant: Grant, filled: GenerateRequest, request_id: str, arrived: float, limit: float

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Protocol
@@ -355,26 +355,38 @@ class Scheduler:
         """A server for work in the background if one is free that nobody waits for; None if not."""
         return self._without_waiting(request, avoid, place, self._clock.monotonic(), explain)
 
-    def ahead(self, request: RouteRequest, avoid: frozenset[Failed] = frozenset()) -> Flight | None:
-        """A slot for a request that is still to come, if it is in nobody's way (see `scheduling.ahead`); None if
-        not. Raises nothing: there is time to find out why when the request comes."""
+    def ahead(self, requests: Sequence[RouteRequest], avoid: frozenset[Failed] = frozenset()) -> list[Flight]:
+        """Slots of one server for requests that are still to come, all the same to routing: one if it is in nobody's
+        way, and more while they are in nobody's (see `scheduling.ahead`). Raises nothing: there is time to find out
+        why not when the requests come."""
         if len(self._queue) or self._later is not None:
-            return None
+            return []
         now = self._clock.monotonic()
         table = self._fleet.table
-        if not len(table) or not self._accounts.spare(request, table):
-            return None
-        query = self._query(request, avoid, now)
+        if not len(table) or not self._accounts.spare(requests[0], table):
+            return []
+        query = self._query(requests[0], avoid, now)
         choice = select(query)
         row = choice.row
         if choice.verdict is not Verdict.CHOSEN or (table.cold is not None and table.cold[row]):
-            return None
+            return []
         server = self._fleet.server(table.rows[row].server_id)
-        slots, free = int(table.slots[row]), int(table.free[row])
-        working = bool(table.waiting[row] or table.lane_until[row] > now)
-        if working or not spares(slots, free, len(server.idle)) or not self._fleet.sound(row):
-            return None
-        return self._take(query, choice, ahead=True)
+        if table.waiting[row] or table.lane_until[row] > now or not self._fleet.sound(row):
+            return []
+        flights: list[Flight] = []
+        for request in requests[:1] if choice.explored else requests:
+            slots, free, more = int(table.slots[row]), int(table.free[row]), bool(flights)
+            if not spares(slots, free, len(server.idle), more=more):
+                break
+            if more:
+                if not self._accounts.spare(request, table):
+                    break
+                query = replace(query, request=request)
+            flight = self._take(query, choice, ahead=True)
+            if flight is None:
+                break
+            flights.append(flight)
+        return flights
 
     def outlook(self, request: RouteRequest, avoid: frozenset[Failed] = frozenset()) -> Outlook:
         """Whether waiting for a server is of use."""

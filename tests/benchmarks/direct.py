@@ -17,10 +17,13 @@ The added latency is that of the whole cycle with real programs: one asyncio cli
 model server, and Assign followed by the same call with its ticket, Assign once as a plain call and once over a stream
 as the SDK makes it. Beside it stands one Assign as h2load sees it.
 
-What tickets ahead of need make of it is measured in a run of its own, once with a pause after each call, and once back
-to back, where taking the ticket competes with the call itself for the machine: Assign over a stream and the call, the
-same with the ticket taken ahead by the class that does so in the SDK, and the SDK's direct calls without and with it,
-its own work included; each against the plain call.
+What the SDK adds, its own work included, is measured in a run of its own, once with a pause before each call, and once
+back to back, where taking tickets competes with the calls themselves for the machine. The base is the same call of the
+model server without a ticket, made by hand: a generated stub on a channel of `modelyard.rpc.channels`, a request that
+is built for each call, no deadline. `generate` is held against `Complete`, plain (which is what somebody without the
+SDK would write) and over a stream that calls share (which is what the SDK does); `stream` against `Generate`, read to
+its end. All ways take turns in one process, one call at a time; a figure is the median of what the median of a way's
+turn adds to that of the base's turn beside it.
 """
 
 from __future__ import annotations
@@ -37,19 +40,18 @@ import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
 
-from modelyard.client._ahead import TicketsAhead
-from modelyard.client._direct import DirectCall, Hosts
+from modelyard.client import AsyncClient, ModelyardError
 from modelyard.rpc.calls import SharedChannel
 from modelyard.rpc.channels import channel
 from modelyard.testing import model_info
 from modelyard.v1 import fleet_pb2, generation_pb2, model_server_pb2, orchestrator_pb2, ticket_pb2
+from modelyard.v1.model_server_pb2_grpc import ModelServerStub
 from modelyard.v1.orchestrator_pb2_grpc import OrchestratorStub
 from tests.benchmarks.calls import Turn, joined, turn
-from tests.benchmarks.relay import MODEL_SERVER, SLOTS, cpu_seconds, request
+from tests.benchmarks.relay import MODEL_SERVER, PROMPT, SLOTS, cpu_seconds, request
 from tests.harness.programs import Program, control_plane, simulated_server, until
 
 ASSIGN = "/modelyard.v1.Orchestrator/Assign"
@@ -76,16 +78,26 @@ class Figures:
 
 @dataclass(frozen=True)
 class Ahead:
-    """Medians, seconds."""
+    """What the SDK adds to a call."""
 
-    call: float
-    """The plain call."""
-    added: list[float]
-    """By Assign, by a ticket ahead, by the SDK's direct call without and with one."""
+    calls: dict[str, float]
+    """The median of each way, seconds."""
+    added: dict[tuple[str, str], float]
+    """By a way to a base, seconds."""
     early: float
-    """Share of the calls with tickets ahead that had one."""
+    """Share of the SDK's calls with tickets ahead that had one."""
     asked: float
-    """Assign calls for each of those calls."""
+    """Assign calls in advance for each of those calls."""
+
+
+COMPARED = (
+    ("generate, ticket ahead", "Complete"),
+    ("generate, ticket ahead", "Complete, shared"),
+    ("stream, ticket ahead", "Generate"),
+    ("generate, Assign first", "Complete"),
+    ("stream, Assign first", "Generate"),
+)
+"""The SDK's ways, and what they are held against."""
 
 
 def assignment() -> bytes:
@@ -185,10 +197,12 @@ async def stand_in(stub: OrchestratorStub) -> AsyncIterator[StandIn]:
             await task
 
 
-def counted(plane: Program, method: str) -> float:
-    """Calls that the control plane has counted as ok."""
+def counted(plane: Program, method: str, *, ahead: bool = True) -> float:
+    """Calls that the control plane has counted as ok; without those ahead: requests that have had a slot."""
+    pattern = rb'modelyard_requests_total\{method="%b",outcome="ok"\} ([\d.e+]+)' % method.encode()
+    if not ahead:
+        pattern = rb'modelyard_queue_seconds_count\{priority="normal"\} ([\d.e+]+)'
     with urllib.request.urlopen(str(plane.facts["metrics"])) as answer:
-        pattern = rb'modelyard_requests_total\{method="%b",outcome="ok"\} ([\d.e+]+)' % method.encode()
         found = re.search(pattern, answer.read())
     return float(found[1]) if found else 0.0
 
@@ -271,93 +285,78 @@ async def latency(scale: float) -> tuple[float, float, float, float]:
 
 
 async def ahead(turns: int, block: int, pause: float) -> Ahead:
-    """Blocks of so many calls, with so many seconds between two calls; the ways take turns by blocks."""
-    async with control_plane("--log-level", "warning") as plane, channel(plane.address) as link:
-        async with simulated_server(
-            "bench", plane.address, instant=True, answer_tokens=1, slots=SLOTS
-        ) as server, channel(server.address) as straight:  # fmt: skip
-            sharing = SharedChannel(link)
-            await joined(sharing)
-            ways = Ways(sharing, Hosts(plane.address), straight.unary_stream(MODEL_SERVER))
+    """Blocks of so many calls, with so many seconds before each; the ways take turns by blocks."""
+    async with control_plane("--log-level", "warning") as plane, simulated_server(
+        "bench", plane.address, instant=True, answer_tokens=1, slots=SLOTS
+    ) as server, channel(server.address) as straight, AsyncClient(
+        plane.address, direct="always"
+    ) as client, AsyncClient(plane.address, direct="always", tickets_ahead=False) as without:  # fmt: skip
+        sharing = SharedChannel(channel(server.address))
+        ways = _ways(straight, sharing, client, without)
 
-            async def live() -> bool:
-                try:
-                    await ways.fresh()
-                except grpc.aio.AioRpcError:
-                    return False
-                return True
+        async def live() -> bool:
+            try:
+                for way in ways.values():
+                    await way()
+            except ModelyardError:
+                return False
+            return sharing.shared
 
-            await until(live)
-            ways.made.clear()
-            each: list[Callable[[], Awaitable[None]]] = [
-                ways.plain, ways.fresh, ways.early, lambda: ways.sdk(None), lambda: ways.sdk(ways.tickets),
-            ]  # fmt: skip
-            rows: list[list[float]] = []
-            for _ in range(turns):
-                row = []
-                for way in each:
-                    times = []
-                    for _ in range(block):
-                        await asyncio.sleep(pause)
-                        began = time.perf_counter()
-                        await way()
-                        times.append(time.perf_counter() - began)
-                    row.append(statistics.median(times[block // 8 :]))  # the first may have no ticket yet
-                rows.append(row)
-            ways.tickets.close()
-            await ways.hosts.close()
-            calls = turns * block
-            return Ahead(
-                statistics.median(row[0] for row in rows),
-                [statistics.median(row[way] - row[0] for row in rows) for way in range(1, len(each))],
-                1 - (ways.made.count(False) - 2 * calls) / (2 * calls),
-                (len(ways.made) - 2 * calls) / (2 * calls),
-            )
+        await until(live)
+        waited, asked = counted(plane, "Assign", ahead=False), counted(plane, "Assign")
+        rows: list[dict[str, float]] = []
+        for _ in range(turns):
+            row = {}
+            for name, way in ways.items():
+                times = []
+                for _ in range(block):
+                    await asyncio.sleep(pause)
+                    began = time.perf_counter()
+                    await way()
+                    times.append(time.perf_counter() - began)
+                row[name] = statistics.median(times[block // 8 :])  # the first may have no ticket yet
+            rows.append(row)
+        await sharing.close()
+        calls = 2 * turns * block  # of each kind
+        waited, asked = counted(plane, "Assign", ahead=False) - waited, counted(plane, "Assign") - asked
+        return Ahead(
+            {name: statistics.median(row[name] for row in rows) for name in ways},
+            {(way, base): statistics.median(row[way] - row[base] for row in rows) for way, base in COMPARED},
+            early=1 - (waited - calls) / calls,
+            asked=(asked - waited) / calls,
+        )
 
 
-class Ways:
-    """To have a request answered."""
+def _ways(
+    straight: grpc.aio.Channel, sharing: SharedChannel, client: AsyncClient, without: AsyncClient
+) -> dict[str, Callable[[], Awaitable[object]]]:
+    """To have the same request answered."""
+    stub = ModelServerStub(straight)
+    shared = ModelServerStub(sharing)
 
-    def __init__(self, sharing: SharedChannel, hosts: Hosts, generate: grpc.aio.UnaryStreamMultiCallable) -> None:
-        self._assign = sharing.unary_unary(ASSIGN, response_deserializer=orchestrator_pb2.AssignResponse.FromString)
-        self.hosts = hosts
-        self._generate = generate
-        self.tickets = TicketsAhead()
-        self.made: list[bool] = []
-        """Of every Assign call, whether it was ahead."""
-        self._wanted = orchestrator_pb2.AssignRequest.FromString(assignment())
-        self._asked = model_server_pb2.ModelServerGenerateRequest(model="simulated", input=request(1))
-
-    def Assign(self, wanted: orchestrator_pb2.AssignRequest, timeout: float | None) -> Any:
-        """As the SDK calls it."""
-        self.made.append(wanted.ahead)
-        return self._assign(wanted.SerializeToString(), timeout=timeout)
-
-    async def plain(self) -> None:
-        self._asked.ticket = b""
-        await _whole(self._generate(self._asked.SerializeToString()))
-
-    async def fresh(self) -> None:
-        self._asked.ticket = (await self.Assign(self._wanted, 30)).ticket
-        await _whole(self._generate(self._asked.SerializeToString()))
-
-    async def early(self) -> None:
-        shape = self.tickets.shape(self._wanted)
-        assert shape is not None
-        followed = shape.begins()
-        assigned = await shape.take(self._wanted.prompt_tokens) or await self.Assign(self._wanted, 30)
-        self._asked.ticket = assigned.ticket
-        call, sent = self._generate(self._asked.SerializeToString()), time.perf_counter()
-        if followed:
-            shape.begun(self, self._wanted)
-        await _whole(call)
-        shape.ended(self, self._wanted, time.perf_counter() - sent, followed=followed)
-
-    async def sdk(self, tickets: TicketsAhead | None) -> None:
-        asked = orchestrator_pb2.GenerateRequest(input=request(1))
-        call = DirectCall(self, self.hosts, asked, None, must=True, ahead=tickets)
-        while await call.read() is not grpc.aio.EOF:
+    async def generate() -> None:
+        async for _ in stub.Generate(
+            model_server_pb2.ModelServerGenerateRequest(model="simulated", input=request(1))
+        ):  # fmt: skip
             pass
+
+    async def complete(stub: ModelServerStub) -> None:
+        await stub.Complete(model_server_pb2.ModelServerCompleteRequest(model="simulated", input=request(1)))
+
+    async def stream(client: AsyncClient) -> None:
+        async with client.stream(PROMPT, max_tokens=1, seed=1) as events:
+            async for _ in events:
+                pass
+
+    return {
+        "Generate": generate,
+        "stream, ticket ahead": lambda: stream(client),
+        "stream, Assign first": lambda: stream(without),
+        "Complete": lambda: complete(stub),
+        "Complete, shared": lambda: complete(shared),
+        "generate, ticket ahead": lambda: client.generate(PROMPT, max_tokens=1, seed=1),
+        "generate, Assign first": lambda: without.generate(PROMPT, max_tokens=1, seed=1),
+    }
 
 
 async def _whole(call: grpc.aio.UnaryStreamCall) -> None:
@@ -377,13 +376,7 @@ async def run(quick: bool = False) -> Figures:
     return Figures(assigned, cpu, over_stream.rate, over_stream.server, *bare, alone, call_p50, *rest)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the work: for trying the benchmark itself")
-    quick = parser.parse_args().quick
-    found = asyncio.run(run(quick))
-    paused = asyncio.run(ahead(40 if quick else 400, 1, 0.01))
-    tight = asyncio.run(ahead(4 if quick else 40, 25, 0.0))
+def print_assign(found: Figures) -> None:
     print(f"Assign at concurrency 64            {found.assigned:9,.0f} 1/s   wanted: 2,500")
     print(f"control plane CPU per Assign cycle  {found.assigned_cpu * 1e6:9,.0f} us")
     print(f"Assign over one stream, 64 at once  {found.shared:9,.0f} 1/s   wanted: 2,500")
@@ -396,13 +389,31 @@ def main() -> None:
     print(f"  to the same call without          {found.added_p50 / found.client_call_p50:9.2f}")
     print(f"the same with Assign over a stream  {found.added_shared_p50 * 1e3:9.3f} ms    wanted: below 0.35")
     print(f"  to the same call without          {found.added_shared_p50 / found.client_call_p50:9.2f}")
-    for what, figures in (("a pause of 10 ms after each", paused), ("back to back", tight)):
-        print(f"plain call, {what:23} {figures.call * 1e3:9.3f} ms")
-        for who, added in zip(
-            ("Assign over a stream", "a ticket ahead", "the SDK, without", "the SDK, with"), figures.added, strict=True
-        ):
-            print(f"  added by {who:23}  {added * 1e3:9.3f} ms    {added / figures.call:.2f} of it")
-        print(f"  calls that had a ticket ahead     {figures.early:9.1%}     Assign for each: {figures.asked:.3f}")
+
+
+def print_sdk(what: str, figures: Ahead) -> None:
+    print(f"one call at a time, {what}")
+    for base in dict.fromkeys(base for _, base in COMPARED):
+        print(f"  {base:32}  {figures.calls[base] * 1e3:9.3f} ms")
+        for (way, its), added in figures.added.items():
+            if its == base:
+                wanted = "wanted: below 0.26" if way.endswith("ahead") else ""
+                print(f"    + {way:28}  {added * 1e3:9.3f} ms    {added / figures.calls[base]:.2f} of it  {wanted}")
+    print(
+        f"  calls that had a ticket ahead     {figures.early:9.1%}    Assign in advance for each: {figures.asked:.3f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the work: for trying the benchmark itself")
+    parser.add_argument("--sdk", action="store_true", help="only what the SDK adds to a call")
+    given = parser.parse_args()
+    if not given.sdk:
+        print_assign(asyncio.run(run(given.quick)))
+    turns = 0.1 if given.quick else 1.0
+    print_sdk("10 ms before each", asyncio.run(ahead(int(400 * turns), 1, 0.01)))
+    print_sdk("back to back", asyncio.run(ahead(int(40 * turns), 25, 0.0)))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ ORCHESTRATOR = "/modelyard.v1.Orchestrator/Generate"
 MODEL_SERVER = "/modelyard.v1.ModelServer/Generate"
 SHORT, LONG = 1, 2000  # chunks of an answer
 SLOTS = 256
+PROMPT = "What is modelyard?"
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,7 @@ class Figures:
 def request(tokens: int) -> generation_pb2.GenerationInput:
     return generation_pb2.GenerationInput(
         messages=[
-            generation_pb2.Message(
-                role=generation_pb2.ROLE_USER, content=[generation_pb2.ContentPart(text="What is modelyard?")]
-            )
+            generation_pb2.Message(role=generation_pb2.ROLE_USER, content=[generation_pb2.ContentPart(text=PROMPT)])
         ],
         sampling=generation_pb2.SamplingParams(max_tokens=tokens, seed=1),
     )

@@ -29,6 +29,7 @@ async def assign(
     door: FrontDoor,
     *,
     ahead: bool = False,
+    ahead_requests: int = 0,
     prompt_tokens: int = 5,
     prompt_hashes: Sequence[int] = (),
     tenant: str = "default",
@@ -39,7 +40,11 @@ async def assign(
     outline = ask(**fields)
     del outline.input.messages[:]
     asked = orchestrator_pb2.AssignRequest(
-        request=outline, prompt_tokens=prompt_tokens, ahead=ahead, prompt_hashes=prompt_hashes
+        request=outline,
+        prompt_tokens=prompt_tokens,
+        prompt_hashes=prompt_hashes,
+        ahead=ahead,
+        ahead_requests=ahead_requests,
     )
     return await door.stub.Assign(asked, timeout=timeout, metadata=((TENANT_KEY, tenant),))
 

@@ -63,6 +63,61 @@ async def test_the_same_answer_and_summary_without_the_detour():
         assert 0 <= timings.queued <= timings.ttft <= timings.total
 
 
+async def test_a_whole_answer_comes_as_one_message():
+    async with front_door() as door, model_server(
+        server_id="a", orchestrators=(door.address,), engine_settings=PRICED
+    ) as server, AsyncClient(door.address) as client:  # fmt: skip
+        await until_direct(door, "a")
+        asked = {"max_tokens": 12, "seed": 5, "request_id": "mine"}
+        streamed = await client.stream("Hello", direct="always", **asked).collect()
+        whole = await client.generate("Hello", direct="always", **asked)
+        host = client._hosts._hosts[server.address]
+        assert not host.only_streams and generated(door) == 0
+        same = ("text", "finish_reason", "usage", "server_id", "model", "provider", "cost_usd", "request_id")
+        assert {name: getattr(whole, name) for name in same} == {name: getattr(streamed, name) for name in same}
+        assert [(each.server_id, each.failure_reason) for each in whole.attempts] == [("a", "")]
+        assert whole.attempts[0].started_at is not None
+        timings = whole.timings
+        assert timings.ttft is not None and timings.tpot is not None
+        assert 0 <= timings.queued <= timings.ttft <= timings.total
+        await until_counted(door, "ok", 2)
+
+
+async def test_a_model_server_that_knows_no_whole_answers_streams_them_with_the_same_ticket(monkeypatch):
+    from model_servers.servicer import ModelServerServicer
+
+    monkeypatch.delattr(ModelServerServicer, "Complete")
+    async with front_door() as door, model_server(
+        server_id="a", orchestrators=(door.address,)
+    ) as server, AsyncClient(door.address) as client:  # fmt: skip
+        await until_direct(door, "a")
+        for number in (1, 2):
+            result = await client.generate("Hello", max_tokens=5, explain=True)
+            assert result.usage.completion_tokens == 5 and len(result.decisions) == 1
+            assert [each.failure_reason for each in result.attempts] == [""]
+            await until_counted(door, "ok", number)
+        assert client._hosts._hosts[server.address].only_streams and generated(door) == 0
+
+
+async def test_a_call_that_was_read_to_its_end_ends_by_itself():
+    async with front_door() as door, model_server(
+        server_id="a", orchestrators=(door.address,)
+    ) as server, AsyncClient(door.address) as client:  # fmt: skip
+        await until_direct(door, "a")
+        for _ in range(3):
+            async for _ in client.stream("Hello", max_tokens=3, direct="always"):
+                pass
+        host = client._hosts._hosts[server.address]
+        assert not host.calls
+
+        async def none_left() -> bool:
+            return not host._ending
+
+        await until(none_left)
+        await until_counted(door, "ok", 3)
+        assert counted(door, "cancelled") == 0
+
+
 async def test_what_the_preset_says_goes_to_the_model_server():
     async with front_door() as door, model_server(
         server_id="a", orchestrators=(door.address,)

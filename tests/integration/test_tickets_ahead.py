@@ -111,6 +111,25 @@ async def test_a_quarter_of_the_slots_at_most_until_they_are_in_use() -> None:
         await until_counted(door, "cancelled", 1)
 
 
+async def test_several_at_a_time_are_each_good_for_one_call() -> None:
+    async with front_door(**LONG) as door, serving(door, slots=32) as server:
+        await until_direct(door, "a")
+        first = await assign(door, ahead=True, ahead_requests=16, request_id="mine")
+        tickets = [first, *first.more]
+        assert len(tickets) == 4 and first.request_id == "mine", "an eighth of the slots"
+        assert len({each.request_id for each in tickets}) == len({each.ticket for each in tickets}) == 4
+        assert (await door.server("a")).assigned == 4
+        for each in tickets:
+            assert each.server_id == "a" and (each is first or not each.more)
+            assert not isinstance(await use(each, server.stub), Refusal)
+            assert isinstance(await use(each, server.stub), Refusal), "once"
+        await until_counted(door, "ok", 4)
+        alone = await assign(door, ahead_requests=16)
+        assert alone.ticket and not alone.more, "only of use with `ahead`"
+        assert not isinstance(await use(alone, server.stub), Refusal)
+        await door.until_idle()
+
+
 async def test_none_where_slots_are_short_or_somebody_waits() -> None:
     async with front_door(**LONG) as door, serving(door, slots=4), serving(door, "b", slots=1):
         await until_direct(door, "a", "b")
@@ -196,11 +215,12 @@ async def test_the_budget_covers_what_comes(tmp_path: Path) -> None:
 async def held(client: AsyncClient) -> orchestrator_pb2.AssignResponse | None:
     """The ticket that a client has in hand, once it is there."""
     assert client._ahead is not None
-    tickets = [shape._held for shape in client._ahead._shapes.values() if shape._held is not None]
-    for ticket in tickets:
-        assigned = await ticket.answer
-        if assigned is not None and ticket.good:
-            return assigned
+    for shape in client._ahead._shapes.values():
+        if shape._asking is not None:
+            await shape._asking.task
+        shape._forget_old()
+        if shape._held:
+            return shape._held[0].assigned
     return None
 
 
@@ -301,6 +321,24 @@ async def test_a_server_without_slots_to_spare_is_not_pestered() -> None:
         assert waited_for(door) == 12
         pauses = 1 + int(time.monotonic() - began)
         assert asked(door) <= 12 + 2 * pauses, "one in a second, of each kind"
+
+
+async def test_calls_that_follow_at_once_share_the_way_to_the_control_plane() -> None:
+    async with front_door(**LONG) as door, serving(door, slots=256), AsyncClient(door.address) as client:
+        await until_direct(door, "a")
+        await practised(client)
+        fresh, calls, ok = waited_for(door), asked(door), counted(door, "ok")
+        for _ in range(40):
+            await client.generate("Hello", max_tokens=3, direct="always")
+        # Those that were waited for are as many on a machine that is too busy for calls to follow at once.
+        in_advance = asked(door) - calls - (waited_for(door) - fresh)
+        assert in_advance <= 30, "several at a time"
+
+        async def all_told() -> bool:
+            return counted(door, "ok") >= ok + 40
+
+        await until(all_told, PATIENCE)
+        assert counted(door, "TICKET_REFUSED") == 0
 
 
 async def test_turned_off() -> None:

@@ -17,7 +17,7 @@ def estimated_tokens(source: generation_pb2.GenerationInput) -> int:
     for message in source.messages:
         total += TOKENS_PER_MESSAGE
         for part in message.content:
-            if part.WhichOneof("part") == "image":
+            if part.HasField("image"):
                 total += TOKENS_PER_IMAGE
             else:
                 total += len(part.text.encode()) // BYTES_PER_TOKEN
@@ -41,6 +41,9 @@ def implied_features(source: generation_pb2.GenerationInput) -> list[fleet_pb2.M
             features.append(fleet_pb2.MODEL_FEATURE_JSON_SCHEMA)
     if source.sampling.logprobs:
         features.append(fleet_pb2.MODEL_FEATURE_LOGPROBS)
-    if any(part.WhichOneof("part") == "image" for message in source.messages for part in message.content):
-        features.append(fleet_pb2.MODEL_FEATURE_VISION)
+    for message in source.messages:
+        for part in message.content:
+            if part.HasField("image"):
+                features.append(fleet_pb2.MODEL_FEATURE_VISION)
+                return features
     return features

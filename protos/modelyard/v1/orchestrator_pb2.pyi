@@ -131,19 +131,21 @@ class Attempt(_message.Message):
     def __init__(self, server_id: _Optional[str] = ..., model: _Optional[str] = ..., provider: _Optional[str] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., failure_reason: _Optional[str] = ..., failure_message: _Optional[str] = ..., overtaken: bool = ...) -> None: ...
 
 class AssignRequest(_message.Message):
-    __slots__ = ("request", "prompt_tokens", "ahead", "prompt_hashes")
+    __slots__ = ("request", "prompt_tokens", "ahead", "ahead_requests", "prompt_hashes")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     AHEAD_FIELD_NUMBER: _ClassVar[int]
+    AHEAD_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_HASHES_FIELD_NUMBER: _ClassVar[int]
     request: GenerateRequest
     prompt_tokens: int
     ahead: bool
+    ahead_requests: int
     prompt_hashes: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., ahead: bool = ..., prompt_hashes: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., ahead: bool = ..., ahead_requests: _Optional[int] = ..., prompt_hashes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class AssignResponse(_message.Message):
-    __slots__ = ("request_id", "server_id", "endpoint", "model", "provider", "ticket", "valid_for", "time_limit", "queued", "sampling", "preset_messages", "price", "decision")
+    __slots__ = ("request_id", "server_id", "endpoint", "model", "provider", "ticket", "valid_for", "time_limit", "queued", "sampling", "preset_messages", "price", "decision", "more")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SERVER_ID_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
@@ -157,6 +159,7 @@ class AssignResponse(_message.Message):
     PRESET_MESSAGES_FIELD_NUMBER: _ClassVar[int]
     PRICE_FIELD_NUMBER: _ClassVar[int]
     DECISION_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     server_id: str
     endpoint: str
@@ -170,7 +173,8 @@ class AssignResponse(_message.Message):
     preset_messages: _containers.RepeatedCompositeFieldContainer[_generation_pb2.Message]
     price: _fleet_pb2.Price
     decision: _selection_pb2.Decision
-    def __init__(self, request_id: _Optional[str] = ..., server_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., model: _Optional[str] = ..., provider: _Optional[str] = ..., ticket: _Optional[bytes] = ..., valid_for: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., time_limit: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., queued: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., preset_messages: _Optional[_Iterable[_Union[_generation_pb2.Message, _Mapping]]] = ..., price: _Optional[_Union[_fleet_pb2.Price, _Mapping]] = ..., decision: _Optional[_Union[_selection_pb2.Decision, _Mapping]] = ...) -> None: ...
+    more: _containers.RepeatedCompositeFieldContainer[AssignResponse]
+    def __init__(self, request_id: _Optional[str] = ..., server_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., model: _Optional[str] = ..., provider: _Optional[str] = ..., ticket: _Optional[bytes] = ..., valid_for: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., time_limit: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., queued: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., preset_messages: _Optional[_Iterable[_Union[_generation_pb2.Message, _Mapping]]] = ..., price: _Optional[_Union[_fleet_pb2.Price, _Mapping]] = ..., decision: _Optional[_Union[_selection_pb2.Decision, _Mapping]] = ..., more: _Optional[_Iterable[_Union[AssignResponse, _Mapping]]] = ...) -> None: ...
 
 class EmbedRequest(_message.Message):
     __slots__ = ("inputs", "requirements", "priority", "request_id")

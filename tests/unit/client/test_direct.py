@@ -5,13 +5,25 @@ from __future__ import annotations
 import pytest
 
 from modelyard.client import AsyncClient
-from modelyard.client._direct import Hosts, _is_loopback, assignment, direct_request
+from modelyard.client._direct import Hosts, _is_loopback, assignment, fill, shape_key
 from modelyard.client._requests import generate_request
-from modelyard.rpc.routing import estimated_tokens
+from modelyard.rpc.routing import estimated_tokens, implied_features
 from modelyard.rpc.validation import check_assign_request, check_model_server_generate_request
-from modelyard.v1 import fleet_pb2, generation_pb2, orchestrator_pb2
+from modelyard.v1 import fleet_pb2, generation_pb2, model_server_pb2, orchestrator_pb2
 
 SECRET = "nobody's business"
+
+
+def told_of(request: orchestrator_pb2.GenerateRequest) -> orchestrator_pb2.AssignRequest:
+    return assignment(request, implied_features(request.input), estimated_tokens(request.input))
+
+
+def direct_request(
+    request: orchestrator_pb2.GenerateRequest, assigned: orchestrator_pb2.AssignResponse
+) -> model_server_pb2.ModelServerGenerateRequest:
+    direct = model_server_pb2.ModelServerGenerateRequest()
+    fill(direct, request, assigned)
+    return direct
 
 
 @pytest.mark.parametrize(
@@ -50,7 +62,7 @@ def test_the_control_plane_hears_nothing_of_the_prompt() -> None:
         max_tokens=9, preset="p", task_type="writing", priority="high", model="m", features=["vision"],
         excluded_server_ids=["x"], explain=True, request_id="id",
     )  # fmt: skip
-    told = assignment(request)
+    told = told_of(request)
     assert SECRET.encode() not in told.SerializeToString()
     assert not check_assign_request(told)
     assert told.prompt_tokens == estimated_tokens(request.input)
@@ -66,6 +78,30 @@ def test_the_control_plane_hears_nothing_of_the_prompt() -> None:
     unsaid = {"unused_ticket", "failed_server_ids"}
     assert said == {field.name for field in orchestrator_pb2.GenerateRequest.DESCRIPTOR.fields} - unsaid
     assert outline.input.sampling == request.input.sampling
+
+
+def test_what_routing_can_tell_apart_has_keys_of_its_own() -> None:
+    """A ticket must never go to a request that routing was not asked about."""
+    options = [
+        {}, {"max_tokens": 9}, {"temperature": 0.5}, {"seed": 1}, {"stop": "x"}, {"task_type": "writing"},
+        {"priority": "high"}, {"preset": "p"}, {"model": "m"}, {"provider": "m"}, {"server_id": "m"},
+        {"excluded_server_ids": ["m"]}, {"excluded_models": ["m"]}, {"max_cost": 1.0}, {"min_context_length": 5},
+        {"features": ["vision"]}, {"logprobs": True}, {"response_format": "json"}, {"tools": [{"name": "t"}]},
+    ]  # fmt: skip
+    keys, told = set(), set()
+    for each in options:
+        for prompt in ("short", "another one"):
+            request = generate_request(prompt, **each)
+            keys.add(shape_key(request, implied_features(request.input)))
+            asked = told_of(request)
+            asked.ClearField("prompt_tokens")
+            told.add(asked.SerializeToString(deterministic=True))
+    assert len(keys) == len(told) == len(options)
+    # All that is told is in the key but what a ticket ahead cannot be asked for.
+    fields = {field.name for field in orchestrator_pb2.GenerateRequest.DESCRIPTOR.fields}
+    assert fields - {"explain", "request_id", "unused_ticket", "failed_server_ids"} == {
+        "input", "task_type", "priority", "preset", "requirements",
+    }  # fmt: skip
 
 
 def test_the_preset_speaks_first_unless_the_request_has_a_system_message() -> None:

@@ -431,12 +431,13 @@ def test_of_tickets_a_report_says_what_can_be() -> None:
 
 
 def test_an_assignment_has_sampling_and_routing_alone() -> None:
-    request = orchestrator_pb2.AssignRequest(prompt_tokens=2**32 - 1)
+    request = orchestrator_pb2.AssignRequest(prompt_tokens=2**32 - 1, ahead_requests=17)
     request.request.input.prompt = "x"
     request.request.input.sampling.top_p = 2
     request.request.priority = 99
     assert {each.field for each in validation.check_assign_request(request)} == {
         "prompt_tokens",
+        "ahead_requests",
         "request.input.prompt",
         "request.input.sampling.top_p",
         "request.priority",

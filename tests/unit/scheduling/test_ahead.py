@@ -26,3 +26,9 @@ from control_plane.scheduling.ahead import spares
 )
 def test_half_stays_free_and_a_quarter_is_the_most(slots: int, free: int, ahead: int, spared: bool) -> None:
     assert spares(slots, free, ahead) is spared
+
+
+def test_who_has_one_leaves_an_eighth_to_others() -> None:
+    assert spares(8, 8, 0, more=True) and not spares(8, 7, 1, more=True)
+    assert spares(16, 15, 1, more=True) and not spares(16, 14, 2, more=True)
+    assert not spares(4, 4, 0, more=True)

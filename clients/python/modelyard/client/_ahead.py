@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import time
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import grpc.aio
 
@@ -25,24 +24,27 @@ _ANSWER_SECONDS, _WAIT_SECONDS = 1.0, 0.05
 """How long an answer is waited for in the background, and by a call that could use the ticket."""
 _PAUSE = 1.0
 """Seconds without another try, of the kind that was in vain: during a call its own prompt may be in the way."""
+_STOCK_SECONDS, _MOST = 0.02, 8
+"""Tickets are taken for the calls of so many seconds, and for so many calls at most: what calls that follow at once
+spend on taking them is divided by that."""
 _MOST_SHAPES = 64
 """That are remembered."""
+
+Asked = Callable[[int], orchestrator_pb2.AssignRequest]
+"""What would be asked for the request of a call, if its prompt had so many tokens."""
 
 
 class TicketsAhead:
     """What one client holds, and knows of what it asks for."""
 
     def __init__(self) -> None:
-        self._shapes: dict[bytes, Shape] = {}
+        self._shapes: dict[Hashable, Shape] = {}
         self._closed = False
 
-    def shape(self, asked: orchestrator_pb2.AssignRequest) -> Shape | None:
-        """That of a request; None: there is no ticket ahead for such."""
-        outline = asked.request
-        # A decision is made for the one request that asks for it, and an id is in the ticket.
-        if self._closed or outline.explain or outline.request_id:
+    def shape(self, key: Hashable) -> Shape | None:
+        """That of requests that routing cannot tell apart but for their length; None: there are no tickets ahead."""
+        if self._closed:
             return None
-        key = outline.SerializeToString(deterministic=True)
         shape = self._shapes.pop(key, None) or Shape()
         self._shapes[key] = shape  # the last used is the last
         if len(self._shapes) > _MOST_SHAPES:
@@ -57,15 +59,28 @@ class TicketsAhead:
             shape.drop()
 
 
+class _Ticket(NamedTuple):
+    assigned: orchestrator_pb2.AssignResponse
+    room: int
+    """Tokens of a prompt that it is good for."""
+    until: float
+    """Monotonic seconds."""
+
+
 class Shape:
-    """Requests that are all the same to routing but for the length of their prompts, and the ticket for the next."""
+    """Requests that are all the same to routing but for the length of their prompts, and the tickets for the next."""
 
     def __init__(self) -> None:
         self._ended = -math.inf
         self._took = self._pause = math.inf
+        self._prompt_tokens = 0
         self._pauses = {True: -math.inf, False: -math.inf}
         """Until when there is no try during a call (True) and after one."""
-        self._held: _Ticket | None = None
+        self._most, self._most_until = _MOST, -math.inf
+        """Tickets that are to be had at a time, as was found out until then."""
+        self._held: deque[_Ticket] = deque()
+        """The oldest first."""
+        self._asking: _Asking | None = None
 
     def begins(self) -> bool:
         """A call begins; whether it follows another soon."""
@@ -73,72 +88,98 @@ class Shape:
         return self._pause < _SOON
 
     async def take(self, prompt_tokens: int) -> orchestrator_pb2.AssignResponse | None:
-        """The ticket, which nobody else gets, if it fits and is still good; waits a little for one on its way."""
-        held = self._held
-        if held is None or not held.good or not prompt_tokens <= held.room <= 2 * room(prompt_tokens):
-            return None
-        self._held = None
-        if not held.answer.done():
-            await asyncio.wait([held.answer], timeout=_WAIT_SECONDS)
-        if not held.good or not held.answer.done() or held.answer.cancelled():
-            return None
-        return held.answer.result()
+        """A ticket, which nobody else gets, if one fits and is still good; waits a little for one on its way."""
+        self._prompt_tokens = prompt_tokens
+        taken, asking = self._take(prompt_tokens), self._asking
+        if taken is None and asking is not None and asking.unclaimed and _fits(asking.room, prompt_tokens):
+            asking.unclaimed -= 1
+            await asyncio.wait([asking.task], timeout=_WAIT_SECONDS)
+            taken = self._take(prompt_tokens)
+        return taken
 
-    def begun(self, stub: Any, asked: orchestrator_pb2.AssignRequest) -> None:
+    def _take(self, prompt_tokens: int) -> orchestrator_pb2.AssignResponse | None:
+        held = self._held
+        self._forget_old()
+        return held.popleft().assigned if held and _fits(held[0].room, prompt_tokens) else None
+
+    def _forget_old(self) -> None:
+        now = time.monotonic()
+        while self._held and self._held[0].until <= now:
+            self._held.popleft()
+
+    def begun(self, stub: Any, asked: Asked) -> None:
         """A call that follows another has gone to the model server."""
         if self._took < _BRIEF and self._pause < _AT_ONCE:
             self._ask(stub, asked, during=True)
 
-    def ended(self, stub: Any, asked: orchestrator_pb2.AssignRequest, took: float, *, followed: bool) -> None:
+    def ended(self, stub: Any, asked: Asked, took: float, *, followed: bool) -> None:
         """A call has succeeded, so many seconds after it went to the model server."""
         self._ended, self._took = time.monotonic(), took
         if followed:
             self._ask(stub, asked, during=False)
 
+    def refused(self) -> None:
+        """The model server did not take one: those that came with it are not better."""
+        self._held.clear()
+
     def drop(self) -> None:
-        if self._held is not None:
-            self._held.answer.cancel()
-            self._held = None
+        self._held.clear()
+        self._most, self._most_until = 0, math.inf
+        if self._asking is not None:
+            self._asking.task.cancel()
 
-    def _ask(self, stub: Any, asked: orchestrator_pb2.AssignRequest, *, during: bool) -> None:
-        if (self._held is None or not self._held.good) and time.monotonic() >= self._pauses[during]:
-            self._held = _Ticket(stub, asked, partial(self._without, during))
+    def _ask(self, stub: Any, asked: Asked, *, during: bool) -> None:
+        """Take tickets if half of those that are wanted have been used."""
+        now = time.monotonic()
+        most = self._most if now < self._most_until else _MOST
+        wanted = min(most, 1 + int(_STOCK_SECONDS / max(self._took + self._pause, 1e-6)))
+        self._forget_old()
+        if self._asking is None and 2 * len(self._held) < wanted and now >= self._pauses[during]:
+            tokens = room(self._prompt_tokens)
+            self._asking = _Asking(self, stub, asked, tokens, wanted - len(self._held), during=during)
 
-    def _without(self, during: bool) -> None:
-        self._pauses[during] = time.monotonic() + _PAUSE
+    def came(self, tickets: list[_Ticket], asking: _Asking) -> None:
+        """What was asked for, or less."""
+        self._asking = None
+        until = time.monotonic() + _PAUSE
+        if not tickets:
+            self._pauses[asking.during] = until
+        elif len(tickets) < asking.count:
+            self._most, self._most_until = len(tickets) + len(self._held), until
+        self._held.extend(tickets)
 
 
-class _Ticket:
-    """A ticket, or the hope of one."""
+class _Asking:
+    """A call for tickets that is under way."""
 
-    def __init__(self, stub: Any, asked: orchestrator_pb2.AssignRequest, on_none: Callable[[], None]) -> None:
-        self._on_none = on_none
-        self.room = room(asked.prompt_tokens)
-        """Tokens of a prompt that it is good for."""
-        self._asked_at = time.monotonic()
-        self._until = self._asked_at + _ANSWER_SECONDS
-        wanted = orchestrator_pb2.AssignRequest(request=asked.request, prompt_tokens=self.room, ahead=True)
-        self.answer = asyncio.ensure_future(self._answer(stub, wanted))
+    def __init__(self, shape: Shape, stub: Any, asked: Asked, tokens: int, count: int, *, during: bool) -> None:
+        self.room = tokens
+        self.count = self.unclaimed = count
+        """Tickets, and those of them that nobody waits for."""
+        self.during = during
+        self.task = asyncio.ensure_future(self._ask(shape, stub, asked))
 
-    @property
-    def good(self) -> bool:
-        return time.monotonic() < self._until
-
-    async def _answer(
-        self, stub: Any, wanted: orchestrator_pb2.AssignRequest
-    ) -> orchestrator_pb2.AssignResponse | None:
-        """None: there is none."""
-        with contextlib.suppress(grpc.aio.AioRpcError):
+    async def _ask(self, shape: Shape, stub: Any, asked: Asked) -> None:
+        wanted = asked(self.room)
+        wanted.ahead, wanted.ahead_requests = True, self.count
+        began, tickets = time.monotonic(), []
+        try:
             assigned: orchestrator_pb2.AssignResponse = await stub.Assign(wanted, timeout=_ANSWER_SECONDS)
             if assigned.ticket:
-                self._until = self._asked_at + _USED * assigned.valid_for.ToNanoseconds() / 1e9
-                return assigned
-        self._until = -math.inf
-        self._on_none()
-        return None
+                until = began + _USED * assigned.valid_for.ToNanoseconds() / 1e9
+                tickets = [_Ticket(each, self.room, until) for each in (assigned, *assigned.more)]
+        except grpc.aio.AioRpcError:
+            pass
+        finally:
+            shape.came(tickets, self)
 
 
 def room(prompt_tokens: int) -> int:
     """Tokens of the next prompt that a ticket is asked for: as a conversation grows, and no more, for what is asked for
     weighs in the choice of the server."""
     return prompt_tokens + max(128, prompt_tokens // 4)
+
+
+def _fits(tokens: int, prompt_tokens: int) -> bool:
+    """Whether a ticket for so many tokens is for such a prompt."""
+    return prompt_tokens <= tokens <= 2 * room(prompt_tokens)

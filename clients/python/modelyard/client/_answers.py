@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import UTC, datetime
-from typing import Any
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
 
 from modelyard.client import _names as names
 from modelyard.client import _types as types
@@ -29,6 +29,22 @@ def delta(message: generation_pb2.GenerationDelta) -> types.Delta:
 def logprob(message: generation_pb2.TokenLogprob) -> types.TokenLogprob:
     top = tuple(types.TopLogprob(each.token, each.logprob) for each in message.top)
     return types.TokenLogprob(message.token, message.logprob, top)
+
+
+class Ending(NamedTuple):
+    """What is known of an answer when it has ended, but for the answer itself."""
+
+    finish_reason: str
+    usage: types.Usage
+    timings: types.Timings
+    server_id: str
+    model: str
+    provider: str
+    attempts: tuple[types.Attempt, ...]
+    cost_usd: float
+    request_id: str
+    delta: generation_pb2.GenerationDelta | None = None
+    """The last piece, or all of it."""
 
 
 class Answer:
@@ -59,21 +75,36 @@ class Answer:
         return self.result(orchestrator_pb2.GenerationSummary(request_id=request_id)) if self.started else None
 
     def result(self, summary: orchestrator_pb2.GenerationSummary) -> types.GenerationResult:
+        return self.ended(
+            Ending(
+                finish_reason=names.FINISH_REASON.name(summary.finish_reason),
+                usage=usage(summary.usage),
+                timings=_timings(summary.timings),
+                server_id=summary.server_id,
+                model=summary.model,
+                provider=summary.provider,
+                attempts=tuple([_attempt(attempt) for attempt in summary.attempts]),
+                cost_usd=summary.cost_nano_usd / 1e9,
+                request_id=summary.request_id,
+            )
+        )
+
+    def ended(self, ending: Ending) -> types.GenerationResult:
         return types.GenerationResult(
-            text="".join(self._texts),
-            finish_reason=names.FINISH_REASON.name(summary.finish_reason),
-            tool_calls=tuple(_tool_call(self._calls[index]) for index in sorted(self._calls)),
-            reasoning_text="".join(self._reasoning),
-            logprobs=tuple(self._logprobs),
-            usage=usage(summary.usage),
-            timings=_timings(summary.timings),
-            server_id=summary.server_id,
-            model=summary.model,
-            provider=summary.provider,
-            attempts=tuple(_attempt(attempt) for attempt in summary.attempts),
-            decisions=tuple(self._decisions),
-            cost_usd=summary.cost_nano_usd / 1e9,
-            request_id=summary.request_id,
+            "".join(self._texts),
+            ending.finish_reason,
+            tuple([_tool_call(self._calls[index]) for index in sorted(self._calls)]) if self._calls else (),
+            "".join(self._reasoning),
+            tuple(self._logprobs),
+            ending.usage,
+            ending.timings,
+            ending.server_id,
+            ending.model,
+            ending.provider,
+            ending.attempts,
+            tuple(self._decisions),
+            ending.cost_usd,
+            ending.request_id,
         )
 
 
@@ -92,11 +123,12 @@ def usage(message: generation_pb2.Usage) -> types.Usage:
 
 
 def _timings(message: generation_pb2.Timings) -> types.Timings:
+    queued, total = message.queued, message.total
     return types.Timings(
-        queued=_seconds(message, "queued") or 0.0,
-        ttft=_seconds(message, "ttft"),
-        tpot=_seconds(message, "tpot"),
-        total=_seconds(message, "total") or 0.0,
+        queued.seconds + queued.nanos / 1e9,
+        _seconds(message, "ttft"),
+        _seconds(message, "tpot"),
+        total.seconds + total.nanos / 1e9,
     )
 
 
@@ -307,6 +339,14 @@ def _seconds(message: Any, field: str) -> float | None:
         return None
     duration = getattr(message, field)
     return float(duration.seconds + duration.nanos / 1e9)
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def moment(nanoseconds: int) -> datetime:
+    """A time of the clock."""
+    return _EPOCH + timedelta(microseconds=nanoseconds // 1000)
 
 
 def time(message: Any, field: str) -> datetime | None:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Hashable, Sequence
 from typing import Any, Literal
 
 import grpc
 import grpc.aio
 from google.protobuf.duration_pb2 import Duration
 
-from modelyard.client._ahead import TicketsAhead
+from modelyard.client import _answers as answers
+from modelyard.client import _names as names
+from modelyard.client._ahead import Shape, TicketsAhead
 from modelyard.client._errors import ServersAway, StreamBroken, from_call
+from modelyard.client._types import Attempt, Timings, Usage
+from modelyard.rpc.calls import SharedChannel, UnaryMethod
 from modelyard.rpc.channels import channel
 from modelyard.rpc.errors import Refusal, from_rpc_error
 from modelyard.rpc.reasons import Reason
 from modelyard.rpc.routing import estimated_tokens, implied_features
-from modelyard.v1 import generation_pb2, model_server_pb2, model_server_pb2_grpc, orchestrator_pb2
+from modelyard.v1 import fleet_pb2, generation_pb2, model_server_pb2, model_server_pb2_grpc, orchestrator_pb2
 
 Direct = Literal["auto", "always", "never"]
 MODES: tuple[Direct, ...] = ("auto", "always", "never")
@@ -40,11 +43,15 @@ class Host:
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
-        self.channel = channel(endpoint)
+        self.channel = SharedChannel(channel(endpoint))
         stub = model_server_pb2_grpc.ModelServerStub(self.channel)  # type: ignore[no-untyped-call]
         self.generate: grpc.aio.UnaryStreamMultiCallable = stub.Generate
+        self.complete: UnaryMethod = stub.Complete
+        self.only_streams = False
+        """It is too old for Complete."""
         self.calls = 0
         """Under way."""
+        self._ending: set[grpc.aio.UnaryStreamCall] = set()
         self._pause = _FIRST_PAUSE
         self._alone_until = -math.inf
 
@@ -57,6 +64,11 @@ class Host:
         """It was not reached, or is not the server that it is said to be."""
         self._alone_until = time.monotonic() + self._pause
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+
+    def leave(self, call: grpc.aio.UnaryStreamCall) -> None:
+        """Let a call whose answer is whole end by itself: nobody need wait for its status."""
+        self._ending.add(call)
+        call.add_done_callback(self._ending.discard)
 
     async def reached(self, within: float) -> bool:
         """Whether there is a connection, or one comes about within so many seconds."""
@@ -129,7 +141,8 @@ def _is_loopback(address: str) -> bool:
 
 class DirectCall:
     """A Generate call that is answered by the model server itself where it can be, by the relay where not. Read and
-    cancelled like the relayed call; besides AioRpcError, reading raises ModelyardError."""
+    cancelled like the relayed call; besides AioRpcError, reading raises ModelyardError, and instead of a summary the
+    model server's answer ends with an Ending."""
 
     def __init__(
         self,
@@ -142,16 +155,22 @@ class DirectCall:
         whole: bool = False,
         ahead: TicketsAhead | None = None,
     ) -> None:
-        """`must`: there is no relay to fall back to. `whole`: pieces of the answer are of no use, so none are given
-        before its end, and what fails in the middle is done again by the relay. `ahead`: where tickets for further
-        calls are kept; None: they are taken one by one."""
+        """`must`: there is no relay to fall back to. `whole`: pieces of the answer are of no use, so it comes as one
+        message, and what fails in the middle is done again by the relay. `ahead`: where tickets for further calls are
+        kept; None: they are taken one by one."""
         self._stub = stub
         self._hosts = hosts
         self._request = request
         self._must = must
         self._whole = whole and not must
-        self._asked = assignment(request)
-        self._shape = ahead.shape(self._asked) if ahead is not None else None
+        # Log-probabilities can make an answer larger than one message may be.
+        self._as_one = whole and not request.input.sampling.logprobs
+        self._features = implied_features(request.input)
+        self._prompt_tokens = estimated_tokens(request.input)
+        self._shape: Shape | None = None
+        # A decision is made for the one request that asks for it, and an id is in the ticket.
+        if ahead is not None and not (request.explain or request.request_id):
+            self._shape = ahead.shape(shape_key(request, self._features))
         self._followed = self._shape is not None and self._shape.begins()
         self._began = time.monotonic()
         self._end = math.inf if timeout is None else self._began + timeout
@@ -162,10 +181,14 @@ class DirectCall:
         self._early = False
         """The ticket was taken ahead of need."""
         self._failed: list[orchestrator_pb2.Attempt] = []
+        self._started_at = 0
+        """Nanoseconds of the clock: when the present attempt began."""
+        self._failure: Refusal | None = None
+        """Of the present attempt."""
         self._messages = self._answer()
 
     async def read(self) -> Any:
-        """The next GenerateResponse, EOF at the end."""
+        """The next GenerateResponse, an Ending, EOF at the end."""
         return await anext(self._messages, grpc.aio.EOF)
 
     def cancel(self) -> None:
@@ -183,36 +206,47 @@ class DirectCall:
             call.cancel()
         return call
 
-    async def _answer(self) -> AsyncGenerator[orchestrator_pb2.GenerateResponse, None]:
+    def _asked(self, prompt_tokens: int) -> orchestrator_pb2.AssignRequest:
+        return assignment(self._request, self._features, prompt_tokens)
+
+    async def _answer(self) -> AsyncGenerator[orchestrator_pb2.GenerateResponse | answers.Ending, None]:
         request = self._request
-        assigned = await self._shape.take(self._asked.prompt_tokens) if self._shape is not None else None
+        assigned = await self._shape.take(self._prompt_tokens) if self._shape is not None else None
         self._early = assigned is not None
         if assigned is None:
             assigned = await self._assign()
         while assigned is not None:
             if assigned.HasField("decision"):
                 yield orchestrator_pb2.GenerateResponse(decision=assigned.decision)
-            attempt = orchestrator_pb2.Attempt(
-                server_id=assigned.server_id, model=assigned.model, provider=assigned.provider
-            )
-            attempt.started_at.GetCurrentTime()
+            self._started_at, self._failure = time.time_ns(), None
             host = await self._hosts.way_to(assigned.endpoint, must=self._must)
             if host is not None:
-                async for response in self._from(host, assigned, attempt):
-                    yield response
-                if not attempt.failure_reason:
-                    return
-                if self._early and attempt.failure_reason == Reason.TICKET_REFUSED:
+                if self._as_one and not host.only_streams:
+                    ending = await self._in_one(host, assigned)
+                    if ending is not None:
+                        yield ending
+                        return
+                if not self._as_one or host.only_streams:
+                    async for response in self._from(host, assigned):
+                        yield response
+                    if self._failure is None:
+                        return
+                if self._early and self._failure is not None and self._failure.reason is Reason.TICKET_REFUSED:
                     # It has come too late: as if there had been none.
+                    if self._shape is not None:
+                        self._shape.refused()
                     self._early, assigned = False, await self._assign()
                     continue
             else:
-                attempt.failure_reason = Reason.SERVERS_AWAY
-                attempt.failure_message = f"{assigned.endpoint} cannot be reached from here"
+                self._failure = Refusal(Reason.SERVERS_AWAY, f"{assigned.endpoint} cannot be reached from here")
                 if self._must:
-                    raise ServersAway(
-                        f"{assigned.server_id}: {attempt.failure_message}", request_id=assigned.request_id
-                    )
+                    raise ServersAway(f"{assigned.server_id}: {self._failure.message}", request_id=assigned.request_id)
+            attempt = orchestrator_pb2.Attempt(
+                server_id=assigned.server_id, model=assigned.model, provider=assigned.provider
+            )
+            attempt.started_at.FromNanoseconds(self._started_at)
+            if self._failure is not None:
+                attempt.failure_reason, attempt.failure_message = self._failure.reason, self._failure.message
             self._failed.append(attempt)
             request = orchestrator_pb2.GenerateRequest()
             request.CopyFrom(self._request)
@@ -232,7 +266,7 @@ class DirectCall:
         """A server and a ticket; None: the relay may do, or tells better why nothing does."""
         try:
             assigned: orchestrator_pb2.AssignResponse = await self._go_on(
-                self._stub.Assign(self._asked, timeout=self._left())
+                self._stub.Assign(self._asked(self._prompt_tokens), timeout=self._left())
             )
             return assigned
         except grpc.aio.AioRpcError as error:
@@ -244,18 +278,63 @@ class DirectCall:
             # What is malformed is refused once more, in terms of the request that was made.
             return None
 
-    async def _from(
-        self, host: Host, assigned: orchestrator_pb2.AssignResponse, attempt: orchestrator_pb2.Attempt
-    ) -> AsyncGenerator[orchestrator_pb2.GenerateResponse, None]:
-        """The answer of the model server. One that failed before its first token ends with the reason in `attempt`."""
-        limit = _seconds(assigned.time_limit)
-        left = self._left()
-        call = self._go_on(
-            host.generate(direct_request(self._request, assigned), timeout=limit if left is None else min(left, limit))
-        )
-        began, first, last = time.monotonic(), 0.0, 0.0
+    def _limit(self, assigned: orchestrator_pb2.AssignResponse) -> float:
+        """Seconds that the model server has."""
+        limit, left = _seconds(assigned.time_limit), self._left()
+        return limit if left is None else min(left, limit)
+
+    def _sent(self) -> float:
+        """The model server has the request. Monotonic seconds."""
         if self._followed and self._shape is not None:
             self._shape.begun(self._stub, self._asked)
+        return time.monotonic()
+
+    def _answered(self, sent: float) -> None:
+        """The answer is whole."""
+        self._call = None
+        if self._shape is not None:
+            self._shape.ended(self._stub, self._asked, time.monotonic() - sent, followed=self._followed)
+
+    async def _in_one(self, host: Host, assigned: orchestrator_pb2.AssignResponse) -> answers.Ending | None:
+        """The answer of the model server as one message. None: it has failed, or the host turns out to know streams
+        only."""
+        request = model_server_pb2.ModelServerCompleteRequest()
+        fill(request, self._request, assigned)
+        call = self._go_on(host.complete(request, timeout=self._limit(assigned)))
+        sent = self._sent()
+        host.calls += 1
+        try:
+            answer: model_server_pb2.ModelServerCompleteResponse | None = await call
+            if answer is None or not answer.HasField("result"):
+                raise Refusal(Reason.ENGINE_FAILED, "the server sent an answer without a result")
+        except (grpc.aio.AioRpcError, Refusal) as error:
+            if isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                host.only_streams = from_rpc_error(error).transport
+                if host.only_streams:
+                    return None
+            self._failure = self._failed_at(error, host, assigned, begun=False)
+            # Whether it has come, and what it has cost there, the model server tells the control plane.
+            self._used = self._used or self._failure.reason is not Reason.TICKET_REFUSED
+            return None
+        finally:
+            host.calls -= 1
+            call.cancel()
+        self._answered(sent)
+        if not answer.HasField("delta"):
+            return self._ending(answer.result, assigned, 0.0, 0.0, None)
+        # How long it took is what was measured here; how that divides, only the server has seen.
+        last, result = time.monotonic(), answer.result
+        decoding = _seconds(result.timings.tpot) * max(0, result.usage.completion_tokens - 1)
+        return self._ending(result, assigned, max(sent, last - decoding), last, answer.delta)
+
+    async def _from(
+        self, host: Host, assigned: orchestrator_pb2.AssignResponse
+    ) -> AsyncGenerator[orchestrator_pb2.GenerateResponse | answers.Ending, None]:
+        """The answer of the model server. One that failed before its first token just ends."""
+        request = model_server_pb2.ModelServerGenerateRequest()
+        fill(request, self._request, assigned)
+        call: Any = self._go_on(host.generate(request, timeout=self._limit(assigned)))
+        sent, first, last = self._sent(), 0.0, 0.0
         kept: list[orchestrator_pb2.GenerateResponse] = []
         host.calls += 1
         try:
@@ -263,83 +342,120 @@ class DirectCall:
                 message = await call.read()
                 if message is grpc.aio.EOF or message is None:
                     raise Refusal(Reason.ENGINE_FAILED, "the stream ended without a result")
-                response = orchestrator_pb2.GenerateResponse()
-                if message.HasField("delta"):
+                delta = message.delta if message.HasField("delta") else None
+                if delta is not None:
                     last = time.monotonic()
                     first = first or last
-                    response.delta.CopyFrom(message.delta)
                 if message.HasField("result"):
-                    if self._shape is not None:
-                        took = time.monotonic() - began
-                        self._shape.ended(self._stub, self._asked, took, followed=self._followed)
+                    host.leave(call)
+                    call = None
+                    self._answered(sent)
                     for piece in kept:
                         yield piece
-                    self._sum_up(response.summary, message.result, assigned, attempt, first, last)
-                    yield response
-                    with contextlib.suppress(grpc.aio.AioRpcError):  # the answer is whole, whatever becomes of it
-                        await call.read()
+                    yield self._ending(message.result, assigned, first, last, delta)
                     return
+                response = orchestrator_pb2.GenerateResponse(delta=delta)
                 if self._whole:
                     kept.append(response)
                 else:
                     yield response
         except (grpc.aio.AioRpcError, Refusal) as error:
-            refusal = error if isinstance(error, Refusal) else from_rpc_error(error)
-            if refusal.reason in _FINAL:
-                raise
-            if first and not self._whole:
-                raise StreamBroken(
-                    f"{assigned.server_id} broke off the answer: {refusal.message}",
-                    request_id=assigned.request_id,
-                    metadata={"server_id": assigned.server_id, "cause": refusal.reason},
-                ) from error
-            self._used = bool(first) or (not refusal.transport and refusal.reason is not Reason.TICKET_REFUSED)
-            late = self._early and refusal.reason is Reason.TICKET_REFUSED
-            if refusal.transport or not (self._used or late):
-                host.failed()
-            if self._must and not late:
-                if isinstance(error, Refusal) or refusal.transport:
-                    raise ServersAway(
-                        f"{assigned.server_id} at {host.endpoint}: {refusal.message}", request_id=assigned.request_id
-                    ) from error
-                raise from_call(error, address=host.endpoint, request_id=assigned.request_id) from error
-            attempt.failure_reason, attempt.failure_message = refusal.reason, refusal.message
+            self._failure = self._failed_at(error, host, assigned, begun=bool(first))
         finally:
             host.calls -= 1
-            call.cancel()
+            if call is not None:
+                call.cancel()
 
-    def _sum_up(
+    def _failed_at(
         self,
-        summary: orchestrator_pb2.GenerationSummary,
+        error: grpc.aio.AioRpcError | Refusal,
+        host: Host,
+        assigned: orchestrator_pb2.AssignResponse,
+        *,
+        begun: bool,
+    ) -> Refusal:
+        """Why an attempt has failed; raises where the relay is of no use. `begun`: pieces have come."""
+        refusal = error if isinstance(error, Refusal) else from_rpc_error(error)
+        if refusal.reason in _FINAL:
+            raise error
+        if begun and not self._whole:
+            raise StreamBroken(
+                f"{assigned.server_id} broke off the answer: {refusal.message}",
+                request_id=assigned.request_id,
+                metadata={"server_id": assigned.server_id, "cause": refusal.reason},
+            ) from error
+        self._used = begun or (not refusal.transport and refusal.reason is not Reason.TICKET_REFUSED)
+        late = self._early and refusal.reason is Reason.TICKET_REFUSED
+        if refusal.transport or not (self._used or late):
+            host.failed()
+        if self._must and not late:
+            if isinstance(error, Refusal) or refusal.transport:
+                raise ServersAway(
+                    f"{assigned.server_id} at {host.endpoint}: {refusal.message}", request_id=assigned.request_id
+                ) from error
+            raise from_call(error, address=host.endpoint, request_id=assigned.request_id) from error
+        return refusal
+
+    def _ending(
+        self,
         result: generation_pb2.GenerationResult,
         assigned: orchestrator_pb2.AssignResponse,
-        attempt: orchestrator_pb2.Attempt,
         first: float,
         last: float,
-    ) -> None:
+        delta: generation_pb2.GenerationDelta | None,
+    ) -> answers.Ending:
         """What the control plane says of an answer that it relays, as it is seen from here."""
-        usage, timings, price = result.usage, summary.timings, assigned.price
-        summary.request_id, summary.finish_reason = assigned.request_id, result.finish_reason
-        summary.server_id, summary.model, summary.provider = assigned.server_id, assigned.model, assigned.provider
-        summary.usage.CopyFrom(usage)
-        summary.attempts.append(attempt)
-        timings.queued.CopyFrom(assigned.queued)
-        timings.total.FromNanoseconds(round((time.monotonic() - self._began) * 1e9))
-        if first:
-            timings.ttft.FromNanoseconds(round((first - self._began) * 1e9))
-            if usage.completion_tokens > 1:
-                timings.tpot.FromNanoseconds(round((last - first) / (usage.completion_tokens - 1) * 1e9))
-        cached = min(usage.cached_prompt_tokens, usage.prompt_tokens)
-        nano_usd = 1e3 * (
-            (usage.prompt_tokens - cached) * price.prompt_usd_per_million_tokens
-            + cached * price.cached_prompt_usd_per_million_tokens
-            + usage.completion_tokens * price.completion_usd_per_million_tokens
+        usage, began = answers.usage(result.usage), self._began
+        server_id, model, provider = assigned.server_id, assigned.model, assigned.provider
+        return answers.Ending(
+            finish_reason=names.FINISH_REASON.name(result.finish_reason),
+            usage=usage,
+            timings=Timings(
+                queued=_seconds(assigned.queued),
+                ttft=first - began if first else None,
+                tpot=(last - first) / (usage.completion_tokens - 1) if first and usage.completion_tokens > 1 else None,
+                total=time.monotonic() - began,
+            ),
+            server_id=server_id,
+            model=model,
+            provider=provider,
+            attempts=(Attempt(server_id, model, provider, answers.moment(self._started_at)),),
+            cost_usd=_cost(usage, assigned.price) if assigned.HasField("price") else 0.0,
+            request_id=assigned.request_id,
+            delta=delta,
         )
-        summary.cost_nano_usd = round(min(nano_usd, 2**63 - 1024))
 
 
-def assignment(request: orchestrator_pb2.GenerateRequest) -> orchestrator_pb2.AssignRequest:
-    """What the control plane must know of a request: all but what is asked."""
+def _cost(usage: Usage, price: fleet_pb2.Price) -> float:
+    """US dollars, whole nano-dollars."""
+    cached = min(usage.cached_prompt_tokens, usage.prompt_tokens)
+    nano_usd = 1e3 * (
+        (usage.prompt_tokens - cached) * price.prompt_usd_per_million_tokens
+        + cached * price.cached_prompt_usd_per_million_tokens
+        + usage.completion_tokens * price.completion_usd_per_million_tokens
+    )
+    return round(nano_usd) / 1e9
+
+
+def shape_key(request: orchestrator_pb2.GenerateRequest, features: Sequence[int]) -> Hashable:
+    """What routing can tell requests by that have neither an id nor ask for the decision: what `assignment` tells it,
+    but for their length."""
+    return (
+        request.task_type,
+        request.priority,
+        request.preset,
+        request.requirements.SerializeToString(deterministic=True),
+        request.input.sampling.SerializeToString(deterministic=True),
+        *features,
+    )
+
+
+def assignment(
+    request: orchestrator_pb2.GenerateRequest,
+    features: Sequence[fleet_pb2.ModelFeature],
+    prompt_tokens: int,
+) -> orchestrator_pb2.AssignRequest:
+    """What the control plane must know of a request: all but what is asked. `features`: that the input implies."""
     outline = orchestrator_pb2.GenerateRequest(
         task_type=request.task_type,
         priority=request.priority,
@@ -348,26 +464,26 @@ def assignment(request: orchestrator_pb2.GenerateRequest) -> orchestrator_pb2.As
         request_id=request.request_id,
         preset=request.preset,
     )
-    outline.requirements.features.extend(implied_features(request.input))
+    outline.requirements.features.extend(features)
     if request.input.HasField("sampling"):
         outline.input.sampling.CopyFrom(request.input.sampling)
-    return orchestrator_pb2.AssignRequest(request=outline, prompt_tokens=estimated_tokens(request.input))
+    return orchestrator_pb2.AssignRequest(request=outline, prompt_tokens=prompt_tokens)
 
 
-def direct_request(
-    request: orchestrator_pb2.GenerateRequest, assigned: orchestrator_pb2.AssignResponse
-) -> model_server_pb2.ModelServerGenerateRequest:
+def fill(
+    direct: model_server_pb2.ModelServerGenerateRequest | model_server_pb2.ModelServerCompleteRequest,
+    request: orchestrator_pb2.GenerateRequest,
+    assigned: orchestrator_pb2.AssignResponse,
+) -> None:
     """What the model server gets: the input with what the preset adds to it."""
-    direct = model_server_pb2.ModelServerGenerateRequest(
-        model=assigned.model, request_id=assigned.request_id, ticket=assigned.ticket
-    )
-    messages = request.input.messages
-    if messages and all(message.role != generation_pb2.ROLE_SYSTEM for message in messages):
-        direct.input.messages.extend(assigned.preset_messages)
+    direct.model, direct.request_id, direct.ticket = assigned.model, assigned.request_id, assigned.ticket
+    if assigned.preset_messages:
+        messages = request.input.messages
+        if messages and all(message.role != generation_pb2.ROLE_SYSTEM for message in messages):
+            direct.input.messages.extend(assigned.preset_messages)
     direct.input.MergeFrom(request.input)
     if assigned.HasField("sampling"):
         direct.input.sampling.CopyFrom(assigned.sampling)
-    return direct
 
 
 def _seconds(duration: Duration) -> float:

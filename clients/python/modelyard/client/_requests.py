@@ -143,14 +143,15 @@ def generate_request(
         logprobs=logprobs or top_logprobs > 0,
         top_logprobs=top_logprobs,
     )
+    # What is given as a mapping is made in its place; a message would be copied to it.
     return orchestrator_pb2.GenerateRequest(
-        input=generation_pb2.GenerationInput(
+        input={
             **_conversation(input, system, raw_prompt),
-            sampling=sampling,
-            response_format=_response_format(response_format),
-            tools=[_tool(tool) for tool in tools],
-            tool_choice=_tool_choice(tool_choice),
-        ),
+            "sampling": sampling,
+            "response_format": _response_format(response_format),
+            "tools": [_tool(tool) for tool in tools] if tools else (),
+            "tool_choice": _tool_choice(tool_choice),
+        },
         task_type=names.TASK_TYPE.number(task_type) if task_type else 0,  # type: ignore[arg-type]
         priority=names.PRIORITY.number(priority) if priority else 0,  # type: ignore[arg-type]
         requirements=_requirements(
@@ -273,27 +274,26 @@ def _as_tool_call(call: Any) -> ToolCall:
     )
 
 
-def _message(message: Message) -> generation_pb2.Message:
+def _message(message: Message) -> dict[str, Any]:
     content = message.content
     parts: tuple[str | Image, ...] = content if isinstance(content, tuple) else (content,)
     if parts == ("",) and message.tool_calls:
         parts = ()
-    return generation_pb2.Message(
-        role=names.ROLE.number(message.role),  # type: ignore[arg-type]
-        content=[_part(part) for part in parts],
-        tool_calls=[
-            generation_pb2.ToolCall(id=call.id, name=call.name, arguments_json=call.arguments_json)
-            for call in message.tool_calls
+    return {
+        "role": names.ROLE.number(message.role),
+        "content": [_part(part) for part in parts],
+        "tool_calls": [
+            {"id": call.id, "name": call.name, "arguments_json": call.arguments_json} for call in message.tool_calls
         ],
-        tool_call_id=message.tool_call_id,
-        name=message.name,
-    )
+        "tool_call_id": message.tool_call_id,
+        "name": message.name,
+    }
 
 
-def _part(part: str | Image) -> generation_pb2.ContentPart:
+def _part(part: str | Image) -> dict[str, Any]:
     if isinstance(part, str):
-        return generation_pb2.ContentPart(text=part)
-    return generation_pb2.ContentPart(image=generation_pb2.Image(data=part.data, media_type=part.media_type))
+        return {"text": part}
+    return {"image": {"data": part.data, "media_type": part.media_type}}
 
 
 # ----------------------------------------------------------- format and tools ---

@@ -132,21 +132,27 @@ class GenerationStream:
                 await self.aclose()
                 raise
             event: Delta | Decision | None = None  # None: a step of a newer control plane
-            if message.HasField("delta"):
+            if isinstance(message, answers.Ending):
+                if message.delta is not None:
+                    event = answers.delta(message.delta)
+            elif message.HasField("delta"):
                 event = answers.delta(message.delta)
             elif message.HasField("decision"):
                 event = answers.decision(message.decision)
             if event is not None:
                 self._answer.add(event)
-            if message.HasField("summary"):
-                # The last piece may have come with it.
+            # The last piece may have come with it.
+            if isinstance(message, answers.Ending):
+                self._result = self._answer.ended(message)
+                await self._finish()
+            elif message.HasField("summary"):
                 self._result = self._answer.result(message.summary)
                 await self._finish()
             if event is not None:
                 return event
         raise StopAsyncIteration
 
-    async def _read(self) -> orchestrator_pb2.GenerateResponse:
+    async def _read(self) -> orchestrator_pb2.GenerateResponse | answers.Ending:
         """The next message, making the call anew where that is allowed. Raises ModelyardError."""
         if self._patience is None:
             self._patience = self._make_patience()
