@@ -29,12 +29,43 @@ from tests.harness.tickets import counted, scripted, until_counted, until_direct
 
 QUICK = {"report_interval": 0.05}
 WORSE = {"models": [{"name": "sim", "capabilities": {"chat": 0.1}}]}
+CACHING = {"models": [{"name": "sim", "features": ["streaming", "prefix_cache"]}]}
 PRICED = {"models": [{"name": "sim", "price": {"prompt": 1.0, "completion": 2.0}}]}
 
 
 def generated(door, method="Complete") -> float:
     labels = {"method": method, "outcome": "ok"}
     return door.plane.metrics.registry.get_sample_value("modelyard_requests_total", labels) or 0.0
+
+
+async def test_a_prompt_is_looked_for_in_caches_whichever_way_it_went():
+    async with front_door() as door, model_server(
+        server_id="a", orchestrators=(door.address,), engine_settings=CACHING
+    ), AsyncClient(door.address) as client:  # fmt: skip
+        await until_direct(door, "a")
+
+        async def cached(prompt: str, **options) -> float:
+            result = await client.generate(prompt, max_tokens=1, explain=True, **options)
+            return result.decisions[0].candidates[0].terms["cached_tokens"]
+
+        rules, others = "Answer as a pirate would. " * 40, "Answer as a judge would. " * 40
+        assert await cached(f"{rules} Who are you?", direct="always") == 0
+        await until_counted(door, "ok", 1)
+        assert await cached(f"{rules} And where?", direct="always") == 256, "four blocks of 64"
+        assert await cached(f"{rules} And when?", direct="never") > 0, "less is trusted, as the server tells of none"
+        assert await cached(f"{others} Who are you?", direct="never") == 0
+        assert await cached(f"{others} And where?", direct="always") > 0
+
+
+async def test_a_long_prompt_takes_no_ticket_that_was_made_for_any():
+    async with front_door() as door, model_server(server_id="a", orchestrators=(door.address,)), AsyncClient(
+        door.address, direct="always"
+    ) as client:  # fmt: skip
+        await until_direct(door, "a")
+        await client.generate("x" * 4 * 600, max_tokens=1)
+        assert client._ahead is not None and not client._ahead._shapes
+        await client.generate("x" * 4 * 400, max_tokens=1)
+        assert len(client._ahead._shapes) == 1
 
 
 async def test_the_same_answer_and_summary_without_the_detour():

@@ -105,13 +105,10 @@ def check_assign_request(request: orchestrator_pb2.AssignRequest) -> Violations:
         found.append(Violation("request.task_type", unknown_number(inner.task_type)))
     if request.prompt_tokens > MAX_CONTEXT_LENGTH // 2:
         found.append(Violation("prompt_tokens", "is more than any model takes"))
-<<<<<<< HEAD
     if len(request.prompt_hashes) > MOST_DIGESTS:
         found.append(Violation("prompt_hashes", f"are more than {MOST_DIGESTS}"))
-=======
     if request.ahead_requests > MAX_AHEAD:
         found.append(Violation("ahead_requests", f"at most {MAX_AHEAD} are accepted, not {request.ahead_requests}"))
->>>>>>> w-direct
     _check_routing(inner, "request.", found)
     return found[:MAX_VIOLATIONS]
 

@@ -20,6 +20,7 @@ from modelyard.client._types import Attempt, Timings, Usage
 from modelyard.rpc.calls import SharedChannel, UnaryMethod
 from modelyard.rpc.channels import channel
 from modelyard.rpc.errors import Refusal, from_rpc_error
+from modelyard.rpc.prompts import digests, prompt_bytes
 from modelyard.rpc.reasons import Reason
 from modelyard.rpc.routing import estimated_tokens, implied_features
 from modelyard.v1 import fleet_pb2, generation_pb2, model_server_pb2, model_server_pb2_grpc, orchestrator_pb2
@@ -31,6 +32,9 @@ _CONNECT_SECONDS, _MUST_CONNECT_SECONDS = 0.25, 5.0
 """How long a request waits for a host to be reached: where the relay takes it then, and where there is no relay."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 30.0, 600.0
 """Seconds for which a host that was not reached is left alone; doubled each time."""
+_LONGEST_AHEAD = 512
+"""Tokens of a prompt up to which a ticket may be taken ahead: of a longer one it matters more where its beginning is
+cached, of which such a ticket knows nothing."""
 _MOST_HOSTS = 256
 """To which connections are kept."""
 
@@ -169,7 +173,8 @@ class DirectCall:
         self._prompt_tokens = estimated_tokens(request.input)
         self._shape: Shape | None = None
         # A decision is made for the one request that asks for it, and an id is in the ticket.
-        if ahead is not None and not (request.explain or request.request_id):
+        short = self._prompt_tokens <= _LONGEST_AHEAD
+        if ahead is not None and short and not (request.explain or request.request_id):
             self._shape = ahead.shape(shape_key(request, self._features))
         self._followed = self._shape is not None and self._shape.begins()
         self._began = time.monotonic()
@@ -264,9 +269,11 @@ class DirectCall:
 
     async def _assign(self) -> orchestrator_pb2.AssignResponse | None:
         """A server and a ticket; None: the relay may do, or tells better why nothing does."""
+        asked = self._asked(self._prompt_tokens)
+        asked.prompt_hashes.extend(digests(prompt_bytes(self._request.input)))
         try:
             assigned: orchestrator_pb2.AssignResponse = await self._go_on(
-                self._stub.Assign(self._asked(self._prompt_tokens), timeout=self._left())
+                self._stub.Assign(asked, timeout=self._left())
             )
             return assigned
         except grpc.aio.AioRpcError as error:
