@@ -11,6 +11,7 @@ from modelyard.rpc.reasons import Reason
 from modelyard.testing import FakeModelServer
 from modelyard.v1 import fleet_pb2
 from tests.harness.front_door import ask, attached, front_door
+from tests.harness.programs import until
 
 FIRST, SECOND = "a-first", "b-second"
 HEDGING = {"hedging": 1.0, "max_attempts": 3}
@@ -74,7 +75,11 @@ async def test_one_that_fails_leaves_the_other(last):
         await asyncio.gather(*(gate.arrived.wait() for gate in gates.values()))
         fakes[other].answer(Refusal(Reason.ENGINE_FAILED, "broken"))
         gates[other].open()
-        await fakes[other].until(lambda: fakes[other].calls_of("Generate")[-1].outcome != "running")
+
+        async def known() -> bool:
+            return bool((await door.server(other)).models[0].failures)
+
+        await until(known)
         gates[last].open()
         reply = await asked
         assert reply.done.server_id == last
