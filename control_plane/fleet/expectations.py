@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 # A first token is too late after so many times what nine of ten are expected to take, and after so many seconds.
 _OVERDUE = 2.0
 _OVERDUE_SOONEST = 1.0
+# While it goes on waiting, whether another server would be sooner is looked at again after this share of the time.
+_ASKED_AGAIN = 0.25
 # Observations before it is known how long that takes. Till then nobody is waited for longer than the objective.
 _EVIDENCE = 0.5
 
@@ -214,7 +216,7 @@ class Expectations:
         self, flight: Flight, request: RouteRequest, row: int, now: float, cached: float, patience: float
     ) -> Expected:
         server, load, table = flight.server, flight.server.report.load, self._table
-        backlog = sum(other.expected.features.uncached_tokens for other in server.prefilling)
+        backlog = sum(_to_prefill(other.expected, now) for other in server.prefilling)
         streams = _decoding(server) + load.foreign
         features = Features(
             request.prompt_tokens, cached, backlog, streams, load.waiting, load.kv_cache_utilization, flight.cold
@@ -231,7 +233,9 @@ class Expectations:
             longest = math.inf if coefficients.evidence >= _EVIDENCE else patience
             slow_at = first_at + first * (coefficients.ttft_spread[-1] - 1.0)
             # Even if nothing of the prompt is cached: that is no failure, and only its answer tells.
-            longer = ttft(coefficients, request.prompt_tokens, backlog, float(load.waiting))
+            # Of a server that has just failed that is not hoped for.
+            tokens = uncached if flight.pair.breaker.doubtful else request.prompt_tokens
+            longer = ttft(coefficients, tokens, backlog, float(load.waiting))
             late = _OVERDUE * longer * coefficients.ttft_spread[-1]
             overdue_at = now + min(longest, max(_OVERDUE_SOONEST, late))
         lane = coefficients.per_prompt_token * uncached
@@ -265,7 +269,7 @@ class Expectations:
         for flight in list(server.prefilling):
             if flight.on_overdue is not None and now >= flight.expected.overdue_at:
                 log.info("%s: no first token after %.1f s", server.id, now - flight.began)
-                flight.expected.overdue_at = math.inf
+                flight.expected.overdue_at = now + _ASKED_AGAIN * (now - flight.began)
                 flight.on_overdue()
         for flight in server.prefilling:
             if flight.on_overdue is not None:
@@ -291,6 +295,12 @@ class Expectations:
         self._unkept[flight.row_key] = None
         if used is not None and used.whole and used.completion:
             self._lengths.observe(request.task_type, flight.model, used.completion)
+
+
+def _to_prefill(expected: Expected, now: float) -> float:
+    """Tokens of a prompt that are still to be prefilled, as far as is known."""
+    tokens, left = expected.features.uncached_tokens, max(0.0, expected.first_at - now)
+    return tokens if left >= expected.lane else tokens * left / expected.lane
 
 
 def _decoding(server: Server) -> int:

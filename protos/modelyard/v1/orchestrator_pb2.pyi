@@ -141,7 +141,7 @@ class AssignRequest(_message.Message):
     def __init__(self, request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., ahead: bool = ...) -> None: ...
 
 class AssignResponse(_message.Message):
-    __slots__ = ("request_id", "server_id", "endpoint", "model", "provider", "ticket", "valid_for", "time_limit", "queued", "sampling", "preset_messages", "price", "decision")
+    __slots__ = ("request_id", "server_id", "endpoint", "model", "provider", "ticket", "valid_for", "time_limit", "queued", "sampling", "preset_messages", "price", "decision", "hold_back")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SERVER_ID_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
@@ -155,6 +155,7 @@ class AssignResponse(_message.Message):
     PRESET_MESSAGES_FIELD_NUMBER: _ClassVar[int]
     PRICE_FIELD_NUMBER: _ClassVar[int]
     DECISION_FIELD_NUMBER: _ClassVar[int]
+    HOLD_BACK_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     server_id: str
     endpoint: str
@@ -168,7 +169,8 @@ class AssignResponse(_message.Message):
     preset_messages: _containers.RepeatedCompositeFieldContainer[_generation_pb2.Message]
     price: _fleet_pb2.Price
     decision: _selection_pb2.Decision
-    def __init__(self, request_id: _Optional[str] = ..., server_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., model: _Optional[str] = ..., provider: _Optional[str] = ..., ticket: _Optional[bytes] = ..., valid_for: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., time_limit: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., queued: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., preset_messages: _Optional[_Iterable[_Union[_generation_pb2.Message, _Mapping]]] = ..., price: _Optional[_Union[_fleet_pb2.Price, _Mapping]] = ..., decision: _Optional[_Union[_selection_pb2.Decision, _Mapping]] = ...) -> None: ...
+    hold_back: bool
+    def __init__(self, request_id: _Optional[str] = ..., server_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., model: _Optional[str] = ..., provider: _Optional[str] = ..., ticket: _Optional[bytes] = ..., valid_for: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., time_limit: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., queued: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., preset_messages: _Optional[_Iterable[_Union[_generation_pb2.Message, _Mapping]]] = ..., price: _Optional[_Union[_fleet_pb2.Price, _Mapping]] = ..., decision: _Optional[_Union[_selection_pb2.Decision, _Mapping]] = ..., hold_back: bool = ...) -> None: ...
 
 class EmbedRequest(_message.Message):
     __slots__ = ("inputs", "requirements", "priority", "request_id")

@@ -253,7 +253,7 @@ class DirectCall:
         call = self._go_on(
             host.generate(direct_request(self._request, assigned), timeout=limit if left is None else min(left, limit))
         )
-        began, first, last = time.monotonic(), 0.0, 0.0
+        began, first, last, whole = time.monotonic(), 0.0, 0.0, self._whole or assigned.hold_back
         if self._followed and self._shape is not None:
             self._shape.begun(self._stub, self._asked)
         kept: list[orchestrator_pb2.GenerateResponse] = []
@@ -279,7 +279,7 @@ class DirectCall:
                     with contextlib.suppress(grpc.aio.AioRpcError):  # the answer is whole, whatever becomes of it
                         await call.read()
                     return
-                if self._whole:
+                if whole:
                     kept.append(response)
                 else:
                     yield response
@@ -287,7 +287,7 @@ class DirectCall:
             refusal = error if isinstance(error, Refusal) else from_rpc_error(error)
             if refusal.reason in _FINAL:
                 raise
-            if first and not self._whole:
+            if first and not whole:
                 raise StreamBroken(
                     f"{assigned.server_id} broke off the answer: {refusal.message}",
                     request_id=assigned.request_id,
