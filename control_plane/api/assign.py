@@ -117,7 +117,7 @@ class Assignments:
         try:
             async with asyncio.timeout(limit):
                 await self._generation.funded(route)
-                grant = await self._scheduler.acquire(route, avoid, explain=asked.explain)
+                grant = await self._scheduler.acquire(route, avoid, explain=asked.explain, leaves=arrived + limit)
         except TimeoutError:
             raise out_of_time(limit) from None
         except DomainError as error:
@@ -160,6 +160,7 @@ class Assignments:
             model=flight.model,
             provider=flight.provider,
             ticket=reservation.ticket,
+            hold_back=flight.held,
         )
         convert.set_duration(response.valid_for, lifetime)
         convert.set_duration(response.time_limit, max(0.0, arrived + limit - now))
@@ -259,7 +260,8 @@ class Assignments:
             if outcome.tokens_until_failure or not known:
                 charge.break_off(outcome.tokens_until_failure)
             blamed = known and blames_server(reason)
-            ended = Outcome(OutcomeKind.FAILURE) if blamed else NEUTRAL
+            begun = bool(outcome.tokens_until_failure)
+            ended = Outcome(OutcomeKind.FAILURE, broken_off=begun) if blamed else NEUTRAL
             self._end(reservation, ended, reason if known else "cancelled")
             return
         result, flight = outcome.result, reservation.flight

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import random
 from typing import Generic, TypeVar
 
@@ -21,7 +21,7 @@ from control_plane.domain.ports import Clock
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Failed
 from control_plane.fleet.charge import Charge
-from control_plane.fleet.scheduler import Grant, Outlook, Scheduler
+from control_plane.fleet.scheduler import Grant, Scheduler
 from control_plane.fleet.server import Flight, Outcome, OutcomeKind
 from control_plane.scheduling.retry import REQUEST_REASONS, Allowance, RetryPolicy, blames_server, repeatable, retryable
 from modelyard.program.process import first_of
@@ -53,12 +53,14 @@ class Progress:
     tokens_sent: bool = False
     tokens: int = 0
     """That have come, at least."""
+    held: list[bytes] = field(default_factory=list)
+    """Messages that are passed on when the answer is whole, for its server may break it off."""
     lost: bool = False
     """The server's lease ran out during the attempt."""
     overdue: bool = False
     """Its first token was so late that another server is asked."""
     may_leave: Callable[[], bool] = lambda: False
-    """Whether there is another."""
+    """Whether there is another that is expected to be sooner."""
     call: UnaryCall | grpc.aio.Call | None = None
     on_begin: Callable[[Progress], None] | None = None
     """Of an attempt beside which there may be another."""
@@ -122,9 +124,11 @@ class Attempts:
         avoid: Iterable[Failed] = (),
         *,
         hedge: bool = False,
+        leaves: float = math.inf,
     ) -> T:
         """Return what the first successful attempt returns; `history` gets one entry per attempt. `size` is that of
-        the request in bytes; those to `avoid` have failed it before it came here.
+        the request in bytes; those to `avoid` have failed it before it came here; its client `leaves` at that time,
+        monotonic seconds.
 
         A server that failed is avoided while there is another that can do it. If there is none, it is asked again,
         unless it would say the same; one that could not be reached is waited for, as it may be starting anew.
@@ -134,7 +138,7 @@ class Attempts:
 
         Raises Refusal or DomainError when no attempt can be made or none succeeded.
         """
-        life = _Life(self, request, attempt, history, on_grant, size, avoid)
+        life = _Life(self, request, attempt, history, on_grant, size, avoid, leaves)
         hedging = self._hedging if hedge and on_grant is None else None
         if hedging is not None:
             hedging.request()
@@ -161,6 +165,7 @@ class _Life(Generic[T]):
         on_grant: Callable[[Grant], Awaitable[None]] | None,
         size: int,
         avoid: Iterable[Failed],
+        leaves: float = math.inf,
     ) -> None:
         self._owner = owner
         self._request = request
@@ -168,6 +173,7 @@ class _Life(Generic[T]):
         self._history = history
         self._on_grant = on_grant
         self._size = size
+        self._leaves = leaves
         self._place, self._arrived = owner.scheduler.take_place(), owner.clock.monotonic()
         self._unfit: frozenset[Failed] = frozenset()
         self._failed: Mapping[Failed, Flight | None] = dict.fromkeys(avoid)
@@ -189,6 +195,7 @@ class _Life(Generic[T]):
                     place=self._place,
                     again=bool(self._history),
                     arrived=self._arrived,
+                    leaves=self._leaves,
                 )
             except DomainError as error:
                 known = self._history or self._failed
@@ -216,7 +223,8 @@ class _Life(Generic[T]):
 
         def may_leave() -> bool:
             more = len(self._history) < self._owner.policy.max_attempts
-            return more and self._owner.scheduler.outlook(self._request, tried) is Outlook.HERE
+            elapsed = self._owner.clock.monotonic() - flight.began
+            return more and self._owner.scheduler.sooner_elsewhere(self._request, tried, elapsed, self._leaves)
 
         one.progress.may_leave = may_leave
         flight.on_lost = one.progress.lose
@@ -231,7 +239,8 @@ class _Life(Generic[T]):
             result, outcome = await judged(self._attempt(grant, progress), progress)
         except AttemptFailed as failure:
             self._going.remove(one)
-            scheduler.release(grant.flight, outcome_of(failure.refusal, grant.flight, one.server.instance_id))
+            outcome = outcome_of(failure.refusal, grant.flight, one.server.instance_id, begun=bool(progress.tokens))
+            scheduler.release(grant.flight, outcome)
             self._note(one, failure.refusal)
             raise
         except BaseException:
@@ -357,12 +366,12 @@ def is_foreign(refusal: Refusal) -> bool:
     return refusal.transport and refusal.reason in (Reason.UNSUPPORTED, Reason.UNKNOWN_MODEL)
 
 
-def outcome_of(refusal: Refusal, flight: Flight, instance_id: str) -> Outcome:
-    """What a failed attempt says of the server, which was this instance then."""
+def outcome_of(refusal: Refusal, flight: Flight, instance_id: str, *, begun: bool = False) -> Outcome:
+    """What a failed attempt says of the server, which was this instance then; `begun`: it had its first token."""
     # A process that is gone has no use for blame, and the one that has taken its place is not to have it.
     gone = flight.server.report.identity.instance_id != instance_id
     blamed = (is_foreign(refusal) or blames_server(refusal.reason)) and not gone
-    return FAILURE if blamed else NEUTRAL
+    return Outcome(OutcomeKind.FAILURE, broken_off=begun) if blamed else NEUTRAL
 
 
 def broken(flight: Flight, refusal: Refusal) -> Refusal:

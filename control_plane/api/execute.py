@@ -95,7 +95,7 @@ class TaskExecutor:
                 answer = await judged(self._charged(asked, flight, progress), progress)
         except AttemptFailed as failure:
             refusal = failure.refusal
-            self._release(flight, outcome_of(refusal, flight, instance_id))
+            self._release(flight, outcome_of(refusal, flight, instance_id, begun=bool(progress.tokens)))
             if is_foreign(refusal):
                 raise DomainError(Reason.ENGINE_FAILED, "what answers there is no model server") from failure
             raise DomainError(refusal.reason, refusal.message, refusal.retry_after) from failure

@@ -212,7 +212,10 @@ class Generation:
         try:
             async with asyncio.timeout(limit):
                 await self.funded(route)
-                await self._attempts.run(route, relay.attempt, history, on_grant, body.size, avoid, hedge=relay.streams)
+                await self._attempts.run(
+                    route, relay.attempt, history, on_grant, body.size, avoid,
+                    hedge=relay.streams, leaves=arrived + limit,
+                )  # fmt: skip
         except TimeoutError:
             raise out_of_time(limit) from None
         finally:
@@ -282,7 +285,7 @@ class Generation:
         try:
             async with asyncio.timeout(limit):
                 await self.funded(route)
-                return await self._attempts.run(route, attempt, history, size=body.size)
+                return await self._attempts.run(route, attempt, history, size=body.size, leaves=arrived + limit)
         except TimeoutError:
             raise out_of_time(limit) from None
 
@@ -446,6 +449,11 @@ class _Relay:
         # The slot is free now; that this client may be slow to read its summary is no concern
         # of the next request.
         owner._release(flight, outcome)
+        if progress.held:
+            progress.tokens_sent = True
+            first = last  # that is when its client sees it
+            for chunk in progress.held:
+                await self._write(chunk)
         if self._whole is not None:
             self._whole(deltas, self._summary(GenerationSummary(), answer.result, grant, first, last))
         else:
@@ -465,7 +473,7 @@ class _Relay:
                 self._chosen(flight, len(self._history))
 
     async def _relay(self, upstream: Upstream, request: bytes, progress: Progress, flight: Flight) -> _Told:
-        """Ask for a stream and pass on what comes, or keep it for who wants it whole."""
+        """Ask for a stream and pass on what comes, or keep it: for who wants it whole, and where it may break off."""
         clock, keep = self._owner._clock.monotonic, self._whole is not None
         call = upstream.generate(request, timeout=max(0.0, self._deadline - clock()))
         progress.call = call
@@ -483,10 +491,13 @@ class _Relay:
                     if not first:
                         first = last
                         self._owner._fleet.first_token(flight, first)
-                        self._begin(progress, flight)
+                        if not flight.held:
+                            self._begin(progress, flight)
                     progress.tokens += 1
                     if keep:
                         kept.append(ModelServerGenerateResponse.FromString(chunk).delta)
+                    elif flight.held:
+                        progress.held.append(chunk)
                     else:
                         progress.tokens_sent = True
                         await self._write(chunk)
@@ -499,7 +510,7 @@ class _Relay:
         except BaseException:
             call.cancel()
             raise
-        if not progress.tokens:
+        if flight.held or not progress.tokens:
             self._begin(progress, flight)
         if message.HasField("delta"):
             last = clock()

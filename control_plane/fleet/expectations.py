@@ -17,7 +17,7 @@ from control_plane.domain.model import ModelCard, ModelName, ModelState, ServerI
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.task import Feature, TaskType
 from control_plane.fleet.judgements import Judgements
-from control_plane.fleet.server import Expected, Flight, Outcome, OutcomeKind, Pair, Server
+from control_plane.fleet.server import Expected, Flight, Outcome, OutcomeKind, Pair, Prefilling, Server
 from control_plane.prediction.features import Coefficients, Features, Kin, RowKey, ttft
 from control_plane.prediction.latency import LatencyModel
 from control_plane.prediction.output_length import OutputLength
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 # A first token is too late after so many times what nine of ten are expected to take, and after so many seconds.
 _OVERDUE = 2.0
 _OVERDUE_SOONEST = 1.0
+# While it goes on waiting, whether another server would be sooner is looked at again after this share of the time.
+_ASKED_AGAIN = 0.25
 # Observations before it is known how long that takes. Till then nobody is waited for longer than the objective.
 _EVIDENCE = 0.5
 
@@ -214,7 +216,7 @@ class Expectations:
         self, flight: Flight, request: RouteRequest, row: int, now: float, cached: float, patience: float
     ) -> Expected:
         server, load, table = flight.server, flight.server.report.load, self._table
-        backlog = max(0.0, server.prefilling.tokens)
+        backlog = _backlog(server.prefilling, now)
         streams = _decoding(server) + load.foreign
         features = Features(
             request.prompt_tokens, cached, backlog, streams, load.waiting, load.kv_cache_utilization, flight.cold
@@ -231,7 +233,9 @@ class Expectations:
             longest = math.inf if coefficients.evidence >= _EVIDENCE else patience
             slow_at = first_at + first * (coefficients.ttft_spread[-1] - 1.0)
             # Even if nothing of the prompt is cached: that is no failure, and only its answer tells.
-            longer = ttft(coefficients, request.prompt_tokens, backlog, float(load.waiting))
+            # Of a server that has just failed that is not hoped for.
+            tokens = uncached if flight.pair.breaker.doubtful else request.prompt_tokens
+            longer = ttft(coefficients, tokens, backlog, float(load.waiting))
             late = _OVERDUE * longer * coefficients.ttft_spread[-1]
             overdue_at = now + min(longest, max(_OVERDUE_SOONEST, late))
         lane = coefficients.per_prompt_token * uncached
@@ -266,7 +270,7 @@ class Expectations:
         for flight in list(server.prefilling):
             if flight.on_overdue is not None and now >= flight.expected.overdue_at:
                 log.info("%s: no first token after %.1f s", server.id, now - flight.began)
-                flight.expected.overdue_at = math.inf
+                flight.expected.overdue_at = now + _ASKED_AGAIN * (now - flight.began)
                 flight.on_overdue()
         for flight in server.prefilling:
             if flight.on_overdue is not None:
@@ -292,6 +296,18 @@ class Expectations:
         self._unkept[flight.row_key] = None
         if used is not None and used.whole and used.completion:
             self._lengths.observe(request.task_type, flight.model, used.completion)
+
+
+def _backlog(prefilling: Prefilling, now: float) -> float:
+    """Tokens of prompts that are still to be prefilled, as far as is known: they are done in order."""
+    done = 0.0
+    for flight in prefilling:
+        expected = flight.expected
+        left = max(0.0, expected.first_at - now)
+        if left and left >= expected.lane:
+            break
+        done += expected.uncached * (1 - left / expected.lane) if left else expected.uncached
+    return max(0.0, prefilling.tokens - done)
 
 
 def _decoding(server: Server) -> int:

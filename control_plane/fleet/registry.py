@@ -163,7 +163,7 @@ class Fleet:
                 server.drain_ordered = False
                 self._abandon(server)
                 for pair in server.pairs.values():
-                    pair.stats = pair.stats.renewed(now)
+                    pair.stats, pair.broke_off = pair.stats.renewed(now), False
             server.attached_wall = server.reported_wall = wall
             server.lease = Lease.grant(epoch, now, self._policy.lease_duration)
         server.attachment, self._without_tickets = Attachment(server, on_directive), None
@@ -260,10 +260,11 @@ class Fleet:
         self._expectations.tick(self._servers.values(), now)
 
     def sound(self, row: int) -> bool:
-        """Whether nothing speaks against the pair in a row of the table: its circuit breaker does not watch it."""
+        """Whether nothing speaks against the pair in a row of the table: its circuit breaker does not watch it, and it
+        is not held back."""
         chosen = self.table.rows[row]
         pair = self._pair(self._servers[chosen.server_id], (chosen.card.name, chosen.card.provider))
-        return pair.breaker.state is BreakerState.CLOSED
+        return pair.breaker.state is BreakerState.CLOSED and not pair.broke_off
 
     # --------------------------------------------------------- dispatching ---
 
@@ -289,7 +290,7 @@ class Fleet:
             self._refresh_pair(server_id, (model, provider), now)
         cold = self.table.cold is not None and bool(self.table.cold[row])
         flight = Flight(server, model, provider, chosen.card.price, pair, pair.breaker.epoch, now, cold)
-        flight.request, flight.ahead = request, ahead
+        flight.request, flight.ahead, flight.held = request, ahead, pair.broke_off
         self._expectations.begin(flight, row, now, cached, patience)
         server.flights.add(flight)
         self.table.take(row)
@@ -310,9 +311,11 @@ class Fleet:
             ttft, service = (None, None) if flight.cold else (outcome.ttft, now - flight.began)
             pair.stats = pair.stats.observe_success(ttft, outcome.tpot, now, service)
             pair.breaker = pair.breaker.on_success(now, flight.breaker_epoch)
+            pair.broke_off &= not flight.held  # one that began before says nothing of now
         elif outcome.kind is OutcomeKind.FAILURE:
             pair.stats = pair.stats.observe_failure(now)
             pair.breaker = pair.breaker.on_failure(now, flight.breaker_epoch)
+            pair.broke_off |= outcome.broken_off
         else:
             pair.breaker = pair.breaker.on_cancel(now, flight.breaker_epoch)
         if self._servers.get(server.id) is server:

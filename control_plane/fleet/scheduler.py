@@ -38,6 +38,7 @@ from control_plane.scheduling.ahead import spares
 from control_plane.scheduling.queue import FairQueue, KindKey, Reached, Waiting
 from control_plane.selection.filters import FREE, passing, permanent, present
 from control_plane.selection.forecast import Planned
+from control_plane.selection.patience import in_vain, sooner
 from control_plane.selection.policy import Policy
 from control_plane.selection.query import Query
 from control_plane.selection.select import Choice, explain, select
@@ -124,6 +125,8 @@ class _Wanted:
     """Nobody waits for it, so it takes what is free."""
     late: bool = False
     """It is too late to serve it well: others come first."""
+    leaves: float = math.inf
+    """Monotonic seconds when its client goes away."""
     due: float | None = None
     """Monotonic seconds when the answer of one that comes now is due. None: it is its turn among those who wait."""
 
@@ -134,6 +137,8 @@ class _Waiter:
 
     future: Promise
     explain: bool
+    leaves: float = math.inf
+    """Monotonic seconds when its client goes away."""
     cached: Floats | None = None
     """Tokens of its prompt in the cache of each row, shape (rows,)."""
     cached_at: float = -math.inf
@@ -270,11 +275,12 @@ class Scheduler:
         place: int | None = None,
         again: bool = False,
         arrived: float | None = None,
+        leaves: float = math.inf,
     ) -> Grant:
         """Wait for a server that is not in `avoid`; end the grant with `release`.
 
         `size` is that of the request in bytes, `place` from `take_place`, `arrived` (monotonic seconds) when it came
-        first. A request that comes `again` after a failed
+        first, `leaves` when its client goes away. A request that comes `again` after a failed
         attempt was let in before: a full queue does not turn it away, and it waits for servers whose models are not
         known yet.
 
@@ -282,7 +288,8 @@ class Scheduler:
         QUEUE_TIMEOUT, BUDGET_EXHAUSTED. Cancelling gives up the place in the queue.
         """
         standing = self.enter(
-            request, avoid, explain=explain, size=size, place=place, again=again, arrived=arrived
+            request, avoid, explain=explain, size=size, place=place, again=again, arrived=arrived,
+            leaves=leaves,
         )  # fmt: skip
         if standing.entry is None:
             return standing.future.result()
@@ -302,6 +309,7 @@ class Scheduler:
         place: int | None = None,
         again: bool = False,
         arrived: float | None = None,
+        leaves: float = math.inf,
     ) -> Standing:
         """As `acquire`, for whoever does not await: the future has a grant, or will have one or an exception."""
         now = self._clock.monotonic()
@@ -313,7 +321,7 @@ class Scheduler:
         due = since + self._policy_for(request).ttft_objective(request.prompt_tokens)
         # They cannot use what is open now, unless there was no time yet to offer it.
         overtake = self._later is None and not self._queue.goes_before(request, avoid, place, due)
-        wanted = _Wanted(request, avoid, since, now, explain, patient=again, late=due < now, due=due)
+        wanted = _Wanted(request, avoid, since, now, explain, patient=again, late=due < now, due=due, leaves=leaves)
         grant = self._place(wanted, now, overtake=overtake)
         future = self._loop.create_future()
         if grant:
@@ -321,8 +329,8 @@ class Scheduler:
             return Standing(future, None)
         rate = max(self._rate, _SLOWEST_RATE)
         entry = self._queue.push(
-            request, _Waiter(future, explain), now=now, avoid=avoid, rate=rate, size=size, place=place, again=again,
-            due=due, arrived=since,
+            request, _Waiter(future, explain, leaves), now=now, avoid=avoid, rate=rate, size=size, place=place,
+            again=again, due=due, arrived=since,
         )  # fmt: skip
         self._welcome()
         return Standing(future, entry)
@@ -394,6 +402,14 @@ class Scheduler:
         if choice.verdict is Verdict.IMPOSSIBLE and not choice.unaffordable:
             return Outlook.NONE
         return Outlook.AWAY if choice.all_away or choice.unaffordable else Outlook.HERE
+
+    def sooner_elsewhere(
+        self, request: RouteRequest, avoid: frozenset[Failed], elapsed: float, leaves: float = math.inf
+    ) -> bool:
+        """Whether a request whose first token is overdue after so many seconds, on a server that is among those in
+        `avoid`, is to be taken from there; its client `leaves` then, monotonic seconds. See `patience.sooner`."""
+        now = self._clock.monotonic()
+        return sooner(self._query(request, avoid, now, left=leaves - now), elapsed)
 
     def release(self, flight: Flight, outcome: Outcome) -> None:
         """Give the slot back. A second call does nothing."""
@@ -520,7 +536,7 @@ class Scheduler:
                 return False
             wanted = _Wanted(
                 entry.request, entry.avoid, entry.arrived, entry.enqueued_at, waiter.explain,
-                background=entry.background, late=entry.late,
+                background=entry.background, late=entry.late, leaves=waiter.leaves,
             )  # fmt: skip
             try:
                 grant = self._place(wanted, now, queued=self._queue.behind(entry))
@@ -702,9 +718,13 @@ class Scheduler:
         query = self._query(
             request, wanted.avoid, now, now - wanted.arrived,
             queued=queued, planned=planned if overtake else None, content=wanted.background,
+            late=wanted.late, left=wanted.leaves - now,
         )  # fmt: skip
         choice = select(query)
         self._on_selected(self._clock.monotonic() - started)
+        if choice.verdict is Verdict.CHOSEN and wanted.late and len(self._queue) > 1 and in_vain(query, choice.row):
+            self._decline(now)
+            return None
         if choice.verdict is Verdict.CHOSEN:
             if not overtake:
                 return None
@@ -732,9 +752,13 @@ class Scheduler:
                 due = wanted.arrived + query.policy.ttft_objective(request.prompt_tokens)
                 self._ahead.append((request.priority, due, span, choice.prefill))
             if choice.prefers:
-                self._declines += 1
-                self._reconsider_at = min(self._reconsider_at, now + _RECONSIDER)
+                self._decline(now)
         return None
+
+    def _decline(self, now: float) -> None:
+        """Somebody leaves what is free to the next."""
+        self._declines += 1
+        self._reconsider_at = min(self._reconsider_at, now + _RECONSIDER)
 
     def _take(self, query: Query, choice: Choice, *, ahead: bool = False) -> Flight | None:
         """The slot that was chosen. None: its tenant lacks the money after all."""

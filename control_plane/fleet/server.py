@@ -39,6 +39,8 @@ class Outcome:
     ttft: float | None = None
     """Seconds from dispatch to the first token."""
     tpot: float | None = None
+    broken_off: bool = False
+    """It failed after its first token."""
 
 
 @dataclass(slots=True)
@@ -49,6 +51,9 @@ class Pair:
     breaker: Breaker
     fingerprint: str
     """Under which it was learned."""
+    broke_off: bool = False
+    """It has broken off an answer, and given none since that it began later: what it says next is held back until it
+    is whole, so that another server can still be asked."""
 
 
 @dataclass(slots=True)
@@ -97,11 +102,13 @@ class Flight:
     """Its client calls the server itself."""
     ahead: bool = False
     """Its client has asked for a ticket ahead of need."""
+    held: bool = False
+    """Its server has just broken off an answer: nothing of this one is passed on until it is whole."""
     on_lost: Callable[[], None] | None = None
     """Called when the server's lease runs out: nothing will come any more."""
     on_overdue: Callable[[], None] | None = None
-    """Called once when its first token is so late that another server is to be asked. Only what says when the first
-    token has come may set it."""
+    """Called when its first token is so late that another server may be sooner, and again while it goes on waiting.
+    Only what says when the first token has come may set it."""
     request: RouteRequest | None = None
     expected: Expected = field(default_factory=Expected)
     charge: Charge = field(default_factory=Charge)

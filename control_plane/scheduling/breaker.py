@@ -69,6 +69,11 @@ class Breaker:
         """A new one, through which requests pass."""
         return cls(policy)
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether the latest request that said anything has failed."""
+        return self.state is not BreakerState.CLOSED or self.failed > 0
+
     def allows(self, now: float) -> bool:
         """Whether a request may be dispatched."""
         if self.state is BreakerState.CLOSED:

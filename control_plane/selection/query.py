@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from control_plane.domain.funds import Funds
@@ -33,6 +34,10 @@ class Query:
     """Tokens of the prompt that each row is expected to have in its prefix cache, shape (rows,). None: nothing."""
     planned: Planned | None = None
     """What servers will do first. None: nothing."""
+    late: bool = False
+    """It is too late to serve it well: wherever it has to wait, others go first."""
+    left: float = math.inf
+    """Seconds until its client leaves."""
     content: bool = False
     """Whether it takes what is free, and does not wait for better."""
     draw: float = 0.0

@@ -19,6 +19,8 @@ class Send(NamedTuple):
 
     job: Job
     host: str
+    held: bool = False
+    """The client gets nothing of the answer until it is whole, so that it can be asked for elsewhere until then."""
 
 
 class Cancel(NamedTuple):
@@ -78,6 +80,10 @@ class Streams(Protocol):
         """Tokens of this answer that have come from this host. 0 where it has nothing of it."""
         ...
 
+    def deadline(self, job: Job) -> float:
+        """When its client leaves, which it says with its request."""
+        ...
+
 
 class Dispatcher(Protocol):
     """A policy. Events come with rising `now`; after each of them `decide` is called once."""
@@ -85,7 +91,8 @@ class Dispatcher(Protocol):
     def arrive(self, job: Job, now: float) -> None: ...
 
     def first_token(self, job: Job, host_id: str, now: float, cached_tokens: int) -> None:
-        """The first token of the attempt that the client gets. Told once per request."""
+        """The first token of the attempt that the client gets, told once per request; of one that is held back, in any
+        case."""
         ...
 
     def finished(self, job: Job, host_id: str, now: float, usage: Usage) -> None:

@@ -85,7 +85,7 @@ class Stage(IntEnum):
 class Run:
     """One attempt of one job on one host."""
 
-    __slots__ = ("cached", "cut", "end", "first_at", "host", "job", "output", "owner", "seen", "stage", "start")
+    __slots__ = ("cached", "cut", "end", "first_at", "held", "host", "job", "output", "owner", "seen", "stage", "start")
 
     def __init__(self, job: Job, output: int, host: Host, owner: Any) -> None:
         self.job = job
@@ -106,6 +106,8 @@ class Run:
         """It does not get to its end."""
         self.seen = False
         """Its first token has come to the control plane."""
+        self.held = False
+        """Its client gets nothing of it until it is whole."""
 
 
 class Sink(Protocol):

@@ -320,17 +320,24 @@ class _Simulation:
         run.seen = True
         if outcome.bound is not None:
             return False
+        if not run.held:
+            self._bind(outcome, run, now)
+        self.dispatcher.first_token(outcome.job, run.host.id, now, run.cached)
+        return True
+
+    def _bind(self, outcome: Outcome, run: Run, now: float) -> None:
+        """From now on the client gets this answer."""
         outcome.bound = run
         outcome.first_at = now
         outcome.host = run.host.id
         outcome.cached = run.cached
-        self.dispatcher.first_token(outcome.job, run.host.id, now, run.cached)
-        return True
 
     def _finish(self, run: Run, now: float) -> bool:
         outcome: Outcome = run.owner
         if _dropped(run):
             return False
+        if run.held and outcome.bound is None:
+            self._bind(outcome, run, now)
         if outcome.bound is not run:
             # An answer that nobody gets has come to its end.
             outcome.runs.remove(run)
@@ -375,7 +382,7 @@ class _Simulation:
             if outcome.over:
                 raise PolicyError(f"job {action.job.id} is over: {type(action).__name__}")
             if type(action) is Send:
-                self._send(outcome, action.host, now)
+                self._send(outcome, action, now)
             elif type(action) is Cancel:
                 run = next((run for run in outcome.runs if run.host.id == action.host), None)
                 if run is None or run is outcome.bound:
@@ -389,7 +396,8 @@ class _Simulation:
                 outcome.silent = False
                 self._end(outcome, action.reason or "given up", now)
 
-    def _send(self, outcome: Outcome, to: str, now: float) -> None:
+    def _send(self, outcome: Outcome, action: Send, now: float) -> None:
+        to = action.host
         host = self.hosts.get(to)
         if host is None:
             raise PolicyError(f"no host {to!r}")
@@ -398,6 +406,7 @@ class _Simulation:
         if any(run.host is host for run in outcome.runs):
             raise PolicyError(f"job {outcome.job.id} is on {to} already")
         run = Run(outcome.job, self.output[outcome.job.id], host, outcome)
+        run.held = action.held
         outcome.runs.append(run)
         outcome.attempts += 1
         self._at(now + self.settings.network, self._accept, run)
@@ -421,6 +430,9 @@ class _Simulation:
                 # What was made just now is on its way.
                 return run.host.tokens(run, now - self.settings.network) if run.seen else 0
         return 0
+
+    def deadline(self, job: Job) -> float:
+        return job.arrival + self.settings.client_timeout
 
 
 def _dropped(run: Run) -> bool:

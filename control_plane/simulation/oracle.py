@@ -238,7 +238,7 @@ class Late(Oracle):
                 self.send(job, self.sights[name], work)
                 free.discard(name)
         # A host that nothing is planned for may as well serve one that is late.
-        idle = [name for name in free if not planned[name]]
+        idle = [name for name in begins if name in free and not planned[name]]
         if idle and hopeless:
             self._serve_late(idle, hopeless, now)
 

@@ -42,6 +42,7 @@ _ENDLESS = 1e6
 _CAPABLE = MappingProxyType(dict.fromkeys(TaskType, 0.5))
 _NEUTRAL = Outcome(OutcomeKind.NEUTRAL)
 _FAILURE = Outcome(OutcomeKind.FAILURE)
+_BROKEN_OFF = Outcome(OutcomeKind.FAILURE, broken_off=True)
 
 
 class SimulatedClock:
@@ -150,6 +151,7 @@ class Ours:
     """See the module."""
 
     def __init__(self, hosts: Sequence[HostInfo], streams: Streams, seed: int, policy: Policy | None = None) -> None:
+        self._streams = streams
         self._clock, self._loop = SimulatedClock(), SimulatedLoop()
         self._fleet = Fleet(
             FleetPolicy(
@@ -235,12 +237,14 @@ class Ours:
                 self._scheduler.leave(attempt.standing)
             return
         attempt.failures += 1
-        self._release(attempt, _FAILURE)
-        if attempt.first_at:
+        held = attempt.flight is not None and attempt.flight.held
+        self._release(attempt, _BROKEN_OFF if attempt.first_at else _FAILURE)
+        if attempt.first_at and not held:
             self._give_up(attempt, "STREAM_BROKEN")
         elif attempt.failures >= MAX_ATTEMPTS:
             self._give_up(attempt, "ATTEMPTS_EXHAUSTED")
         else:
+            attempt.first_at = 0.0
             attempt.avoid |= {Failed(ServerId(host_id), _INSTANCE)}
             self._enter(attempt)
 
@@ -283,7 +287,7 @@ class Ours:
         try:
             standing = self._scheduler.enter(
                 attempt.request, attempt.avoid, place=attempt.place, again=bool(attempt.failures),
-                arrived=attempt.job.arrival,
+                arrived=attempt.job.arrival, leaves=self._streams.deadline(attempt.job),
             )  # fmt: skip
         except DomainError as error:
             if attempt.avoid:
@@ -306,15 +310,19 @@ class Ours:
         attempt.flight = flight = future.result().flight
         flight.on_overdue = lambda: self._overdue(attempt, flight)
         attempt.sent_at = self._clock.now
-        self._actions.append(Send(attempt.job, flight.server_id))
+        self._actions.append(Send(attempt.job, flight.server_id, flight.held))
 
     def _overdue(self, attempt: _Attempt, flight: Flight) -> None:
         if attempt.flight is not flight or attempt.first_at or attempt.failures + 1 >= MAX_ATTEMPTS:
             return
+        tried = attempt.avoid | {Failed(flight.server_id, _INSTANCE)}
+        elapsed, leaves = self._clock.now - flight.began, self._streams.deadline(attempt.job)
+        if not self._scheduler.sooner_elsewhere(attempt.request, tried, elapsed, leaves):
+            return
         self._actions.append(Cancel(attempt.job, flight.server_id))
         attempt.failures += 1
         self._release(attempt, _FAILURE)
-        attempt.avoid |= {Failed(flight.server_id, _INSTANCE)}
+        attempt.avoid = tried
         self._loop.call_soon(lambda: self._enter(attempt))
 
     def _release(self, attempt: _Attempt, outcome: Outcome) -> None:

@@ -265,6 +265,27 @@ async def test_a_server_that_dies_under_a_direct_stream():
 
 
 @pytest.mark.parametrize("direct", ["auto", "never"])
+async def test_after_a_broken_stream_the_next_is_held_back_and_can_be_had_elsewhere(direct):
+    fails = {"faults": [{"kind": "error", "tokens": 2}]}
+    async with front_door(fleet=QUICK) as door, model_server(
+        server_id="a", orchestrators=(door.address,), engine_settings=fails
+    ), model_server(
+        server_id="b", orchestrators=(door.address,), engine_settings=WORSE
+    ), AsyncClient(door.address) as client:  # fmt: skip
+        await until_direct(door, "a", "b")
+        with pytest.raises(StreamBroken):
+            await client.stream("Hello", max_tokens=5, direct=direct).collect()
+        if direct == "auto":
+            await until_counted(door, "ENGINE_FAILED", 1)
+        result = await client.stream("Hello", max_tokens=5, direct=direct).collect()
+        assert result.usage.completion_tokens == 5
+        assert [(each.server_id, each.failure_reason) for each in result.attempts] == [
+            ("a", "ENGINE_FAILED"),
+            ("b", ""),
+        ]
+
+
+@pytest.mark.parametrize("direct", ["auto", "never"])
 async def test_a_whole_answer_survives_a_server_that_fails_in_the_middle(direct):
     """Nobody has seen the beginning: another server gives the whole of it."""
     fails = {"faults": [{"kind": "error", "tokens": 2}]}

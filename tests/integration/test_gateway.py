@@ -348,6 +348,9 @@ async def test_what_breaks_off_raises_in_mid_stream() -> None:
                 text += chunk.choices[0].delta.content or ""
         assert text == "Hello"
         assert caught.value.code == "stream_broken"
+        fake.answer("Hello")  # it is trusted again, so that this breaks off in the middle as well
+        assert (await http.sdk.chat.completions.create(model="auto", messages=ASK)).choices
+        fake.answer("Hel", "lo", Refusal(Reason.ENGINE_FAILED, "it broke"))
         kinds = [event.type async for event in await http.sdk.responses.create(model="auto", input="x", stream=True)]
         assert kinds[0] == "response.created" and kinds[-1] == "response.failed"
         assert http.counted("http_chat", "STREAM_BROKEN") == 1

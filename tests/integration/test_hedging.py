@@ -12,6 +12,7 @@ from modelyard.testing import FakeModelServer
 from modelyard.v1 import fleet_pb2
 from tests.harness.front_door import ask, attached, front_door
 from tests.harness.model_servers import eventually
+from tests.harness.programs import until
 
 FIRST, SECOND = "a-first", "b-second"
 HEDGING = {"hedging": 1.0, "max_attempts": 3}
@@ -75,7 +76,11 @@ async def test_one_that_fails_leaves_the_other(last):
         await asyncio.gather(*(gate.arrived.wait() for gate in gates.values()))
         fakes[other].answer(Refusal(Reason.ENGINE_FAILED, "broken"))
         gates[other].open()
-        await door.until_server(other, lambda server: not server.in_flight)  # the control plane has heard of it
+
+        async def known() -> bool:
+            return bool((await door.server(other)).models[0].failures)
+
+        await until(known)
         gates[last].open()
         reply = await asked
         assert reply.done.server_id == last

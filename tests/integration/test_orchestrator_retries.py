@@ -74,6 +74,22 @@ async def test_a_stream_that_ends_without_a_result_has_failed():
         assert reply.reason == "STREAM_BROKEN" and reply.text == "half an"
 
 
+async def test_after_a_broken_stream_nothing_is_passed_on_until_an_answer_is_whole():
+    async with front_door() as door, attached(door, FakeModelServer("one")) as (fake,):
+        broken, whole = ("Hel", failed()), ("Hello", ", ", "world")
+        scripts = iter([broken, broken, whole, broken])
+        fake.on_generate = lambda request: next(scripts)
+        assert (await door.generate()).reason == "STREAM_BROKEN"
+        reply = await door.generate()
+        assert attempts_of(reply.done) == [("one", "ENGINE_FAILED"), ("one", "")]
+        assert [delta.text for delta in reply.deltas] == list(whole)
+        timings = reply.done.timings
+        assert timings.ttft.ToNanoseconds() <= timings.total.ToNanoseconds() and not timings.HasField("tpot")
+        reply = await door.generate()
+        assert (reply.reason, reply.text) == ("STREAM_BROKEN", "Hel"), "it was trusted again"
+        await door.until_idle()
+
+
 async def test_embed_is_repeated_too():
     async with front_door() as door, attached(door, *pair()) as (first, _):
         first.inject_error("Embed", failed())

@@ -145,7 +145,7 @@ class AssignRequest(_message.Message):
     def __init__(self, request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., ahead: bool = ..., ahead_requests: _Optional[int] = ..., prompt_hashes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class AssignResponse(_message.Message):
-    __slots__ = ("request_id", "server_id", "endpoint", "model", "provider", "ticket", "valid_for", "time_limit", "queued", "sampling", "preset_messages", "price", "decision", "more")
+    __slots__ = ("request_id", "server_id", "endpoint", "model", "provider", "ticket", "valid_for", "time_limit", "queued", "sampling", "preset_messages", "price", "decision", "more", "hold_back")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SERVER_ID_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
@@ -160,6 +160,7 @@ class AssignResponse(_message.Message):
     PRICE_FIELD_NUMBER: _ClassVar[int]
     DECISION_FIELD_NUMBER: _ClassVar[int]
     MORE_FIELD_NUMBER: _ClassVar[int]
+    HOLD_BACK_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     server_id: str
     endpoint: str
@@ -174,7 +175,8 @@ class AssignResponse(_message.Message):
     price: _fleet_pb2.Price
     decision: _selection_pb2.Decision
     more: _containers.RepeatedCompositeFieldContainer[AssignResponse]
-    def __init__(self, request_id: _Optional[str] = ..., server_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., model: _Optional[str] = ..., provider: _Optional[str] = ..., ticket: _Optional[bytes] = ..., valid_for: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., time_limit: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., queued: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., preset_messages: _Optional[_Iterable[_Union[_generation_pb2.Message, _Mapping]]] = ..., price: _Optional[_Union[_fleet_pb2.Price, _Mapping]] = ..., decision: _Optional[_Union[_selection_pb2.Decision, _Mapping]] = ..., more: _Optional[_Iterable[_Union[AssignResponse, _Mapping]]] = ...) -> None: ...
+    hold_back: bool
+    def __init__(self, request_id: _Optional[str] = ..., server_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., model: _Optional[str] = ..., provider: _Optional[str] = ..., ticket: _Optional[bytes] = ..., valid_for: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., time_limit: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., queued: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., preset_messages: _Optional[_Iterable[_Union[_generation_pb2.Message, _Mapping]]] = ..., price: _Optional[_Union[_fleet_pb2.Price, _Mapping]] = ..., decision: _Optional[_Union[_selection_pb2.Decision, _Mapping]] = ..., more: _Optional[_Iterable[_Union[AssignResponse, _Mapping]]] = ..., hold_back: bool = ...) -> None: ...
 
 class EmbedRequest(_message.Message):
     __slots__ = ("inputs", "requirements", "priority", "request_id")

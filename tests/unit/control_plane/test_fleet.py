@@ -408,3 +408,38 @@ def test_initial_statistics_by_name_by_provider_and_by_definition() -> None:
     assert (stats.success, stats.ttft, stats.tpot) == (0.5, 2.0, None)
     assert served(house, model="n").stats.tpot == 0.2
     assert served(house, model="o").stats.success == 1.0
+
+
+BROKEN_OFF = Outcome(OutcomeKind.FAILURE, broken_off=True)
+
+
+def held(subject: Fleet) -> bool:
+    """Whether an answer that begins now would be held back."""
+    flight = begin(subject)
+    subject.end(flight, Outcome(OutcomeKind.NEUTRAL), 0.0)
+    return flight.held
+
+
+def test_what_breaks_off_an_answer_is_held_back_until_it_has_given_a_whole_one() -> None:
+    subject = fleet()
+    subject.attach(report(slots=8), 0.0, 0.0, nothing)
+    subject.end(begin(subject), FAILURE, 0.0)
+    assert not held(subject), "it never began"
+    subject.end(begin(subject), Outcome(OutcomeKind.SUCCESS), 0.0)
+    older = begin(subject)
+    subject.end(begin(subject), BROKEN_OFF, 0.0)
+    assert held(subject) and not older.held and not subject.sound(0)
+    subject.end(older, Outcome(OutcomeKind.SUCCESS), 0.0)
+    assert held(subject), "that one began before"
+    subject.end(begin(subject), Outcome(OutcomeKind.SUCCESS), 0.0)
+    assert not held(subject) and subject.sound(0)
+
+
+def test_a_new_process_is_not_held_back_for_what_the_old_one_broke_off() -> None:
+    subject = fleet()
+    subject.attach(report(), 0.0, 0.0, nothing)
+    subject.end(begin(subject), BROKEN_OFF, 0.0)
+    subject.attach(report(), 1.0, 1.0, nothing)
+    assert held(subject), "it has only connected anew"
+    subject.attach(report(instance="2"), 2.0, 2.0, nothing)
+    assert not held(subject)

@@ -141,3 +141,23 @@ def test_a_report_that_leaves_as_much_room_wakes_nobody() -> None:
     assert not subject.table.ready[0]
     subject.update(attachment, report(slots=9), 51.0, 51.0)
     assert woken == [1, 1] and subject.table.ready[0], "it is back, with as much room as before"
+
+
+def test_of_a_prompt_that_is_nearly_through_little_is_still_ahead() -> None:
+    subject = taught()
+    first = subject.begin(0, 300.0, REQUEST)
+    half = 300.0 + (first.expected.first_at - 300.0) / 2
+    second = subject.begin(0, half, REQUEST)
+    assert 400.0 < second.expected.features.backlog_tokens < 700.0
+    late = first.expected.first_at + 10.0
+    assert subject.begin(0, late, REQUEST).expected.features.backlog_tokens < 1000.0, "that of the second at most"
+
+
+def test_a_server_that_has_just_failed_is_not_given_the_time_of_a_prompt_that_is_not_cached() -> None:
+    subject = taught()
+    subject.end(subject.begin(0, 290.0, REQUEST), Outcome(OutcomeKind.FAILURE), 290.0)
+    told: list[int] = []
+    flight = subject.begin(0, 300.0, replace(REQUEST, prompt_tokens=10_000), 9_990.0)
+    flight.on_overdue = lambda: told.append(1)
+    subject.tick(302.0)
+    assert told

@@ -914,3 +914,20 @@ async def test_a_request_waits_for_home_and_spills_when_that_is_too_late() -> No
             break
     grant = await waiting
     assert grant.flight.server_id == "api" and 0.5 <= grant.queued <= 4.0
+
+
+async def test_one_that_is_late_and_would_come_too_late_leaves_the_server_to_the_next() -> None:
+    house = House()
+    house.attach(slots=1)
+    busy, now = await house.acquire(), house.clock.now
+    vain = house.acquire(RouteRequest("vain", prompt_tokens=2000), arrived=now - 900.0, leaves=now + 0.5)
+    next_one = house.acquire(RouteRequest("next", prompt_tokens=2000), arrived=now - 800.0, leaves=now + 500.0)
+    await settle()
+    house.scheduler.release(busy.flight, NEUTRAL)
+    await settle()
+    assert next_one.done() and not vain.done()
+    house.scheduler.release(next_one.result().flight, NEUTRAL)
+    house.later(0.6)
+    await settle()
+    assert vain.done(), "nobody else wants it, and it is only an estimate"
+    house.scheduler.release(vain.result().flight, NEUTRAL)

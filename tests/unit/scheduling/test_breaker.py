@@ -38,6 +38,16 @@ def test_opens_after_failures_in_a_row() -> None:
     assert not breaker.allows(0.99) and breaker.allows(1.0)
 
 
+def test_it_is_in_doubt_from_a_failure_to_the_next_success() -> None:
+    breaker = Breaker.closed(POLICY)
+    assert not breaker.doubtful
+    failed = breaker.on_failure(0, 0)
+    assert failed.doubtful and not failed.on_success(0, 0).doubtful
+    trial = opened().on_dispatch(1.0)
+    assert opened().doubtful and trial.doubtful
+    assert not trial.on_success(1.5, trial.epoch).doubtful
+
+
 def test_dispatch_through_an_open_breaker_is_a_bug() -> None:
     with pytest.raises(ValueError, match="OPEN"):
         opened().on_dispatch(0.5)

@@ -15,6 +15,7 @@ from control_plane.domain.request import RouteRequest
 from control_plane.domain.task import TaskType
 from control_plane.prediction.features import Coefficients
 from control_plane.selection.forecast import Forecast, Planned, forecast
+from control_plane.selection.patience import sooner
 from control_plane.selection.policy import Policy, Weights
 from control_plane.selection.query import Query
 from control_plane.selection.select import explain, select
@@ -115,6 +116,43 @@ def test_a_free_server_that_is_in_time_and_no_later_is_taken() -> None:
     assert select(Query(table, request, policy, now=NOW)).later == gpu
     busy(table, "gpu", 1.2)
     assert select(Query(table, request, policy, now=NOW, waited=3.5)).later == gpu, "neither can be in time"
+
+
+def test_one_that_is_late_takes_a_slower_server_before_its_client_leaves() -> None:
+    table = fleet(gpu=0.0001, mac=0.002)
+    busy(table, "gpu", 5.0)
+    mac, gpu = (table.index(ServerId(name), M, P) for name in ("mac", "gpu"))
+    table.set_prediction(mac, learned(0.002, spread=1.1))
+    request = RouteRequest("r", prompt_tokens=40_000)  # 9 s there, 80 to 86 s here, due after 42 s
+
+    def chosen(waited: float, left: float = math.inf, *, late: bool = True) -> int:
+        choice = select(Query(table, request, POLICY, now=NOW, waited=waited, left=left, late=late))
+        return choice.row if choice.verdict is Verdict.CHOSEN else -1
+
+    assert chosen(80.0) == mac, "others go first over there, perhaps for as long again"
+    assert chosen(80.0, late=False) == -1
+    assert chosen(60.0) == -1, "it would be sooner over there, as far as can be told"
+    assert chosen(30.0, 90.0) == mac, "its last chance"
+    assert chosen(30.0, 150.0) == -1, "it may still be in time over there"
+    assert chosen(80.0, 60.0) == -1, "its client would be gone before the first token"
+    table.set_success(ServerId("mac"), M, P, 0.8)
+    assert chosen(80.0) == chosen(30.0, 90.0) == -1, "it may not answer at all"
+    assert select(Query(table, request, POLICY, now=NOW, waited=80.0, late=True)).later == gpu
+
+
+def test_who_is_overdue_is_taken_elsewhere_where_that_is_sooner() -> None:
+    table = fleet(mac=0.001)
+    table.set_prediction(0, learned(0.001, spread=1.1))
+    request = RouteRequest("r", prompt_tokens=10_000)  # 10 to 11 s
+
+    def leaves(elapsed: float, left: float = math.inf) -> bool:
+        return sooner(Query(table, request, POLICY, now=NOW, left=left), elapsed)
+
+    assert not leaves(5.0) and leaves(12.0)
+    assert leaves(5.0, 12.0), "its last chance"
+    assert not leaves(12.0, 9.0), "it would not be done there either"
+    table.set_server(ServerId("mac"), ready=False, draining=False, slots=4, used=0, waiting=0)
+    assert not leaves(12.0), "nobody else is there"
 
 
 def test_who_waits_is_told_for_whom_and_how_long() -> None:

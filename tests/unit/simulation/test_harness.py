@@ -76,6 +76,31 @@ def test_the_first_to_answer_gets_the_request() -> None:
     assert {use.id: use.finished for use in result.hosts} == {"a": 0, "b": 1}
 
 
+def test_an_answer_that_is_held_back_is_seen_when_it_is_whole_and_can_be_asked_for_elsewhere_until_then() -> None:
+    class Held(Scripted):
+        def arrive(self, job: Job, now: float) -> None:
+            self.todo.append(Send(job, "a", held=True))
+
+    def make(hosts: Sequence[HostInfo], streams: Streams) -> Scripted:
+        made = Held(hosts, streams, lambda job: "")
+        made.on_failed = lambda job, host, kind, tokens: (Send(job, "b"),)
+        return made
+
+    whole, heard = run(jobs((0, 1000, 11)), make)
+    assert told(heard, "first") == [(0, "a", 1.0, 0)]
+    assert (whole.outcomes[0].host, whole.outcomes[0].ttft, whole.outcomes[0].tpot) == ("a", pytest.approx(2.0), 0.0)
+    broken, heard = run(jobs((0, 1000, 11)), make, FaultEvent(1.5, "a", Fault.RESET))
+    assert told(heard, "failed") == [(0, "a", "reset", 1.5, 6)]
+    assert [host for _, host, *_ in told(heard, "first")] == ["a", "b"]
+    outcome = broken.outcomes[0]
+    assert (outcome.host, outcome.ttft, outcome.error, outcome.cut) == ("b", pytest.approx(2.5), "", False)
+
+
+def test_a_dispatcher_is_told_when_a_client_will_leave() -> None:
+    _, heard = run(jobs((0, 1000, 2)), to("a"), settings=Settings(client_timeout=7.0))
+    assert heard.streams.deadline(Job(0, 3.0, 1000, None)) == 10.0
+
+
 def test_what_is_cancelled_frees_its_host_at_once() -> None:
     class Hedge(Both):
         def first_token(self, job: Job, host_id: str, now: float, cached_tokens: int) -> None:

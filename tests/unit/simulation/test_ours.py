@@ -67,6 +67,43 @@ def test_a_host_that_fails_before_the_first_token_costs_no_client_its_answer(fau
     assert not failed
 
 
+def test_a_host_that_cuts_streams_cuts_none_that_was_sent_after_the_first_was_seen() -> None:
+    work = workload(300, rate=1.5)
+    fault = FaultEvent(work.jobs[100].arrival, FLEET[0].id, Fault.RESET)
+    result = run("modelyard", work, (fault,))
+    cut = [outcome for outcome in result.outcomes if outcome.cut]
+    assert cut and {outcome.host for outcome in cut} == {FLEET[0].id}
+    first = min(outcome.end_at for outcome in cut)
+    assert all(outcome.job.arrival <= first for outcome in cut)
+    errors = [outcome for outcome in result.outcomes if outcome.error and not outcome.cut]
+    assert not errors
+
+
+def unanswered(result: Result) -> int:
+    return sum(not outcome.host for outcome in result.outcomes)
+
+
+def test_who_is_late_does_not_wait_for_a_fast_host_until_its_client_leaves() -> None:
+    """The fast host that is left has enough to do with prompts that nobody else can serve in time, and long ones give
+    way to them again and again; a slow one would need a minute for those, and is free."""
+    before = workload(200)
+    start = before.span + 60.0
+    jobs = [(job, before.output_tokens[job.id]) for job in before.jobs]
+    jobs += [(Job(0, start + 1.52 * number, 15_000 + number, None), 5) for number in range(250)]
+    jobs += [(Job(0, start + 20.0 * number, 40_000 + number, None), 5) for number in range(19)]
+    gone = FaultEvent(start - 5.0, FLEET[1].id, Fault.GONE, healthy=False)
+    assert unanswered(run("modelyard", trace("long ones give way", jobs), (gone,))) <= 1
+
+
+def test_where_all_are_slow_a_request_is_not_taken_from_each_half_way() -> None:
+    """Little is known, the one fast host becomes slow, and every prompt takes 40 s and more wherever it is."""
+    jobs = [(Job(0, 4.0 * number, 40_000 + 50 * number, None), 5) for number in range(60)]
+    gone = FaultEvent(0.5, FLEET[1].id, Fault.GONE, healthy=False)
+    slow = FaultEvent(60.0, FLEET[0].id, Fault.SLOWDOWN)
+    work, faults = trace("long", jobs), (gone, slow)
+    assert unanswered(run("modelyard", work, faults)) <= 1.6 * unanswered(run("oracle_late_slack", work, faults))
+
+
 def test_a_stream_that_is_cut_is_told() -> None:
     work = workload(150, rate=1.0)
     result = run("modelyard", work, (FaultEvent(work.jobs[75].arrival, FLEET[0].id, Fault.RESET),))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -239,3 +242,26 @@ def test_names() -> None:
     assert set(makers("oracle", 0)) == set(ORACLES)
     with pytest.raises(KeyError):
         makers("nonsense", 0)
+
+
+_HOSTS = """
+from control_plane.simulation.fleet import fleet
+from control_plane.simulation.engine import Fault
+from control_plane.simulation.harness import FaultEvent, simulate
+from control_plane.simulation.policies import makers
+from control_plane.simulation.traces import Job, trace
+gone = [FaultEvent(0.5, f"gpu-{number}", Fault.GONE) for number in (1, 2)]
+work = trace("long", [(Job(0, 1.0 * number, 40_000, None), 5) for number in range(12)])
+result = simulate(work, fleet("yardstick").hosts, makers("oracle_late_slack", 0)["oracle_late_slack"], faults=gone)
+print([outcome.host for outcome in result.outcomes])
+"""
+
+
+def test_a_run_does_not_depend_on_the_order_of_sets() -> None:
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", _HOSTS], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2", "3")
+    ]
+    assert told[0] and set(told) == {told[0]}

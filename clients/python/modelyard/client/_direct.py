@@ -319,7 +319,7 @@ class DirectCall:
                 host.only_streams = from_rpc_error(error).transport
                 if host.only_streams:
                     return None
-            self._failure = self._failed_at(error, host, assigned, begun=False)
+            self._failure = self._failed_at(error, host, assigned, begun=False, seen=False)
             # Whether it has come, and what it has cost there, the model server tells the control plane.
             self._used = self._used or self._failure.reason is not Reason.TICKET_REFUSED
             return None
@@ -342,6 +342,7 @@ class DirectCall:
         fill(request, self._request, assigned)
         call: Any = self._go_on(host.generate(request, timeout=self._limit(assigned)))
         sent, first, last = self._sent(), 0.0, 0.0
+        hold = self._whole or (assigned.hold_back and not self._must)
         kept: list[orchestrator_pb2.GenerateResponse] = []
         host.calls += 1
         try:
@@ -362,12 +363,12 @@ class DirectCall:
                     yield self._ending(message.result, assigned, first, last, delta)
                     return
                 response = orchestrator_pb2.GenerateResponse(delta=delta)
-                if self._whole:
+                if hold:
                     kept.append(response)
                 else:
                     yield response
         except (grpc.aio.AioRpcError, Refusal) as error:
-            self._failure = self._failed_at(error, host, assigned, begun=bool(first))
+            self._failure = self._failed_at(error, host, assigned, begun=bool(first), seen=bool(first) and not hold)
         finally:
             host.calls -= 1
             if call is not None:
@@ -380,12 +381,14 @@ class DirectCall:
         assigned: orchestrator_pb2.AssignResponse,
         *,
         begun: bool,
+        seen: bool,
     ) -> Refusal:
-        """Why an attempt has failed; raises where the relay is of no use. `begun`: pieces have come."""
+        """Why an attempt has failed; raises where the relay is of no use. `begun`: pieces have come; `seen`: and have
+        been passed on."""
         refusal = error if isinstance(error, Refusal) else from_rpc_error(error)
         if refusal.reason in _FINAL:
             raise error
-        if begun and not self._whole:
+        if seen:
             raise StreamBroken(
                 f"{assigned.server_id} broke off the answer: {refusal.message}",
                 request_id=assigned.request_id,
