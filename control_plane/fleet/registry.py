@@ -77,9 +77,18 @@ class Fleet:
         self._expectations = Expectations()
         self.on_end: Callable[[Flight], None] = lambda flight: None
         """Told of each flight once, when it ends."""
-        self.table = CandidateTable([])
+        self._table = CandidateTable([])
+        self._ended: dict[tuple[Server, PairKey], float] = {}
+        """Of which flights have ended since the table was looked at, and when the last one did."""
 
     # ------------------------------------------------------------- reading ---
+
+    @property
+    def table(self) -> CandidateTable:
+        """What the selector reads, up to date. Flights may end many at a time, and nobody looks in between."""
+        if self._ended:
+            self._catch_up()
+        return self._table
 
     def servers(self) -> list[Server]:
         """Every server known, by id. Safe from another thread: what it sorts is a copy made in one step."""
@@ -238,6 +247,7 @@ class Fleet:
 
     def tick(self, now: float) -> None:
         """Let time pass: leases expire, breakers reopen, rates recover, the lost are forgotten."""
+        self._catch_up()
         for server in list(self._servers.values()):
             if now < server.lease.expires_at:
                 continue
@@ -319,9 +329,7 @@ class Fleet:
         else:
             pair.breaker = pair.breaker.on_cancel(now, flight.breaker_epoch)
         if self._servers.get(server.id) is server:
-            self._refresh(server)
-            self._expectations.refresh(server, now)
-            self._refresh_pair(server.id, key, now)
+            self._ended[server, key] = now
             self._changed(server, urgent=False)
         self.on_capacity()
 
@@ -466,9 +474,18 @@ class Fleet:
             )
         return RuntimeStats.initial(self._policy.stats, success=preset.success, ttft=preset.ttft, tpot=preset.tpot)
 
+    def _catch_up(self) -> None:
+        """Bring the rows up to date of which flights have ended."""
+        ended, self._ended = self._ended, {}
+        for (server, key), now in ended.items():
+            if self._servers.get(server.id) is server:
+                self._refresh(server)
+                self._expectations.refresh(server, now)
+                self._refresh_pair(server.id, key, now)
+
     def _rebuild(self, now: float) -> None:
         """The set of rows changed: build the table anew and fill in what moves."""
-        before, self.table = (
+        before, self._table = (
             self.table,
             CandidateTable(
                 [
@@ -478,8 +495,8 @@ class Fleet:
                 ]
             ),
         )
-        fresh = [self.table.rows[number] for number in self.table.carry(before)]
-        self._expectations.rebuilt(self.table, self._servers, now)
+        fresh = [self._table.rows[number] for number in self._table.carry(before)]
+        self._expectations.rebuilt(self._table, self._servers, now)
         for server in self._servers.values():
             self._refresh(server)
             self._expectations.refresh(server, now)
@@ -488,7 +505,7 @@ class Fleet:
 
     def _refresh(self, server: Server) -> None:
         load = server.report.load
-        self.table.set_server(
+        self._table.set_server(
             server.id,
             ready=server.ready,
             draining=server.draining,
@@ -503,7 +520,7 @@ class Fleet:
         if server is None or key not in server.held:
             return
         stats = self._pair(server, key).stats
-        self.table.set_stats(server_id, *key, success=1.0, ttft=stats.ttft, tpot=stats.tpot, service=stats.service)
+        self._table.set_stats(server_id, *key, success=1.0, ttft=stats.ttft, tpot=stats.tpot, service=stats.service)
         self._expectations.predict((server_id, *key), now)
         self._recover(server_id, key, now)
 
@@ -516,8 +533,8 @@ class Fleet:
         pair = self._pair(server, key)
         stats, breaker = pair.stats, pair.breaker
         success = stats.success_at(now)
-        self.table.set_success(server_id, *key, success)
-        self.table.set_breaker(server_id, *key, open=not breaker.allows(now))
+        self._table.set_success(server_id, *key, success)
+        self._table.set_breaker(server_id, *key, open=not breaker.allows(now))
         if breaker.state is BreakerState.CLOSED and abs(success - stats.prior) < _NEARLY:
             self._troubled.discard((server_id, key))
         else:

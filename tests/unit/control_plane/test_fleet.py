@@ -192,7 +192,7 @@ def test_a_table_that_takes_over_what_is_known_is_as_one_made_anew() -> None:
     subject.attach(report(models=models[:1], instance="2"), 0.5, 0.5, nothing)
     after = columns(subject.table)
     assert after["breaker_open"] == [False, False, True] and after["ttft"][0] != after["ttft"][2]
-    subject.table = CandidateTable([])  # nothing to take over
+    subject._table = CandidateTable([])  # nothing to take over
     subject._rebuild(0.5)
     assert columns(subject.table) == after
     assert subject.table.predicted and not subject.table.measured
