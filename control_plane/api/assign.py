@@ -24,8 +24,9 @@ from control_plane.domain.errors import DomainError
 from control_plane.domain.ports import Clock
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Failed
+from control_plane.fleet.grants import Grant
 from control_plane.fleet.registry import Fleet
-from control_plane.fleet.scheduler import Grant, Scheduler
+from control_plane.fleet.scheduler import Scheduler
 from control_plane.fleet.server import Flight, Outcome, OutcomeKind, Server
 from control_plane.scheduling.retry import blames_server
 from modelyard.rpc import tickets

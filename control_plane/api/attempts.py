@@ -21,7 +21,8 @@ from control_plane.domain.ports import Clock
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Failed
 from control_plane.fleet.charge import Charge
-from control_plane.fleet.scheduler import Grant, Scheduler
+from control_plane.fleet.grants import Grant
+from control_plane.fleet.scheduler import Scheduler
 from control_plane.fleet.server import Flight, Outcome, OutcomeKind
 from control_plane.scheduling.retry import REQUEST_REASONS, Allowance, RetryPolicy, blames_server, repeatable, retryable
 from modelyard.program.process import first_of

@@ -20,7 +20,7 @@ from control_plane.api.whole import complete
 from control_plane.config import LimitSettings
 from control_plane.domain.errors import DomainError
 from control_plane.domain.ports import Clock
-from control_plane.fleet.scheduler import Grant
+from control_plane.fleet.grants import Grant
 from control_plane.fleet.server import Flight, Outcome, OutcomeKind
 from control_plane.tasks.model import Claim
 from modelyard.rpc.errors import Refusal

@@ -27,8 +27,8 @@ from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Failed
 from control_plane.fleet.accounts import Accounts
 from control_plane.fleet.charge import Charge
+from control_plane.fleet.grants import Grant
 from control_plane.fleet.registry import Fleet
-from control_plane.fleet.scheduler import Grant
 from control_plane.fleet.server import Flight, Outcome, OutcomeKind
 from control_plane.presets import Presets
 from modelyard.rpc.errors import Refusal, invalid

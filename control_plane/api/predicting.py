@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from control_plane.domain.errors import DomainError
 from control_plane.domain.ports import Clock
-from control_plane.fleet.scheduler import Grant
+from control_plane.fleet.grants import Grant
 from control_plane.predictors.attempt import Attempt, Prediction, Question, hour_of
 from control_plane.predictors.live import Foretold, Live, Role
 from control_plane.predictors.scores import TARGETS

@@ -12,10 +12,9 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from enum import Enum
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from control_plane.domain.decision import DecisionRecord, Verdict
 from control_plane.domain.errors import (
@@ -32,10 +31,11 @@ from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Failed, Health, LeaseState
 from control_plane.domain.task import Priority
 from control_plane.fleet.accounts import Accounts, no_accounts
+from control_plane.fleet.grants import Grant, Loop, Offer, Outlook, Standing, Waiter, Wanted
 from control_plane.fleet.registry import Fleet
 from control_plane.fleet.server import Flight, Outcome, OutcomeKind
 from control_plane.scheduling.ahead import spares
-from control_plane.scheduling.queue import FairQueue, KindKey, Reached, Waiting
+from control_plane.scheduling.queue import FairQueue, KindKey, Waiting
 from control_plane.selection.filters import FREE, passing, permanent, present
 from control_plane.selection.forecast import Planned
 from control_plane.selection.patience import in_vain, sooner
@@ -67,128 +67,6 @@ _BETWEEN_PLANS = 9.0
 _ANY = RouteRequest("any")
 
 
-class Promise(Protocol):
-    """Of a grant: a future of asyncio, or of a clock of its own."""
-
-    def done(self) -> bool: ...
-
-    def cancelled(self) -> bool: ...
-
-    def cancel(self) -> Any: ...
-
-    def add_done_callback(self, callback: Callable[[Any], object], /) -> None: ...
-
-    def __await__(self) -> Generator[Any, None, Grant]: ...
-
-    def result(self) -> Grant: ...
-
-    def exception(self) -> BaseException | None: ...
-
-    def set_result(self, result: Grant, /) -> None: ...
-
-    def set_exception(self, exception: BaseException, /) -> None: ...
-
-
-class Loop(Protocol):
-    """Whose clock the scheduler runs by: asyncio's event loop, or a simulated one."""
-
-    def create_future(self) -> Promise: ...
-
-    def call_soon(self, callback: Callable[[], None], /) -> Any: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """A server for a request, its slot taken."""
-
-    flight: Flight
-    queued: float
-    """Seconds waited."""
-    record: DecisionRecord | None
-    """The whole decision, if it was asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """A server for a request."""
-
-    request: RouteRequest
-    avoid: frozenset[Failed]
-    arrived: float
-    """Monotonic seconds when the request came first."""
-    since: float
-    """Monotonic seconds since when it waits."""
-    explain: bool
-    patient: bool = True
-    """It also waits for servers whose models are not known yet."""
-    background: bool = False
-    """Nobody waits for it, so it takes what is free."""
-    late: bool = False
-    """It is too late to serve it well: others come first."""
-    leaves: float = math.inf
-    """Monotonic seconds when its client goes away."""
-    due: float | None = None
-    """Monotonic seconds when the answer of one that comes now is due. None: it is its turn among those who wait."""
-
-
-@dataclass(slots=True)
-class _Waiter:
-    """What the queue carries for a request."""
-
-    future: Promise
-    explain: bool
-    leaves: float = math.inf
-    """Monotonic seconds when its client goes away."""
-    cached: Floats | None = None
-    """Tokens of its prompt in the cache of each row, shape (rows,)."""
-    cached_at: float = -math.inf
-    """Monotonic seconds when that was looked up."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Standing:
-    """Work in the background that waits for a server."""
-
-    future: Promise
-    """Its grant; of work in the background never an exception."""
-    entry: Waiting[_Waiter] | None
-    """None: it did not have to wait."""
-
-
-@dataclass(slots=True)
-class _Offer:
-    """Rows that have opened, and how far down the queue they were offered."""
-
-    rows: Mask
-    reach: dict[KindKey, Mask]
-    """Rows that can serve a kind, however much it needs."""
-    choices: dict[KindKey, list[tuple[ServerId, int]]] = field(default_factory=dict)
-    """Servers of rows that are still open, with their longest context, for kinds that can use one."""
-    reached: Reached[_Waiter] | None = None
-    missed: bool = False
-    """Somebody has come in the meantime."""
-
-    def narrow(self, rows: Mask, servers: Callable[[Mask], list[tuple[ServerId, int]]]) -> None:
-        """Only these rows are left."""
-        self.rows = rows
-        self.choices.clear()
-        for kind, mask in self.reach.items():
-            choices = servers(mask & rows)
-            if choices:
-                self.choices[kind] = choices
-
-
-class Outlook(Enum):
-    """What there is to hope for."""
-
-    HERE = "here"
-    """A server that can do it is there, though perhaps busy."""
-    AWAY = "away"
-    """Those that can do it are not ready, or draining, or without the model."""
-    NONE = "none"
-    """No server can do it."""
-
-
 class Scheduler:
     """Gives each request a server as soon as one can start it."""
 
@@ -196,7 +74,7 @@ class Scheduler:
         self,
         fleet: Fleet,
         policy: Policy,
-        queue: FairQueue[_Waiter],
+        queue: FairQueue[Waiter],
         clock: Clock,
         on_selected: Callable[[float], None],
         on_granted: Callable[[Priority, float], None],
@@ -225,9 +103,9 @@ class Scheduler:
         self._reach: dict[KindKey, Mask] = {}
         self._known: Mask | None = None
         """Open rows that are of no use to anybody who waits. None: every row has to be offered."""
-        self._offer: _Offer | None = None
+        self._offer: Offer | None = None
         self._picture_changed = False
-        self._doubtful: list[Waiting[_Waiter]] = []
+        self._doubtful: list[Waiting[Waiter]] = []
         """For whom waiting may have become of no use."""
         self._hoping = False
         """Somebody waits for a server whose models are not known yet."""
@@ -321,7 +199,7 @@ class Scheduler:
         due = since + self._policy_for(request).ttft_objective(request.prompt_tokens)
         # They cannot use what is open now, unless there was no time yet to offer it.
         overtake = self._later is None and not self._queue.goes_before(request, avoid, place, due)
-        wanted = _Wanted(request, avoid, since, now, explain, patient=again, late=due < now, due=due, leaves=leaves)
+        wanted = Wanted(request, avoid, since, now, explain, patient=again, late=due < now, due=due, leaves=leaves)
         grant = self._place(wanted, now, overtake=overtake)
         future = self._loop.create_future()
         if grant:
@@ -329,7 +207,7 @@ class Scheduler:
             return Standing(future, None)
         rate = max(self._rate, _SLOWEST_RATE)
         entry = self._queue.push(
-            request, _Waiter(future, explain, leaves), now=now, avoid=avoid, rate=rate, size=size, place=place,
+            request, Waiter(future, explain, leaves), now=now, avoid=avoid, rate=rate, size=size, place=place,
             again=again, due=due, arrived=since,
         )  # fmt: skip
         self._welcome()
@@ -339,7 +217,7 @@ class Scheduler:
         """Let work wait in the background, at a `place` that was taken for that, until a server can start it: for as
         long as it takes, whatever becomes of the fleet. End it with its grant or with `leave`."""
         now = self._clock.monotonic()
-        waiter = _Waiter(self._loop.create_future(), explain)
+        waiter = Waiter(self._loop.create_future(), explain)
         grant = self._without_waiting(request, avoid, place, now, explain)
         if grant is not None:
             waiter.future.set_result(grant)
@@ -522,19 +400,19 @@ class Scheduler:
             # From the top: the first in order may be waiting for what has opened just now.
             if fresh.any():
                 self._triage(now)
-            offer = self._offer = _Offer(fresh, self._reaches() if fresh.any() else {})
+            offer = self._offer = Offer(fresh, self._reaches() if fresh.any() else {})
             if offer.reach:
                 self._plan_anew(len(self._table))
                 self._declines = 0
         offer.narrow(fresh, self._servers)
 
-        def try_place(entry: Waiting[_Waiter]) -> bool:
+        def try_place(entry: Waiting[Waiter]) -> bool:
             waiter = entry.payload
             if waiter.future.done():  # its caller went away a moment ago
                 return True
             if not self._suits(entry, offer.choices[entry.kind]):
                 return False
-            wanted = _Wanted(
+            wanted = Wanted(
                 entry.request, entry.avoid, entry.arrived, entry.enqueued_at, waiter.explain,
                 background=entry.background, late=entry.late, leaves=waiter.leaves,
             )  # fmt: skip
@@ -555,7 +433,7 @@ class Scheduler:
 
         declined = self._declines
 
-        def deeper(entry: Waiting[_Waiter]) -> bool:
+        def deeper(entry: Waiting[Waiter]) -> bool:
             """It rather waits: the next may not."""
             nonlocal declined
             rather, declined = self._declines > declined, self._declines
@@ -594,7 +472,7 @@ class Scheduler:
         ended = self._clock.monotonic()
         self._plan_again_at = ended + _BETWEEN_PLANS * (ended - started)
 
-    def _cached(self, entry: Waiting[_Waiter], now: float) -> Floats | None:
+    def _cached(self, entry: Waiting[Waiter], now: float) -> Floats | None:
         """Looked up now and then."""
         waiter = entry.payload
         if waiter.cached is None or len(waiter.cached) != len(self._fleet.table) or now >= waiter.cached_at + _CACHED:
@@ -623,9 +501,9 @@ class Scheduler:
                     return False
         return True
 
-    def _given_up(self, entry: Waiting[_Waiter], now: float) -> bool:
+    def _given_up(self, entry: Waiting[Waiter], now: float) -> bool:
         try:
-            self._place(_Wanted(entry.request, entry.avoid, now, now, False), now, overtake=False)
+            self._place(Wanted(entry.request, entry.avoid, now, now, False), now, overtake=False)
         except DomainError as error:
             self._queue.remove(entry)
             _fail(entry, error)
@@ -676,7 +554,7 @@ class Scheduler:
             longest[server_id] = max(length, longest.get(server_id, 0))
         return list(longest.items())
 
-    def _suits(self, entry: Waiting[_Waiter], choices: list[tuple[ServerId, int]], *, priced: bool = False) -> bool:
+    def _suits(self, entry: Waiting[Waiter], choices: list[tuple[ServerId, int]], *, priced: bool = False) -> bool:
         """Whether one of these servers, which can serve its kind, can serve this very request; `priced`: for certain,
         where the price or what its tenant may spend is limited."""
         if priced and (entry.request.max_cost_nano_usd or self._accounts.limited(entry.request.tenant)):
@@ -703,11 +581,11 @@ class Scheduler:
         if self._later is not None or self._queue.goes_before(request, avoid, place):
             return None
         try:
-            return self._place(_Wanted(request, avoid, now, now, with_record, background=True), now)
+            return self._place(Wanted(request, avoid, now, now, with_record, background=True), now)
         except DomainError:
             return None  # the fleet may change
 
-    def _place(self, wanted: _Wanted, now: float, *, overtake: bool = True, queued: int = 0) -> Grant | None:
+    def _place(self, wanted: Wanted, now: float, *, overtake: bool = True, queued: int = 0) -> Grant | None:
         """A grant if a server is to start the request now, None if it must wait; raises if waiting is no use. Without
         `overtake` others wait already and go first; `queued` wait behind it."""
         request = wanted.request
@@ -822,6 +700,6 @@ class Scheduler:
         return servers_away(summary, 1.0)
 
 
-def _fail(entry: Waiting[_Waiter], error: DomainError) -> None:
+def _fail(entry: Waiting[Waiter], error: DomainError) -> None:
     if not entry.payload.future.done():
         entry.payload.future.set_exception(error)

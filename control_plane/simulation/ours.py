@@ -21,8 +21,9 @@ from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Failed, Hardware, Health, Identity, Load
 from control_plane.domain.server import Report as ServerReport
 from control_plane.domain.task import Feature, Priority, TaskType
+from control_plane.fleet.grants import Grant, Standing
 from control_plane.fleet.registry import Fleet, FleetPolicy
-from control_plane.fleet.scheduler import Grant, Scheduler, Standing
+from control_plane.fleet.scheduler import Scheduler
 from control_plane.fleet.server import Attachment, Flight, Outcome, OutcomeKind
 from control_plane.prefix.blocks import known_blocks
 from control_plane.scheduling.breaker import BreakerPolicy

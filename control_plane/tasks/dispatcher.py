@@ -28,8 +28,9 @@ from control_plane.domain.errors import DomainError
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Failed
 from control_plane.domain.task import Priority
+from control_plane.fleet.grants import Grant, Outlook, Standing
 from control_plane.fleet.registry import Fleet
-from control_plane.fleet.scheduler import Grant, Outlook, Scheduler, Standing
+from control_plane.fleet.scheduler import Scheduler
 from control_plane.fleet.server import Outcome, OutcomeKind
 from control_plane.scheduling.retry import RetryPolicy
 from control_plane.tasks import lanes

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from control_plane.domain.learned import Learned
-from control_plane.fleet.scheduler import Grant
+from control_plane.fleet.grants import Grant
 from control_plane.tasks.model import (
     Changes,
     Claim,

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from control_plane.api.attempts import Attempts, Progress, _Life
 from control_plane.domain.request import RouteRequest
-from control_plane.fleet.scheduler import Grant
+from control_plane.fleet.grants import Grant
 from control_plane.fleet.server import Outcome, OutcomeKind
 from control_plane.scheduling.retry import RetryPolicy
 from tests.unit.control_plane.test_scheduler import House

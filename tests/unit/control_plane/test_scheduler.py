@@ -20,8 +20,9 @@ from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Failed, Health
 from control_plane.domain.task import Priority
 from control_plane.fleet.accounts import Accounts
+from control_plane.fleet.grants import Grant, Outlook, Standing
 from control_plane.fleet.registry import Fleet
-from control_plane.fleet.scheduler import Grant, Outlook, Scheduler, Standing
+from control_plane.fleet.scheduler import Scheduler
 from control_plane.fleet.server import Outcome, OutcomeKind
 from control_plane.scheduling.budgets import Answer, Budget, Ledger, Unit, Window
 from control_plane.scheduling.queue import FairQueue
