@@ -7,7 +7,6 @@ client gives the ticket back. A report that comes twice finds nothing to end the
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import itertools
 from dataclasses import dataclass, replace
@@ -115,10 +114,9 @@ class Assignments:
         avoid = self._fleet.without_tickets()
         if request.ahead:
             return self._ahead(request, route, avoid, filled, arrived, limit)
+        await self._generation.funded(route)
         try:
-            async with asyncio.timeout(limit):
-                await self._generation.funded(route)
-                grant = await self._scheduler.acquire(route, avoid, explain=asked.explain, leaves=arrived + limit)
+            grant = await self._scheduler.acquire(route, avoid, explain=asked.explain, leaves=arrived + limit)
         except TimeoutError:
             raise out_of_time(limit) from None
         except DomainError as error:

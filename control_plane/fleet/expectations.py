@@ -288,7 +288,10 @@ class Expectations:
             if expected.credit is not None:
                 self._prefixes.finish(expected.credit, used.cached_prompt, used.prompt)
                 expected.credit = None
-            features = replace(features, prompt_tokens=used.prompt, cached_tokens=used.cached_prompt)
+            features = Features(
+                used.prompt, used.cached_prompt, features.backlog_tokens, features.streams, features.waiting,
+                features.kv, features.cold,
+            )  # fmt: skip
         self._latency.observe(
             flight.row_key, features, outcome.ttft, outcome.tpot, now,
             promised_ttft=expected.ttft, promised_tpot=expected.tpot,

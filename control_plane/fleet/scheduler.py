@@ -163,7 +163,8 @@ class Scheduler:
         known yet.
 
         Raises DomainError: NO_CAPABLE_SERVER, FLEET_WARMING_UP, SERVERS_AWAY, QUEUE_FULL,
-        QUEUE_TIMEOUT, BUDGET_EXHAUSTED. Cancelling gives up the place in the queue.
+        QUEUE_TIMEOUT, BUDGET_EXHAUSTED; TimeoutError: its client has gone away. Cancelling gives up the place in the
+        queue.
         """
         standing = self.enter(
             request, avoid, explain=explain, size=size, place=place, again=again, arrived=arrived,
@@ -171,9 +172,11 @@ class Scheduler:
         )  # fmt: skip
         if standing.entry is None:
             return standing.future.result()
+        left = leaves - self._clock.monotonic()
         try:
-            return await standing.future
-        except asyncio.CancelledError:
+            async with asyncio.timeout(left if left < math.inf else None):
+                return await standing.future
+        except (asyncio.CancelledError, TimeoutError):
             self.leave(standing)
             raise
 
