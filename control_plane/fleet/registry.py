@@ -300,7 +300,8 @@ class Fleet:
             self._refresh_pair(server_id, (model, provider), now)
         cold = self.table.cold is not None and bool(self.table.cold[row])
         flight = Flight(server, model, provider, chosen.card.price, pair, pair.breaker.epoch, now, cold)
-        flight.request, flight.ahead, flight.held = request, ahead, pair.broke_off
+        flight.request, flight.ahead = request, ahead
+        flight.held = pair.broke_off and (request is None or request.server_id is None)  # else nobody else may be asked
         self._expectations.begin(flight, row, now, cached, patience)
         server.flights.add(flight)
         self.table.take(row)
