@@ -213,7 +213,7 @@ class Scheduler:
             request, Waiter(future, explain, leaves), now=now, avoid=avoid, rate=rate, size=size, place=place,
             again=again, due=due, arrived=since,
         )  # fmt: skip
-        self._welcome()
+        self._welcome(now)
         return Standing(future, entry)
 
     def stand(self, request: RouteRequest, avoid: frozenset[Failed], place: int, *, explain: bool = False) -> Standing:
@@ -226,7 +226,7 @@ class Scheduler:
             waiter.future.set_result(grant)
             return Standing(waiter.future, None)
         entry = self._queue.push(request, waiter, now=now, avoid=avoid, rate=1.0, place=place)
-        self._welcome()
+        self._welcome(now)
         return Standing(waiter.future, entry)
 
     def leave(self, standing: Standing) -> None:
@@ -371,15 +371,16 @@ class Scheduler:
         self._later = None
         self._pump()
 
-    def _welcome(self) -> None:
-        """Somebody new waits."""
+    def _welcome(self, now: float) -> None:
+        """Somebody new waits, who could use nothing that was open at `now`; what has opened by time alone since is
+        news."""
         if self._later is not None:
             # Not offered anything yet.
             self._known = None
             if self._offer is not None:
                 self._offer.missed = True
             return
-        open_now = self._open(self._clock.monotonic())
+        open_now = self._open(now)
         if len(self._queue) == 1:
             self._table, self._reach, self._known = self._fleet.table, {}, open_now
         elif self._known is not None:

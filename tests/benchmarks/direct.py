@@ -168,11 +168,13 @@ class StandIn:
         whole = time.monotonic()
         try:
             while not reader.done():
+                # What was told and not heard yet would still count as assigned, and be told twice.
+                heard = self.acknowledged == self._answered
                 servers = (await self._stub.ListModelServers(orchestrator_pb2.ListModelServersRequest())).servers
                 if time.monotonic() > whole + 0.5:
                     whole = time.monotonic()
                     await call.write(self._report(True))
-                if servers[0].assigned:
+                if heard and servers[0].assigned:
                     await call.write(self._report(False, servers[0].assigned))
                 await asyncio.sleep(0.015)
         finally:

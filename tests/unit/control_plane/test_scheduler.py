@@ -103,6 +103,24 @@ async def test_a_free_slot_is_granted_at_once() -> None:
     assert house.granted == [(Priority.NORMAL, 0.0)]
 
 
+@pytest.mark.parametrize("before", [0, 1])
+async def test_a_server_that_opens_while_one_is_turned_away_is_offered_to_it(before: int) -> None:
+    """Time passes while a request is looked at: what was not open then, and is now, is news."""
+    house = House()
+    house.attach(slots=8)
+    house.fleet.table.lane_until[:] = house.clock.now + Policy().late_binding_s + 0.0105
+    waiting = [house.acquire() for _ in range(before)]
+    await settle()
+    house.clock.now += 0.01
+    house.selection_takes = 0.001
+    waiting.append(house.acquire())
+    await settle()
+    assert not any(each.done() for each in waiting)
+    house.later(0.01)
+    await settle()
+    assert all(each.done() for each in waiting)
+
+
 async def test_late_binding_waits_for_whichever_server_is_free_first() -> None:
     house = House()
     house.attach("a", slots=1)
