@@ -71,11 +71,14 @@ async def test_of_the_prompt_nothing_may_come():
 
 async def test_a_prompt_goes_to_where_its_beginning_is():
     hashes = tuple(range(1, 33))
-    async with front_door() as door, scripted(door, "a") as first, scripted(door, "b"):
+    async with front_door() as door, scripted(door, "a", slots=64) as first, scripted(door, "b"):
         await until_direct(door, "a", "b")
 
+        # Each of these leaves its own beginning on the server that it is assigned to: always the same.
         async def cached(**asked: Any) -> dict[str, float]:
-            assigned = await assign(door, **{"prompt_tokens": 2048, "prompt_hashes": hashes, "explain": True, **asked})
+            assigned = await assign(
+                door, **{"prompt_tokens": 2048, "prompt_hashes": hashes, **asked}, server_id="a", explain=True
+            )
             return {each.server_id: each.terms["cached_tokens"] for each in assigned.decision.candidates}
 
         assigned = await assign(door, server_id="a", prompt_tokens=2048, prompt_hashes=hashes)
