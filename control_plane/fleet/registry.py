@@ -486,15 +486,13 @@ class Fleet:
 
     def _rebuild(self, now: float) -> None:
         """The set of rows changed: build the table anew and fill in what moves."""
-        before, self._table = (
-            self.table,
-            CandidateTable(
-                [
-                    CandidateRow(server.id, card, server.report.identity.labels)
-                    for server in self._servers.values()
-                    for card in server.cards
-                ]
-            ),
+        before = self._table  # as it stands: what it lacks may have come since
+        self._table = CandidateTable(
+            [
+                CandidateRow(server.id, card, server.report.identity.labels)
+                for server in self._servers.values()
+                for card in server.cards
+            ]
         )
         fresh = [self._table.rows[number] for number in self._table.carry(before)]
         self._expectations.rebuilt(self._table, self._servers, now)
@@ -503,6 +501,7 @@ class Fleet:
             self._expectations.refresh(server, now)
         for row in fresh:
             self._refresh_pair(row.server_id, (row.card.name, row.card.provider), now)
+        self._catch_up()
 
     def _refresh(self, server: Server) -> None:
         load = server.report.load

@@ -604,7 +604,9 @@ class Scheduler:
         )  # fmt: skip
         choice = select(query)
         self._on_selected(self._clock.monotonic() - started)
-        if choice.verdict is Verdict.CHOSEN and wanted.late and len(self._queue) > 1 and in_vain(query, choice.row):
+        # Where many decline, it is for the last of them: a server that others could use is not to be idle.
+        may_decline = wanted.late and len(self._queue) > 1 and self._declines < _DECLINES - 1
+        if choice.verdict is Verdict.CHOSEN and may_decline and in_vain(query, choice.row):
             self._decline(now)
             return None
         if choice.verdict is Verdict.CHOSEN:

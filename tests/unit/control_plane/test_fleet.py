@@ -179,6 +179,17 @@ def columns(table: CandidateTable) -> dict[str, list[object]]:
     return {name: np.nan_to_num(getattr(table, name), nan=-1.0).tolist() for name in names}
 
 
+def test_a_request_may_end_on_a_model_that_has_gone_and_come_back() -> None:
+    subject, models = fleet(), (card(), card("n"))
+    attachment = subject.attach(report(models=models), 0.0, 0.0, nothing)
+    flight = subject.begin(1, 0.0)
+    subject.update(attachment, report(models=models[:1]), 0.5, 0.5)
+    subject.end(flight, FAILURE, 0.6)
+    subject.update(attachment, report(models=models), 0.7, 0.7)
+    assert free(subject) == [2, 2]
+    assert subject.table.success[1] < 1.0
+
+
 def test_a_table_that_takes_over_what_is_known_is_as_one_made_anew() -> None:
     subject = fleet()
     models = (card(), card("n"))

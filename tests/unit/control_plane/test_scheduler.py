@@ -950,3 +950,22 @@ async def test_one_that_is_late_and_would_come_too_late_leaves_the_server_to_the
     await settle()
     assert vain.done(), "nobody else wants it, and it is only an estimate"
     house.scheduler.release(vain.result().flight, NEUTRAL)
+
+
+async def test_a_server_is_not_idle_because_many_come_too_late() -> None:
+    house, now = House(), 100.0
+    house.attach(slots=1)
+    busy = await house.acquire()
+    house.fleet.first_token(busy.flight, house.clock.now)
+    asked = [
+        house.acquire(RouteRequest(f"vain {n}", prompt_tokens=2000), arrived=now - 900.0 + n, leaves=now + 0.1)
+        for n in range(40)
+    ]
+    await settle()
+    house.scheduler.release(busy.flight, NEUTRAL)
+    await settle()
+    started = [each for each in asked if each.done()]
+    assert len(started) == 1
+    house.scheduler.release(started[0].result().flight, NEUTRAL)
+    for each in asked:
+        each.cancel()
