@@ -73,6 +73,8 @@ class Fleet:
         self._troubled: set[tuple[ServerId, PairKey]] = set()
         self._listeners: list[Callable[[ServerId, bool], None]] = []
         self._without_tickets: frozenset[Failed] | None = None
+        self._lapses_at = -math.inf
+        """No lease runs out before, and nobody is to be forgotten; monotonic seconds."""
         self.on_capacity: Callable[[], None] = lambda: None
         self._expectations = Expectations()
         self.on_end: Callable[[Flight], None] = lambda flight: None
@@ -176,6 +178,7 @@ class Fleet:
             server.attached_wall = server.reported_wall = wall
             server.lease = Lease.grant(epoch, now, self._policy.lease_duration)
         server.attachment, self._without_tickets = Attachment(server, on_directive), None
+        self._lapses_at = min(self._lapses_at, server.lease.expires_at)
         self._accept(server, report, rebuild=True, now=now)
         log.info(
             "%s attached: %s, %s, epoch %d, %d models",
@@ -248,6 +251,14 @@ class Fleet:
     def tick(self, now: float) -> None:
         """Let time pass: leases expire, breakers reopen, rates recover, the lost are forgotten."""
         self._catch_up()
+        if now >= self._lapses_at:
+            self._lapse(now)
+        for key in list(self._troubled):
+            self._recover(*key, now)
+        self._expectations.tick(self._servers.values(), now)
+
+    def _lapse(self, now: float) -> None:
+        """Note which leases have run out, and forget those that are lost for long."""
         for server in list(self._servers.values()):
             if now < server.lease.expires_at:
                 continue
@@ -265,9 +276,8 @@ class Fleet:
                     self._expectations.forget(server.id, card)
                 self._rebuild(now)
                 self._changed(server, urgent=True)
-        for key in list(self._troubled):
-            self._recover(*key, now)
-        self._expectations.tick(self._servers.values(), now)
+        # Leases that are renewed run out later than that, so this is looked at once per lease, not at each tick.
+        self._lapses_at = min((server.lease.expires_at for server in self._servers.values()), default=math.inf)
 
     def sound(self, row: int) -> bool:
         """Whether nothing speaks against the pair in a row of the table: its circuit breaker does not watch it, and it

@@ -400,14 +400,15 @@ class Scheduler:
         if self._table.cold is not None:
             fresh = fresh | (open_now & self._table.cold)  # whether loading pays depends on who waits and who is there
         offer = self._offer
+        if offer is None and not fresh.any():
+            self._known = open_now
+            return True
         if offer is None or (fresh & ~offer.rows).any():
             # From the top: the first in order may be waiting for what has opened just now.
-            if fresh.any():
-                self._triage(now)
-            offer = self._offer = Offer(fresh, self._reaches() if fresh.any() else {})
-            if offer.reach:
-                self._plan_anew(len(self._table))
-                self._declines = 0
+            self._triage(now)
+            offer = self._offer = Offer(fresh, self._reaches())
+            self._plan_anew(len(self._table))
+            self._declines = 0
         offer.narrow(fresh, self._servers)
 
         def try_place(entry: Waiting[Waiter]) -> bool:
