@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hmac
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import grpc
+from msgspec.structs import replace
 
 from control_plane.api import convert
 from control_plane.api.attempts import NEUTRAL

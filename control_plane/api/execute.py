@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import grpc
 from google.protobuf.message import DecodeError
+from msgspec.structs import replace
 
 from control_plane.api import convert, task_convert
 from control_plane.api.answer import Answer, mean_tpot

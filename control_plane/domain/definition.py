@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from control_plane.domain.model import ModelCard, ModelName, Price, Provider
 from control_plane.domain.task import Feature, TaskType

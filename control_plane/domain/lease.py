@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import msgspec
+from msgspec.structs import replace
 
 from control_plane.domain.server import LeaseState
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(msgspec.Struct, frozen=True):
     """LIVE while reports arrive, SUSPECT once the stream broke, LOST when `expires_at` passes."""
 
     epoch: int

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from types import MappingProxyType
 from typing import NewType
+
+import msgspec
 
 from control_plane.domain.task import Feature, TaskType
 
@@ -51,14 +53,13 @@ class Price:
         return round(nano_usd) if nano_usd < _MOST_NANO_USD else _MOST_NANO_USD
 
 
-@dataclass(frozen=True, slots=True)
-class ModelCard:
+class ModelCard(msgspec.Struct, frozen=True):
     """One model on one server, definitions applied."""
 
     name: ModelName
     provider: Provider
     context_length: int
-    capabilities: Mapping[TaskType, float] = field(default_factory=lambda: MappingProxyType({}))
+    capabilities: Mapping[TaskType, float] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Score in [0, 1] per kind of work; a missing kind is not offered."""
     features: Feature = Feature.NONE
     price: Price = Price()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from control_plane.domain.model import ModelName, Provider, ServerId
 from control_plane.domain.prompt import Blocks
 from control_plane.domain.task import Feature, Priority, TaskType
 
 
-@dataclass(frozen=True, slots=True)
-class RouteRequest:
+class RouteRequest(msgspec.Struct, frozen=True):
     """Everything that routing may depend on."""
 
     request_id: str

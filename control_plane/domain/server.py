@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from types import MappingProxyType
+
+import msgspec
 
 from control_plane.domain.model import ModelCard, ServerId
 
@@ -35,26 +37,23 @@ class BreakerState(IntEnum):
     HALF_OPEN = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(msgspec.Struct, frozen=True):
     server_id: ServerId
     instance_id: str
     endpoint: str
     """host:port of the ModelServer service."""
-    labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    labels: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     version: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(msgspec.Struct, frozen=True):
     """A server as it was when it failed a request; started anew, it is another one."""
 
     server_id: ServerId
     instance_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class Hardware:
+class Hardware(msgspec.Struct, frozen=True):
     device: str = ""
     memory_bytes: int = 0
     cpu_cores: int = 0
@@ -63,8 +62,7 @@ class Hardware:
     """Of memory_bytes: what models take now. 0: not known."""
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(msgspec.Struct, frozen=True):
     slots: int
     running: int = 0
     waiting: int = 0
@@ -86,8 +84,7 @@ class Pool:
     """Requests that found an open one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(msgspec.Struct, frozen=True):
     """The whole state of a server at one moment, checked and converted."""
 
     identity: Identity

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
+import msgspec
+
 from control_plane.domain.decision import DecisionRecord
 from control_plane.domain.model import ServerId
 from control_plane.domain.request import RouteRequest
@@ -47,8 +49,7 @@ class Loop(Protocol):
     def call_soon(self, callback: Callable[[], None], /) -> Any: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(msgspec.Struct, frozen=True):
     """A server for a request, its slot taken."""
 
     flight: Flight
@@ -58,8 +59,7 @@ class Grant:
     """The whole decision, if it was asked for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(msgspec.Struct, frozen=True):
     """A server for a request."""
 
     request: RouteRequest
@@ -95,8 +95,7 @@ class Waiter:
     """Monotonic seconds when that was looked up."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Standing:
+class Standing(msgspec.Struct, frozen=True, eq=False):
     """Work in the background that waits for a server."""
 
     future: Promise

@@ -13,8 +13,9 @@ import asyncio
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from control_plane.domain.decision import DecisionRecord, Verdict
 from control_plane.domain.errors import (

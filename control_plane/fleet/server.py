@@ -10,6 +10,8 @@ from enum import Enum
 from functools import partial
 from typing import TypeAlias
 
+import msgspec
+
 from control_plane.domain.lease import Lease
 from control_plane.domain.model import ModelCard, ModelName, Price, Provider, ServerId
 from control_plane.domain.request import RouteRequest
@@ -31,8 +33,7 @@ class OutcomeKind(Enum):
     """Says nothing about the server: cancelled, refused for the request's own sake, busy."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True):
     """How a dispatched request ended."""
 
     kind: OutcomeKind

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic, TypeAlias, TypeVar
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -42,8 +43,7 @@ class Kin:
     """Mean seconds per output token that the server measured."""
 
 
-@dataclass(frozen=True, slots=True)
-class Features:
+class Features(msgspec.Struct, frozen=True):
     """A request at its dispatch, as the control plane knows it."""
 
     prompt_tokens: float
@@ -66,8 +66,7 @@ class Features:
         return count(count(self.prompt_tokens) - count(self.cached_tokens))
 
 
-@dataclass(frozen=True, slots=True)
-class Coefficients(Generic[Number]):
+class Coefficients(msgspec.Struct, Generic[Number], frozen=True):
     """Of one row (floats) or of many (columns); all finite and >= 0.
 
     median TTFT = base + per_prompt_token * uncached + per_backlog_token * backlog + per_waiting * waiting

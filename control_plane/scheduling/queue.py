@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
+import msgspec
+
 from control_plane.domain.errors import queue_bytes_full, queue_full
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Failed
@@ -90,8 +92,7 @@ class Waiting(Generic[T]):
         return self.turn.standing == _LATE
 
 
-@dataclass(frozen=True, slots=True)
-class Round(Generic[T]):
+class Round(msgspec.Struct, Generic[T], frozen=True):
     """What came of a dispatch."""
 
     left: int
@@ -113,8 +114,7 @@ class _Share:
     waiting: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Reached(Generic[T]):
+class Reached(msgspec.Struct, Generic[T], frozen=True):
     """How far down the queue a dispatch has come."""
 
     entry: Waiting[T]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from control_plane.domain.request import RouteRequest
@@ -45,8 +46,7 @@ class Planned:
         self.anything = True
 
 
-@dataclass(frozen=True, slots=True)
-class Forecast:
+class Forecast(msgspec.Struct, frozen=True):
     """Of every row, shape (rows,)."""
 
     lane: Floats

@@ -11,8 +11,8 @@ leaves.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from control_plane.selection.filters import AVOIDED, passing, permanent, present
@@ -26,8 +26,7 @@ _LAST_CHANCE = 1.25
 """Of the seconds to the first token on a free server: with less than that left, one that is late takes it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Better:
+class Better(msgspec.Struct, frozen=True):
     """The row worth waiting for."""
 
     row: int

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+
+import msgspec
 
 from control_plane.domain.funds import Funds
 from control_plane.domain.model import ServerId
@@ -13,8 +14,7 @@ from control_plane.selection.policy import Policy
 from control_plane.selection.table import CandidateTable, Floats
 
 
-@dataclass(slots=True, eq=False)
-class Query:
+class Query(msgspec.Struct, eq=False):
     """A request at one moment, and the table as it stands then. What is computed of it is computed once."""
 
     table: CandidateTable
@@ -42,9 +42,9 @@ class Query:
     """Whether it takes what is free, and does not wait for better."""
     draw: float = 0.0
     """By which chance decides whether to explore, uniform in [0, 1)."""
-    most: tuple[Floats, Floats] | None = field(default=None, repr=False)
+    most: tuple[Floats, Floats] | None = None
     """The most that the request can come to in each row, once that was asked for: see `filters`."""
-    _forecast: Forecast | None = field(default=None, repr=False)
+    _forecast: Forecast | None = None
 
     @property
     def forecast(self) -> Forecast:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 
 from control_plane.domain.decision import (
@@ -36,8 +35,7 @@ from control_plane.selection.summary import summarise
 from control_plane.selection.table import Floats, Mask
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True):
     """How a selection ended; `explain` tells why."""
 
     verdict: Verdict

@@ -12,8 +12,8 @@ Science, 1968.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from control_plane.domain.model import ServerId
@@ -24,8 +24,7 @@ from control_plane.selection.query import Query
 from control_plane.selection.table import CandidateTable, Floats, Mask
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
+class Case(msgspec.Struct, frozen=True):
     """A request that waits."""
 
     request: RouteRequest

@@ -18,11 +18,13 @@ import math
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from random import random
 from typing import Protocol
+
+from msgspec.structs import replace
 
 from control_plane.domain.errors import DomainError
 from control_plane.domain.request import RouteRequest

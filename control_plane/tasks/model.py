@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NewType
 
+import msgspec
+
 from control_plane.domain.model import ModelName, Provider, ServerId
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Failed
@@ -59,8 +61,7 @@ class EventType(IntEnum):
     RETRIED = 10
 
 
-@dataclass(frozen=True, slots=True)
-class Lane:
+class Lane(msgspec.Struct, frozen=True):
     """What tasks must share for one to be startable wherever the other is, and to start in the order of their
     submission: tenant, class, needs, and whom they avoid after failures."""
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from control_plane.domain.request import RouteRequest
 from control_plane.fleet.registry import Fleet

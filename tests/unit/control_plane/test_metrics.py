@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
+from msgspec.structs import replace
 from prometheus_client import generate_latest
 
 from control_plane.api.metrics import Metrics

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Load

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from control_plane.domain.model import ModelName, ModelState
 from control_plane.domain.request import RouteRequest
