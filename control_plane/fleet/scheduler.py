@@ -520,7 +520,9 @@ class Scheduler:
 
     @property
     def _loop(self) -> Loop:
-        return asyncio.get_running_loop() if self._own_loop is None else self._own_loop
+        if self._own_loop is None:
+            self._own_loop = asyncio.get_running_loop()  # asked for once: it makes a system call each time
+        return self._own_loop
 
     def _query(
         self, request: RouteRequest, avoid: frozenset[Failed], now: float, waited: float = 0.0, **more: Any
@@ -671,6 +673,8 @@ class Scheduler:
 
     def _planned_before(self, priority: Priority, due: float) -> Planned:
         """What those who wait are expected to take before one that comes now."""
+        if not self._ahead:
+            return self._nothing
         before = [
             (span, prefill)
             for other, when, span, prefill in self._ahead

@@ -92,7 +92,8 @@ def _task_type_detail(query: Query, row: int) -> str:
 
 
 def _context(query: Query) -> Mask | None:
-    return query.table.context_length >= query.request.context_needed
+    needed = query.request.context_needed
+    return None if needed <= query.table.shortest else query.table.context_length >= needed
 
 
 def _context_detail(query: Query, row: int) -> str:

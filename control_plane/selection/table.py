@@ -150,6 +150,8 @@ class CandidateTable:
             self.paid = np.asarray((self.prompt_price > 0) | (self.completion_price > 0), dtype=np.bool_)
         self.longest = max((card.context_length for card in cards), default=0)
         """No row has a longer context."""
+        self.shortest = min((card.context_length for card in cards), default=0)
+        """No row has a shorter one."""
         scores = _capabilities(cards)
         self.offers: dict[TaskType, Mask] = {task: column > -math.inf for task, column in scores.items()}
         self.capability: dict[TaskType, Floats] = {

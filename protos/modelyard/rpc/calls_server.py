@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import grpc
@@ -43,6 +43,13 @@ def add_services(server: grpc.aio.Server, *handlers: grpc.GenericRpcHandler) -> 
     calls = CallsServicer(handlers)
     server.add_generic_rpc_handlers((*handlers, service_handler(CALLS, calls)))
     return calls
+
+
+class Unary(NamedTuple):
+    """A handler."""
+
+    serve: Callable[[bytes, Any], Awaitable[Any]]
+    serialise: Callable[[Any], bytes]
 
 
 class _Details(NamedTuple):
@@ -84,14 +91,16 @@ class _Stream:
     def __init__(self, handlers: Sequence[grpc.GenericRpcHandler], context: grpc.aio.ServicerContext) -> None:
         self._handlers = handlers
         self._context = context
+        self._loop = asyncio.get_running_loop()  # to ask for it is a system call
         self._metadata: Pairs = tuple(context.invocation_metadata() or ())
         self._calls: dict[int, _Call] = {}
-        """Those that are not answered yet."""
+        """Those that have no answer yet."""
+        self._known: dict[str, Unary] = {}
+        """Handlers that were found, by method."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._outbox: deque[bytes] = deque()
-        self._put = self._sent = 0
-        """Messages, counted."""
         self._sending = asyncio.Lock()
+        """Who has it sends everything in the outbox."""
 
     async def read(self, requests: AsyncIterator[calls_pb2.MultiplexRequest]) -> None:
         """Begin and cancel what is asked for, until the client half-closes."""
@@ -99,11 +108,11 @@ class _Stream:
             for start in message.starts:
                 if start.id in self._calls:
                     raise invalid([Violation("starts.id", f"{start.id} is the id of a call that is not answered yet")])
-                if len(self._calls) >= MOST_CALLS:
+                if len(self._calls) + len(self._outbox) >= MOST_CALLS:
                     # Whoever does not read what it is told is not read either.
                     await self._answer(_end(start.id, _TOO_MANY))
                     continue
-                call = self._calls[start.id] = _Call(self._metadata, start)
+                call = self._calls[start.id] = _Call(self._metadata, start, self._loop)
                 call.task = self._begin(self._serve(call))
             for number in message.cancels:
                 cancelled = self._calls.pop(number, None)
@@ -115,7 +124,7 @@ class _Stream:
         self._begin(self.send(calls_pb2.MultiplexResponse(stopping=True)))
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
+        task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -132,7 +141,7 @@ class _Stream:
             task.cancel()
 
     async def _serve(self, call: _Call) -> None:
-        answer, status = await call.run(self._handlers)
+        answer, status = await call.run(self._handler(call.method))
         if self._calls.get(call.id) is not call:
             return  # nobody waits for it any more
         start = 0
@@ -141,26 +150,39 @@ class _Stream:
             start += PIECE_BYTES
         end = _end(call.id, status)
         end.response = answer[start:] if start else answer
-        await self._answer(end)
-        self._calls.pop(call.id, None)
+        del self._calls[call.id]
+        if self._sending.locked():  # whoever is sending takes it along
+            self._outbox.append(calls_pb2.MultiplexResponse(ends=(end,)).SerializeToString())
+        else:
+            await self._answer(end)
+
+    def _handler(self, method: str) -> Unary | None:
+        """What serves a method; None: nobody."""
+        known = self._known.get(method)
+        if known is None:
+            details = _Details(method, self._metadata)
+            found = (handler.service(details) for handler in self._handlers)
+            handler: Any = next((each for each in found if each is not None and each.unary_unary is not None), None)
+            if handler is None:
+                return None
+            known = self._known[method] = Unary(handler.unary_unary, handler.response_serializer)
+        return known
 
     async def _answer(self, end: calls_pb2.CallEnd) -> None:
         await self.send(calls_pb2.MultiplexResponse(ends=(end,)))
 
     async def send(self, message: calls_pb2.MultiplexResponse) -> None:
-        """Send it, together with what came about meanwhile."""
+        """Return when it is sent, together with what came about meanwhile."""
         self._outbox.append(message.SerializeToString())
-        self._put += 1
-        mine = self._put
         with contextlib.suppress(grpc.aio.BaseError, asyncio.InvalidStateError):  # the stream has ended
             async with self._sending:
-                while self._sent < mine:
-                    batch, count = next_batch(self._outbox)
-                    await self._context.write(batch)
-                    self._sent += count
+                while self._outbox:
+                    await self._context.write(next_batch(self._outbox)[0])
 
 
 def _end(number: int, status: Status) -> calls_pb2.CallEnd:
+    if status.code is grpc.StatusCode.OK and not status.trailing_metadata:
+        return calls_pb2.CallEnd(id=number)
     return calls_pb2.CallEnd(
         id=number,
         code=status.code.value[0],
@@ -172,11 +194,12 @@ def _end(number: int, status: Status) -> calls_pb2.CallEnd:
 class _Call:
     """One call, and the context that its handler gets: as much of ServicerContext as unary handlers have use for."""
 
-    def __init__(self, inherited: Pairs, start: calls_pb2.CallStart) -> None:
-        loop = asyncio.get_running_loop()
+    def __init__(self, inherited: Pairs, start: calls_pb2.CallStart, loop: asyncio.AbstractEventLoop) -> None:
         self.id = start.id
+        self.method = start.method
         self.task: asyncio.Task[None] | None = None
-        self._start = start
+        self._request = start.request
+        self._loop = loop
         self._metadata = inherited + metadata_pairs(start.metadata) if start.metadata else inherited
         self._trailing: Pairs = ()
         self._status: Status | None = None
@@ -195,22 +218,19 @@ class _Call:
         if self._running and self.task is not None:
             self.task.cancel()
 
-    async def run(self, handlers: Sequence[grpc.GenericRpcHandler]) -> tuple[bytes, Status]:
+    async def run(self, handler: Unary | None) -> tuple[bytes, Status]:
         """The answer and the status."""
         try:
-            details = _Details(self._start.method, self._metadata)
-            found = (handler.service(details) for handler in handlers)
-            handler: Any = next((each for each in found if each is not None and each.unary_unary is not None), None)
             if handler is None:
                 return b"", _UNKNOWN_METHOD
-            answer = await handler.unary_unary(self._start.request, self)
-            return handler.response_serializer(answer), Status(grpc.StatusCode.OK, "", self._trailing)
+            answer = await handler.serve(self._request, self)
+            return handler.serialise(answer), Status(grpc.StatusCode.OK, "", self._trailing)
         except asyncio.CancelledError:
             return b"", _TOO_LATE if self._late else _CANCELLED
         except grpc.aio.AbortError:
             return b"", self._status or _FAILED
         except Exception as error:
-            _log.error("%s failed: %s", self._start.method, privacy.where(error))
+            _log.error("%s failed: %s", self.method, privacy.where(error))
             return b"", _FAILED
         finally:
             self._running = False
@@ -224,7 +244,7 @@ class _Call:
         """Seconds until the deadline; None without one."""
         if self._timer is None:
             return None
-        return max(0.0, self._timer.when() - asyncio.get_running_loop().time())
+        return max(0.0, self._timer.when() - self._loop.time())
 
     def trailing_metadata(self) -> Pairs:
         return self._trailing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+from functools import lru_cache
 
 from google.protobuf.message import DecodeError
 
@@ -16,14 +17,14 @@ _MOST_BYTES = 4096
 def sign(key: bytes, ticket: Ticket) -> bytes:
     """The ticket as it travels."""
     body = ticket.SerializeToString()
-    return hmac.digest(key, body, "sha256") + body
+    return _mac(key, body) + body
 
 
 def verified(key: bytes, signed: bytes) -> bool:
     """Whether it was signed with this very key, which must not be empty, and not changed since."""
     if not key or not MAC_BYTES < len(signed) <= _MOST_BYTES:
         return False
-    return hmac.compare_digest(hmac.digest(key, signed[MAC_BYTES:], "sha256"), signed[:MAC_BYTES])
+    return hmac.compare_digest(_mac(key, signed[MAC_BYTES:]), signed[:MAC_BYTES])
 
 
 def read(signed: bytes) -> Ticket | None:
@@ -32,3 +33,17 @@ def read(signed: bytes) -> Ticket | None:
         return Ticket.FromString(signed[MAC_BYTES:])
     except DecodeError:
         return None
+
+
+def _mac(key: bytes, body: bytes) -> bytes:
+    """HMAC-SHA256. Copies one that was begun with the key: hmac.digest() looks the algorithm up for each call, and lets
+    go of the interpreter's lock, which other threads then take."""
+    begun = _begun(key).copy()
+    begun.update(body)
+    return begun.digest()
+
+
+@lru_cache(maxsize=1024)
+def _begun(key: bytes) -> hmac.HMAC:
+    """One key for each model server, as long as it is attached."""
+    return hmac.new(key, digestmod="sha256")
