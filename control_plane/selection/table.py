@@ -79,6 +79,7 @@ class CandidateTable:
         "load_time",
         "load_times_known",
         "longest",
+        "shortest",
         "model_code",
         "model_codes",
         "obtainable",
