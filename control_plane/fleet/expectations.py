@@ -19,7 +19,7 @@ from control_plane.domain.task import Feature, TaskType
 from control_plane.fleet.judgements import Judgements
 from control_plane.fleet.server import Expected, Flight, Outcome, OutcomeKind, Pair, Prefilling, Server
 from control_plane.prediction.features import Coefficients, Features, Kin, RowKey, ttft
-from control_plane.prediction.latency import LatencyModel
+from control_plane.prediction.latency import FADES, LatencyModel
 from control_plane.prediction.output_length import OutputLength
 from control_plane.prediction.state import HistogramState, LatencyState, TallyState
 from control_plane.prefix.cache import CacheRow
@@ -52,6 +52,8 @@ class Expectations:
         self._latency = LatencyModel()
         self._coefficients: dict[RowKey, Coefficients[float]] = {}
         """Of every row of the table, as the table has them, and of some that are gone."""
+        self._stale_at: dict[RowKey, float] = {}
+        """Monotonic seconds from when what time changes of them is worth looking at."""
         self._lengths = OutputLength()
         self._lengths_at: dict[tuple[TaskType, ModelName, int | None], tuple[float, float]] = {}
         """Mean of an answer, and until when it is good enough, monotonic seconds."""
@@ -84,6 +86,7 @@ class Expectations:
         if len(self._coefficients) > 2 * len(table):
             keys = {(row.server_id, row.card.name, row.card.provider) for row in table.rows}
             self._coefficients = {key: value for key, value in self._coefficients.items() if key in keys}
+            self._stale_at = {key: value for key, value in self._stale_at.items() if key in keys}
         self.judgements.rebuilt(table, now)
         self.caches_prefixes = any(Feature.PREFIX_CACHE in row.card.features for row in table.rows)
         self._prefixes.align(
@@ -104,7 +107,15 @@ class Expectations:
         row = self._table.find(*key)
         if row is not None:
             self._coefficients[key] = coefficients = self._latency.coefficients(key, now)
+            self._stale_at[key] = now + FADES
             self._table.set_prediction(row, coefficients)
+
+    def show(self, key: RowKey, now: float) -> None:
+        """Write what is expected of a row to the table once more, brought up to date if it need be."""
+        if self._latency.has_moved(key) or now >= self._stale_at.get(key, -math.inf):
+            self.predict(key, now)
+        elif (row := self._table.find(*key)) is not None:
+            self._table.set_prediction(row, self._coefficients[key])
 
     def cached(self, request: RouteRequest) -> Floats | None:
         """Tokens of the prompt that each row of the table is expected to have in its prefix cache, shape (rows,)."""

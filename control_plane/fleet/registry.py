@@ -533,7 +533,7 @@ class Fleet:
             return
         stats = self._pair(server, key).stats
         self._table.set_stats(server_id, *key, success=1.0, ttft=stats.ttft, tpot=stats.tpot, service=stats.service)
-        self._expectations.predict((server_id, *key), now)
+        self._expectations.show((server_id, *key), now)
         self._recover(server_id, key, now)
 
     def _recover(self, server_id: ServerId, key: PairKey, now: float) -> None:

@@ -69,6 +69,9 @@ class Row:
     late: float = 0.0
     """ln(how much slower it looks than expected, from requests without an answer), at `late_at`."""
     late_at: float = 0.0
+    allowed: float = 0.0
+    """Answers that may be learned from, at `allowed_at`."""
+    allowed_at: float = 0.0
 
 
 class LatencyModel:
@@ -216,6 +219,10 @@ class LatencyModel:
 
     # ------------------------------------------------------------- reading ---
 
+    def has_moved(self, key: RowKey) -> bool:
+        """Whether what `coefficients` says of a row is another than when it said so last, but for what time changes."""
+        return key in self._moved
+
     def coefficients(self, key: RowKey, now: float) -> Coefficients[float]:
         """What is expected of a row. Raises KeyError: it was never declared."""
         row = self._rows[key]
@@ -290,7 +297,8 @@ class LatencyModel:
 
         promised: what `ttft()` and `tpot()` of features.py said at dispatch, from which the quantiles are learned;
         without it, from what they would say now, which is too good where answers come late. What cannot be is ignored,
-        and so is a row that was never declared.
+        and so is a row that was never declared; and of one that is known and not suspected, what is beyond
+        `policy.most_per_second`.
         """
         row = self._rows.get(key)
         if row is None:
@@ -299,6 +307,8 @@ class LatencyModel:
         if features.cold:
             ttft = None
         if ttft is None and tpot is None:
+            return
+        if row.observed > SURE and not row.late and not self._allows(row, now):
             return
         self._renew(row)
         self._moved[key] = None
@@ -314,6 +324,16 @@ class LatencyModel:
         # What the row knows by now: often while it learns fast, and now and then later.
         if row.observed <= 4 or row.observed % 8 == 0:
             self._teach(row)
+
+    def _allows(self, row: Row, now: float) -> bool:
+        """Whether one answer more may be learned from: a token bucket that holds those of one second."""
+        most = self.policy.most_per_second
+        row.allowed = min(most, row.allowed + (now - row.allowed_at) * most)
+        row.allowed_at = now
+        if row.allowed < 1.0:
+            return False
+        row.allowed -= 1.0
+        return True
 
     def _teach(self, row: Row) -> None:
         """Tell its groups what the row knows by now."""

@@ -22,10 +22,13 @@ class LatencyPolicy:
     """Seconds in which the suspicion against a host that does not answer halves, > 0."""
     kept_groups: int = 4096
     """Groups of kin that are remembered, >= 16; the one that was used least recently is forgotten."""
+    most_per_second: float = 50.0
+    """Answers of one row that are learned from, > 0, once the row is known. Speeds do not change in milliseconds: more
+    would cost more and tell nothing new."""
 
     def __post_init__(self) -> None:
         _check_levels(self.levels)
-        _check_positive(self, "drift_per_minute", "overdue_half_life_s")
+        _check_positive(self, "drift_per_minute", "overdue_half_life_s", "most_per_second")
         if self.kept_groups < 16:
             raise ValueError(f"kept_groups must be >= 16, is {self.kept_groups}")
 
