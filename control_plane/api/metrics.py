@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections import Counter as Tally
 from collections.abc import Iterator
-from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from control_plane.api.tallies import Counts, Distribution
 from control_plane.domain.agent import AssignmentOutcome
 from control_plane.domain.server import BreakerState, LeaseState
 from control_plane.domain.task import Priority
@@ -23,8 +23,7 @@ from control_plane.tasks.dispatcher import Dispatcher
 from control_plane.tasks.model import TaskState
 from modelyard.v1.generation_pb2 import Usage
 
-T = TypeVar("T", Counter, Histogram)
-
+_PRIORITIES = {priority: (priority.name.lower(),) for priority in Priority}
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1)
 _SELECTION_SECONDS = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3)
@@ -35,37 +34,38 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter(
+        self.requests = Counts(
             "modelyard_requests",
             "Finished requests by method and outcome: ok, cancelled, or the reason of the refusal.",
             ("method", "outcome"),
             registry=self.registry,
         )
-        self.ttft = Histogram(
+        self.ttft = Distribution(
             "modelyard_ttft_seconds",
             "Time from receipt of a request to its first token, queue and failed attempts included.",
             ("model",),
-            buckets=_SECONDS,
+            bounds=_SECONDS,
             registry=self.registry,
         )
-        self.tpot = Histogram(
+        self.tpot = Distribution(
             "modelyard_tpot_seconds",
             "Mean time per output token after the first, one observation per request.",
             ("model",),
-            buckets=_TOKEN_SECONDS,
+            bounds=_TOKEN_SECONDS,
             registry=self.registry,
         )
-        self.queue_time = Histogram(
+        self.queue_time = Distribution(
             "modelyard_queue_seconds",
             "Time that a request waited for a free slot, per attempt.",
             ("priority",),
-            buckets=_SECONDS,
+            bounds=_SECONDS,
             registry=self.registry,
         )
-        self.selection_time = Histogram(
+        self.selection_time = Distribution(
             "modelyard_selection_seconds",
             "Time that one selection took.",
-            buckets=_SELECTION_SECONDS,
+            (),
+            bounds=_SELECTION_SECONDS,
             registry=self.registry,
         )
         self.explored = Counter(
@@ -86,21 +86,21 @@ class Metrics:
             ("reason",),
             registry=self.registry,
         )
-        self.tokens = Counter(
+        self.tokens = Counts(
             "modelyard_tokens",
             "Tokens of finished requests, by model and kind: prompt, cached_prompt, completion.",
             ("model", "kind"),
             registry=self.registry,
         )
 
-        self.task_states = Counter(
+        self.task_states = Counts(
             "modelyard_task_states",
             "Tasks that entered a state by what this control plane did: scheduled, running, queued (again), "
             "succeeded, failed, expired.",
             ("state",),
             registry=self.registry,
         )
-        self.task_attempts = Counter(
+        self.task_attempts = Counts(
             "modelyard_task_attempts",
             "Attempts of tasks by outcome: ok, expired, taken_away (cancelled or in other hands), given_back, or the "
             "reason of the failure.",
@@ -146,35 +146,25 @@ class Metrics:
         self._tasks = _TaskStates()
         self.registry.register(self._tasks)
 
-        # Looking a child up by its labels costs more than counting: the hot path keeps them.
-        self._children: dict[tuple[object, ...], Counter | Histogram] = {}
-
-    def _child(self, metric: T, *labels: str) -> T:
-        key = (metric, *labels)
-        child = self._children.get(key)
-        if child is None:
-            child = self._children[key] = metric.labels(*labels)
-        return child  # type: ignore[return-value]
-
     def finished(self, method: str, outcome: str) -> None:
         """A call ended: "ok", "cancelled", or the reason of its refusal."""
-        self._child(self.requests, method, outcome).inc()
+        self.requests.add((method, outcome))
 
     def granted(self, priority: Priority, queued: float) -> None:
         """A request got a server after so many seconds."""
-        self._child(self.queue_time, priority.name.lower()).observe(queued)
+        self.queue_time.observe(queued, _PRIORITIES[priority])
 
     def explore(self, model: str, propensity: float) -> None:
         """A request explores."""
-        self._child(self.explored, model).inc()
+        self.explored.labels(model).inc()
 
     def first_token(self, model: str, ttft: float) -> None:
         """A request got its first token after so many seconds."""
-        self._child(self.ttft, model).observe(ttft)
+        self.ttft.observe(ttft, (model,))
 
     def pace(self, model: str, tpot: float) -> None:
         """Mean seconds per output token of a finished request."""
-        self._child(self.tpot, model).observe(tpot)
+        self.tpot.observe(tpot, (model,))
 
     def used(self, model: str, usage: Usage) -> None:
         """Tokens of a finished request."""
@@ -184,23 +174,23 @@ class Metrics:
             ("completion", usage.completion_tokens),
         ):
             if amount:
-                self._child(self.tokens, model, kind).inc(amount)
+                self.tokens.add((model, kind), amount)
 
     def assignment(self, outcome: AssignmentOutcome) -> None:
         """An assignment of an agent has ended."""
-        self._child(self.agent_assignments, outcome.name.lower()).inc()
+        self.agent_assignments.labels(outcome.name.lower()).inc()
 
     def compared(self, method: str) -> None:
         """A description was compared by "embedding" or "lexical"."""
-        self._child(self.agent_comparisons, method).inc()
+        self.agent_comparisons.labels(method).inc()
 
     def entered(self, state: TaskState) -> None:
         """A task has entered a state."""
-        self._child(self.task_states, state.name.lower()).inc()
+        self.task_states.add((state.name.lower(),))
 
     def attempted(self, outcome: str) -> None:
         """An attempt of a task has ended."""
-        self._child(self.task_attempts, outcome).inc()
+        self.task_attempts.add((outcome,))
 
     def handed_over(self, seconds: float) -> None:
         """A task went to its server so long after its slot was granted."""

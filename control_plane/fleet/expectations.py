@@ -314,14 +314,14 @@ class Expectations:
 
 def _backlog(prefilling: Prefilling, now: float) -> float:
     """Tokens of prompts that are still to be prefilled, as far as is known: they are done in order."""
-    done = 0.0
-    for flight in prefilling:
+    tokens = 0.0
+    for flight in reversed(prefilling):
         expected = flight.expected
-        left = max(0.0, expected.first_at - now)
-        if left and left >= expected.lane:
-            break
-        done += expected.uncached * (1 - left / expected.lane) if left else expected.uncached
-    return max(0.0, prefilling.tokens - done)
+        left = expected.first_at - now
+        if left <= 0:
+            break  # and so those before it
+        tokens += expected.uncached if left >= expected.lane else expected.uncached * left / expected.lane
+    return tokens
 
 
 def _decoding(server: Server) -> int:

@@ -249,7 +249,8 @@ def _whole(amount: float) -> int:
 
 
 def _available(query: Query) -> Mask | None:
-    return query.table.success >= query.policy.availability_threshold
+    threshold = query.policy.availability_threshold
+    return None if query.table.all_succeed(threshold) else query.table.success >= threshold
 
 
 def _available_detail(query: Query, row: int) -> str:

@@ -56,6 +56,7 @@ class CandidateTable:
     __slots__ = (
         "_index",
         "_kept",
+        "_least_success",
         "_names",
         "_qualified",
         "_said",
@@ -79,7 +80,6 @@ class CandidateTable:
         "load_time",
         "load_times_known",
         "longest",
-        "shortest",
         "model_code",
         "model_codes",
         "obtainable",
@@ -94,6 +94,7 @@ class CandidateTable:
         "ready",
         "rows",
         "service",
+        "shortest",
         "sigmas",
         "slot_at",
         "slots",
@@ -184,6 +185,8 @@ class CandidateTable:
         """Ready, not draining, the model is here, and no breaker holds it back."""
         self.success: Floats = np.ones(size, dtype=np.float64)
         """[0, 1]."""
+        self._least_success = 1.0
+        """No row has less."""
         self.good: dict[TaskType, Floats] = {}
         """Expected share of good answers among those to a kind of work, [0, 1]; missing: nobody has complained."""
         self.quality: dict[TaskType, Floats] = dict(self.capability)
@@ -271,6 +274,7 @@ class CandidateTable:
                 fresh.append(number)
         for name in _OF_ROWS:
             getattr(self, name)[kept] = getattr(before, name)[known]
+        self._least_success = before._least_success
         self.sigmas[:, kept] = before.sigmas[:, known]
         self._unpredicted = {*fresh, *(new for new, old in zip(kept, known, strict=True) if old in before._unpredicted)}
         self._unmeasured = {*fresh, *(new for new, old in zip(kept, known, strict=True) if old in before._unmeasured)}
@@ -313,7 +317,7 @@ class CandidateTable:
         row = self._index[server_id, model, provider]
         card = self.rows[row].card
         self._unpredicted.add(row)
-        self.success[row] = _unit(success)
+        self._set_success(row, success)
         self.ttft[row] = _seconds(ttft, card.ttft)
         self.tpot[row] = _seconds(tpot, card.tpot)
         self.service[row] = seconds = _seconds(service)
@@ -324,7 +328,17 @@ class CandidateTable:
 
     def set_success(self, server_id: ServerId, model: ModelName, provider: Provider, success: float) -> None:
         """The success rate of a pair alone. Raises KeyError: no such row."""
-        self.success[self._index[server_id, model, provider]] = _unit(success)
+        self._set_success(self._index[server_id, model, provider], success)
+
+    def _set_success(self, row: int, success: float) -> None:
+        self.success[row] = value = _unit(success)
+        self._least_success = min(self._least_success, value)
+
+    def all_succeed(self, share: float) -> bool:
+        """Whether no row has a success rate below that."""
+        if self._least_success < share:
+            self._least_success = float(self.success.min(initial=1.0))
+        return self._least_success >= share
 
     def set_prediction(self, row: int, coefficients: Coefficients[float]) -> None:
         """What is expected of a row, in place of what was measured."""

@@ -105,7 +105,7 @@ async def test_two_hundred_tasks_end_each_once(tmp_path: Path) -> None:
         await tasks.door.until_idle()
         assert tasks.dispatcher.running_here == 0 and tasks.dispatcher.oldest() is None
         states = tasks.door.plane.metrics.task_states
-        assert states.labels("succeeded")._value.get() == 200
+        assert states.value("succeeded") == 200
 
 
 async def test_two_control_planes_share_a_database(postgres_server: Postgres, tmp_path: Path) -> None:
@@ -558,7 +558,7 @@ async def test_states_are_counted(tmp_path: Path) -> None:
         first.inject_error("Complete", failure(), times=1)
         await tasks.until(await tasks.submit())
         metrics = tasks.door.plane.metrics
-        counted = {state: metrics.task_states.labels(state.name.lower())._value.get() for state in TaskState}
+        counted = {state: metrics.task_states.value(state.name.lower()) for state in TaskState}
         assert counted[TaskState.SCHEDULED] == 2 and counted[TaskState.SUCCEEDED] == 1
-        assert metrics.task_attempts.labels("ENGINE_FAILED")._value.get() == 1
-        assert metrics.task_attempts.labels("ok")._value.get() == 1
+        assert metrics.task_attempts.value("ENGINE_FAILED") == 1
+        assert metrics.task_attempts.value("ok") == 1
