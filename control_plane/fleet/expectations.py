@@ -13,9 +13,9 @@ from dataclasses import replace
 
 import msgspec
 
-from control_plane.domain.model import ModelCard, ModelName, ModelState, ServerId
+from control_plane.domain.model import ModelCard, ModelState, ServerId
 from control_plane.domain.request import RouteRequest
-from control_plane.domain.task import Feature, TaskType
+from control_plane.domain.task import Feature
 from control_plane.fleet.judgements import Judgements
 from control_plane.fleet.server import Expected, Flight, Outcome, OutcomeKind, Pair, Prefilling, Server
 from control_plane.prediction.features import Coefficients, Features, Kin, RowKey, ttft
@@ -40,9 +40,6 @@ _EVIDENCE = 0.5
 _COMMON, _ROW, _LENGTHS, _SUCCESS = "latency", "latency/", "lengths", "success"
 _ROWS_AT_ONCE = 256
 
-# Kinds of requests whose length of answer is looked up once a second.
-_LENGTHS_KEPT = 1000
-
 
 class Expectations:
     """Owner of the predictors."""
@@ -55,8 +52,6 @@ class Expectations:
         self._stale_at: dict[RowKey, float] = {}
         """Monotonic seconds from when what time changes of them is worth looking at."""
         self._lengths = OutputLength()
-        self._lengths_at: dict[tuple[TaskType, ModelName, int | None], tuple[float, float]] = {}
-        """Mean of an answer, and until when it is good enough, monotonic seconds."""
         self._prefixes = PrefixIndex()
         self._table = CandidateTable([])
         self._unkept: dict[RowKey, None] = {}
@@ -250,7 +245,7 @@ class Expectations:
             late = _OVERDUE * longer * coefficients.ttft_spread[-1]
             overdue_at = now + min(longest, max(_OVERDUE_SOONEST, late))
         lane = coefficients.per_prompt_token * uncached
-        decoding = self._length(request, flight.model, now) * each
+        decoding = self._lengths.expect(request.task_type, flight.model, request.max_tokens).mean * each
         return Expected(
             features=features,
             ttft=first,
@@ -263,16 +258,6 @@ class Expectations:
             uncached=uncached,
             lane=lane,
         )
-
-    def _length(self, request: RouteRequest, model: ModelName, now: float) -> float:
-        """Mean tokens of an answer, looked up once a second."""
-        key = request.task_type, model, request.max_tokens
-        known = self._lengths_at.get(key)
-        if known is None or now >= known[1]:
-            if len(self._lengths_at) >= _LENGTHS_KEPT:
-                self._lengths_at.clear()
-            known = self._lengths_at[key] = self._lengths.expect(*key).mean, now + 1.0
-        return known[0]
 
     def _overdue(self, server: Server, now: float) -> None:
         """Prompts that should be through are not, as far as is known."""

@@ -55,7 +55,7 @@ _STRETCH = 0.002
 # Requests that may decline what is free, hoping for better, before an event is over, and seconds until they are asked
 # again.
 _DECLINES = 16
-_RECONSIDER = 0.5
+_RECONSIDER = 1.0
 
 # Requests that are planned for at a time, those and the rows that they are planned on multiplied, and seconds for which
 # it is good enough to know what caches have of their prompts.

@@ -252,6 +252,8 @@ class LatencyModel:
         """Rows whose coefficients have changed noticeably since they were named here, at most so many: those that were
         observed or are suspected, and those that know little and whose kin have learned. For those who keep the
         coefficients in columns: call it often."""
+        if not (self._moved or self._unseen or self._suspected):
+            return []
         if self._suspected and now >= self._fading_at:
             self._fading_at = now + FADES
             for key in self._suspected:

@@ -26,6 +26,7 @@ _TASKS = frozenset(TaskType)
 MOST_TOKENS = float(EDGES[-1]) - 1
 _EDGES: list[float] = EDGES.tolist()
 _LARGEST_UNIT = 1e100
+_LENGTHS_KEPT = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,8 @@ class _Cached:
     """Of each bin, shape (BINS,), sum 1."""
     until: tuple[int, ...]
     """`observed` of the histograms from which it no longer holds."""
+    lengths: dict[float, Length] = field(default_factory=dict)
+    """What was expected with it, by the most tokens that an answer may have."""
 
 
 class OutputLength:
@@ -107,8 +110,18 @@ class OutputLength:
     def expect(self, task: TaskType, model: str, max_tokens: float | None = None, produced: float = 0) -> Length:
         """Of an answer of at most `max_tokens` that has `produced` tokens already."""
         most = MOST_TOKENS if max_tokens is None else min(max(1.0, count(max_tokens)), MOST_TOKENS)
-        done = min(count(produced), most)
+        if produced:
+            return self._expect(self._share(task, model), most, min(count(produced), most))
         share = self._share(task, model)
+        cached = self._cache.get((task, model))
+        known = cached.lengths.get(most) if cached is not None else None
+        if known is None:
+            known = self._expect(share, most, 0.0)
+            if cached is not None and len(cached.lengths) < _LENGTHS_KEPT:
+                cached.lengths[most] = known
+        return known
+
+    def _expect(self, share: Vector, most: float, done: float) -> Length:
         upper = _UPPER
         if done > 1:
             # What is left of each bin beyond what is produced already.

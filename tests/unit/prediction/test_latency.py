@@ -550,3 +550,31 @@ def test_formulas_work_on_columns_as_on_numbers() -> None:
 def test_a_bad_value_is_named(name: str, bad: object) -> None:
     with pytest.raises(ValueError, match=name):
         LatencyPolicy(**{name: bad})  # type: ignore[arg-type]
+
+
+def test_a_flood_of_answers_costs_no_more_than_a_stream_and_teaches_as_much() -> None:
+    model, host = LatencyModel(), Host(1000.0)
+    model.declare(key("h"), GPU, 0.0)
+    now = host.teach(model, key("h"), 100)
+    model.coefficients(key("h"), now)
+    learned = 0
+    for _ in range(5000):  # 2,500 a second, three times as slow from one to the next
+        now += 1 / 2500
+        features = host.request()
+        model.observe(key("h"), features, 3 * host.ttft(features), 3 * host.tpot(features), now)
+        if model.has_moved(key("h")):
+            learned += 1
+            model.coefficients(key("h"), now)
+    most = model.policy.most_per_second
+    assert most <= learned <= 3 * most + 1
+    assert error(model, key("h"), host, now, slow=3.0) < 0.25
+
+
+def test_a_row_that_is_suspected_learns_from_the_first_answer_of_a_flood() -> None:
+    model, host = LatencyModel(LatencyPolicy(most_per_second=1e-9)), Host(1000.0)
+    model.declare(key("h"), GPU, 0.0)
+    now = host.teach(model, key("h"), 100)
+    model.overdue(key("h"), Features(1000), 100.0, now)
+    slow = model.coefficients(key("h"), now)
+    model.observe(key("h"), Features(1000), host.ttft(Features(1000)), 0.02, now)
+    assert model.coefficients(key("h"), now).base < slow.base / 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from control_plane.domain.model import ModelCard, ModelName, Provider, ServerId
 from control_plane.selection.table import CandidateRow, CandidateTable
@@ -76,3 +78,15 @@ def test_breaker_is_per_pair() -> None:
     table = CandidateTable([row("a", "llama"), row("a", "qwen")])
     table.set_breaker(A, LLAMA, MLX, open=True)
     assert table.breaker_open.tolist() == [True, False]
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.floats(-1, 2)), max_size=8), st.floats(0, 1))
+def test_whether_all_succeed_is_what_the_column_says(told: list[tuple[int, float]], share: float) -> None:
+    table = CandidateTable([row("a", "llama"), row("b", "llama")])
+    for number, success in told:
+        table.set_success((A, B)[number], LLAMA, MLX, success)
+        assert table.all_succeed(share) == (table.success >= share).all()
+    other = CandidateTable([*table.rows, row("c", "llama")])
+    other.carry(table)
+    assert other.all_succeed(share) == (other.success >= share).all()
+    assert CandidateTable().all_succeed(1.0)
