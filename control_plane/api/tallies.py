@@ -59,6 +59,8 @@ class Distribution(Collector):
 
     def observe(self, value: float, labels: tuple[str, ...] = ()) -> None:
         """Labels in the order in which they were declared."""
+        if value != value:
+            return  # no number
         buckets, total = self._values.get(labels) or self._begin(labels)
         buckets[bisect_left(self._bounds, value)] += 1
         total[0] += value

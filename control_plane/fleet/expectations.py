@@ -17,7 +17,7 @@ from control_plane.domain.model import ModelCard, ModelState, ServerId
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.task import Feature
 from control_plane.fleet.judgements import Judgements
-from control_plane.fleet.server import Expected, Flight, Outcome, OutcomeKind, Pair, Prefilling, Server
+from control_plane.fleet.server import Expected, Flight, Outcome, OutcomeKind, Pair, Server
 from control_plane.prediction.features import Coefficients, Features, Kin, RowKey, ttft
 from control_plane.prediction.latency import FADES, LatencyModel
 from control_plane.prediction.output_length import OutputLength
@@ -222,7 +222,7 @@ class Expectations:
         self, flight: Flight, request: RouteRequest, row: int, now: float, cached: float, patience: float
     ) -> Expected:
         server, load, table = flight.server, flight.server.report.load, self._table
-        backlog = _backlog(server.prefilling, now)
+        backlog = server.prefilling.backlog(now)
         streams = _decoding(server) + load.foreign
         features = Features(
             request.prompt_tokens, cached, backlog, streams, load.waiting, load.kv_cache_utilization, flight.cold
@@ -295,18 +295,6 @@ class Expectations:
         self._unkept[flight.row_key] = None
         if used is not None and used.whole and used.completion:
             self._lengths.observe(request.task_type, flight.model, used.completion)
-
-
-def _backlog(prefilling: Prefilling, now: float) -> float:
-    """Tokens of prompts that are still to be prefilled, as far as is known: they are done in order."""
-    tokens = 0.0
-    for flight in reversed(prefilling):
-        expected = flight.expected
-        left = expected.first_at - now
-        if left <= 0:
-            break  # and so those before it
-        tokens += expected.uncached if left >= expected.lane else expected.uncached * left / expected.lane
-    return tokens
 
 
 def _decoding(server: Server) -> int:

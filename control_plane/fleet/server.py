@@ -131,14 +131,14 @@ class Flight:
 class Prefilling(dict["Flight", None]):
     """Flights without a first token yet, in order, and what they come to."""
 
-    __slots__ = ("seconds", "tokens")
+    __slots__ = ("_done", "_going", "seconds", "tokens")
 
     def __init__(self) -> None:
         self.clear()
 
     def add(self, flight: Flight) -> None:
         """The last in order."""
-        self[flight] = None
+        self[flight] = self._going[flight] = None
         self.tokens += flight.expected.uncached
         self.seconds += flight.expected.lane
 
@@ -149,6 +149,10 @@ class Prefilling(dict["Flight", None]):
         del self[flight]
         self.tokens -= flight.expected.uncached
         self.seconds -= flight.expected.lane
+        if flight in self._going:
+            del self._going[flight]
+        else:
+            self._done -= flight.expected.uncached
         if not self:
             self.clear()  # of what rounding has left
         return True
@@ -157,6 +161,28 @@ class Prefilling(dict["Flight", None]):
         super().clear()
         self.tokens = self.seconds = 0.0
         """Of prompts that have to be prefilled, and for which they keep the server."""
+        self._going: dict[Flight, None] = {}
+        """Those that were not expected to have their first tokens when somebody last looked."""
+        self._done = 0.0
+        """Tokens of the others."""
+
+    def backlog(self, now: float) -> float:
+        """Tokens of prompts that are still to be prefilled, as far as is known: they are done in order."""
+        partly = 0.0
+        through: list[Flight] = []
+        for flight in self._going:
+            expected = flight.expected
+            left = expected.first_at - now
+            if left <= 0:
+                through.append(flight)
+            elif left >= expected.lane:
+                break
+            else:
+                partly += expected.uncached * (1 - left / expected.lane)
+        for flight in through:
+            del self._going[flight]
+            self._done += flight.expected.uncached
+        return max(0.0, self.tokens - self._done - partly)
 
 
 @dataclass(eq=False, slots=True)

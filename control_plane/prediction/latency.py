@@ -295,7 +295,7 @@ class LatencyModel:
         promised_ttft: float | None = None,
         promised_tpot: float | None = None,
     ) -> None:
-        """An answer has come. ttft, tpot: seconds; None: not measured (yet: they may come in two calls).
+        """An answer has come. ttft, tpot: seconds; None: not measured.
 
         promised: what `ttft()` and `tpot()` of features.py said at dispatch, from which the quantiles are learned;
         without it, from what they would say now, which is too good where answers come late. What cannot be is ignored,
@@ -330,7 +330,7 @@ class LatencyModel:
     def _allows(self, row: Row, now: float) -> bool:
         """Whether one answer more may be learned from: a token bucket that holds those of one second."""
         most = self.policy.most_per_second
-        row.allowed = min(most, row.allowed + (now - row.allowed_at) * most)
+        row.allowed = min(max(1.0, most), row.allowed + (now - row.allowed_at) * most)
         row.allowed_at = now
         if row.allowed < 1.0:
             return False

@@ -94,13 +94,19 @@ class _Stream:
         self._loop = asyncio.get_running_loop()  # to ask for it is a system call
         self._metadata: Pairs = tuple(context.invocation_metadata() or ())
         self._calls: dict[int, _Call] = {}
-        """Those that have no answer yet."""
+        """Those whose answers are not on their way yet."""
         self._known: dict[str, Unary] = {}
         """Handlers that were found, by method."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._outbox: deque[bytes] = deque()
-        self._sending = asyncio.Lock()
-        """Who has it sends everything in the outbox."""
+        self._ending: deque[_Call | None] = deque()
+        """Whose answer each message in the outbox ends."""
+        self._put = self._sent = 0
+        """Messages, counted."""
+        self._sending = False
+        """Somebody is sending whatever comes into the outbox."""
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        """For so many messages to be sent, in order."""
 
     async def read(self, requests: AsyncIterator[calls_pb2.MultiplexRequest]) -> None:
         """Begin and cancel what is asked for, until the client half-closes."""
@@ -108,9 +114,9 @@ class _Stream:
             for start in message.starts:
                 if start.id in self._calls:
                     raise invalid([Violation("starts.id", f"{start.id} is the id of a call that is not answered yet")])
-                if len(self._calls) + len(self._outbox) >= MOST_CALLS:
+                if len(self._calls) >= MOST_CALLS:
                     # Whoever does not read what it is told is not read either.
-                    await self._answer(_end(start.id, _TOO_MANY))
+                    await self.send(calls_pb2.MultiplexResponse(ends=(_end(start.id, _TOO_MANY),)))
                     continue
                 call = self._calls[start.id] = _Call(self._metadata, start, self._loop)
                 call.task = self._begin(self._serve(call))
@@ -141,20 +147,21 @@ class _Stream:
             task.cancel()
 
     async def _serve(self, call: _Call) -> None:
-        answer, status = await call.run(self._handler(call.method))
-        if self._calls.get(call.id) is not call:
-            return  # nobody waits for it any more
+        answer, status = await call.run(self._handler)
         start = 0
-        while len(answer) - start > PIECE_BYTES:
-            await self._answer(calls_pb2.CallEnd(id=call.id, response=answer[start : start + PIECE_BYTES], more=True))
+        while len(answer) - start > PIECE_BYTES and self._awaited(call):
+            piece = calls_pb2.CallEnd(id=call.id, response=answer[start : start + PIECE_BYTES], more=True)
+            await self.send(calls_pb2.MultiplexResponse(ends=(piece,)))
             start += PIECE_BYTES
-        end = _end(call.id, status)
-        end.response = answer[start:] if start else answer
-        del self._calls[call.id]
-        if self._sending.locked():  # whoever is sending takes it along
-            self._outbox.append(calls_pb2.MultiplexResponse(ends=(end,)).SerializeToString())
-        else:
-            await self._answer(end)
+        if self._awaited(call):
+            end = _end(call.id, status)
+            end.response = answer[start:] if start else answer
+            self._post(calls_pb2.MultiplexResponse(ends=(end,)), call)
+            await self._send_all()
+
+    def _awaited(self, call: _Call) -> bool:
+        """Whether somebody waits for its answer."""
+        return self._calls.get(call.id) is call
 
     def _handler(self, method: str) -> Unary | None:
         """What serves a method; None: nobody."""
@@ -168,16 +175,42 @@ class _Stream:
             known = self._known[method] = Unary(handler.unary_unary, handler.response_serializer)
         return known
 
-    async def _answer(self, end: calls_pb2.CallEnd) -> None:
-        await self.send(calls_pb2.MultiplexResponse(ends=(end,)))
-
     async def send(self, message: calls_pb2.MultiplexResponse) -> None:
-        """Return when it is sent, together with what came about meanwhile."""
+        """Return when it is sent, with whatever came about meanwhile; what comes later is for somebody else to send."""
+        self._post(message)
+        sent = self._loop.create_future()
+        self._waiting.append((self._put, sent))
+        if not self._sending:
+            self._begin(self._send_all())
+        await sent
+
+    def _post(self, message: calls_pb2.MultiplexResponse, ends: _Call | None = None) -> None:
+        """Into the outbox, for `_send_all`."""
         self._outbox.append(message.SerializeToString())
-        with contextlib.suppress(grpc.aio.BaseError, asyncio.InvalidStateError):  # the stream has ended
-            async with self._sending:
-                while self._outbox:
-                    await self._context.write(next_batch(self._outbox)[0])
+        self._ending.append(ends)
+        self._put += 1
+
+    async def _send_all(self) -> None:
+        """Send until nothing is left, for whoever comes meanwhile, too: others return at once. So only whoever has
+        nothing else to do may call it."""
+        if self._sending:
+            return
+        self._sending = True
+        try:
+            while self._outbox:
+                batch, count = next_batch(self._outbox)
+                for call in [self._ending.popleft() for _ in range(count)]:
+                    if call is not None and self._awaited(call):
+                        del self._calls[call.id]  # its client may begin another one as soon as it has the answer
+                with contextlib.suppress(grpc.aio.BaseError, asyncio.InvalidStateError):  # the stream has ended
+                    await self._context.write(batch)
+                self._sent += count
+                while self._waiting and self._waiting[0][0] <= self._sent:
+                    sent = self._waiting.popleft()[1]
+                    if not sent.done():
+                        sent.set_result(None)
+        finally:
+            self._sending = False
 
 
 def _end(number: int, status: Status) -> calls_pb2.CallEnd:
@@ -218,9 +251,10 @@ class _Call:
         if self._running and self.task is not None:
             self.task.cancel()
 
-    async def run(self, handler: Unary | None) -> tuple[bytes, Status]:
-        """The answer and the status."""
+    async def run(self, find: Callable[[str], Unary | None]) -> tuple[bytes, Status]:
+        """The answer and the status of what is found to serve its method."""
         try:
+            handler = find(self.method)
             if handler is None:
                 return b"", _UNKNOWN_METHOD
             answer = await handler.serve(self._request, self)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from control_plane.domain.request import RouteRequest
 from control_plane.domain.server import Load
 from control_plane.fleet.registry import Fleet
-from control_plane.fleet.server import Flight, Outcome, OutcomeKind
+from control_plane.fleet.server import Expected, Flight, Outcome, OutcomeKind, Prefilling
 from tests.unit.control_plane.builders import fleet, report
 
 REQUEST = RouteRequest("r", prompt_tokens=1000)
@@ -161,3 +164,46 @@ def test_a_server_that_has_just_failed_is_not_given_the_time_of_a_prompt_that_is
     flight.on_overdue = lambda: told.append(1)
     subject.tick(302.0)
     assert told
+
+
+class Underway:
+    """As much of a flight as its prefill is."""
+
+    def __init__(self, first_at: float, uncached: float, lane: float) -> None:
+        self.expected = Expected(first_at=first_at, uncached=uncached, lane=lane)
+
+
+def left(flights: list[Underway], now: float) -> float:
+    """Tokens, from the first flight on: those before one that has not begun are through, or in the middle."""
+    done = 0.0
+    for flight in flights:
+        expected = flight.expected
+        seconds = max(0.0, expected.first_at - now)
+        if seconds and seconds >= expected.lane:
+            break
+        done += expected.uncached * (1 - seconds / expected.lane) if seconds else expected.uncached
+    return sum(flight.expected.uncached for flight in flights) - done
+
+
+seconds = st.floats(0, 100)
+steps = st.one_of(
+    st.builds(Underway, seconds, st.floats(0, 1e5), st.sampled_from((0.0, 0.5, 5.0, 50.0))),
+    st.integers(0, 20),  # one of them has its first token
+    st.floats(0, 20),  # time passes
+)
+
+
+@given(st.lists(steps, max_size=30))
+def test_the_backlog_is_what_a_look_at_all_of_them_says(happened: list[Underway | int | float]) -> None:
+    prefilling, flights, now = Prefilling(), list[Underway](), 0.0
+    for step in happened:
+        if isinstance(step, Underway):
+            prefilling.add(step)  # type: ignore[arg-type]
+            flights.append(step)
+        elif isinstance(step, float):
+            now += step
+        elif flights:
+            gone = flights.pop(step % len(flights))
+            assert prefilling.discard(gone)  # type: ignore[arg-type]
+        whole = left(flights, now)
+        assert prefilling.backlog(now) == pytest.approx(whole, abs=1e-3)
