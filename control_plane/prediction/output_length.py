@@ -70,7 +70,7 @@ class Histogram:
 class _Cached:
     share: Vector
     """Of each bin, shape (BINS,), sum 1."""
-    until: tuple[int, ...]
+    until: tuple[int, int, int]
     """`observed` of the histograms from which it no longer holds."""
     lengths: dict[float, Length] = field(default_factory=dict)
     """What was expected with it, by the most tokens that an answer may have."""
@@ -184,13 +184,17 @@ class OutputLength:
         """The expected share of each bin: each histogram, and the one above as `kin_weight` observations of it."""
         key = task, model
         cached = self._cache.get(key)
-        chain = self._all, self._tasks[task], self._models.get(key) or Histogram()
-        if cached is not None and all(one.observed < end for one, end in zip(chain, cached.until, strict=True)):
-            return cached.share
+        own = self._models.get(key) or Histogram()
+        chain = self._all, self._tasks[task], own
+        if cached is not None:
+            ends = cached.until
+            if chain[0].observed < ends[0] and chain[1].observed < ends[1] and own.observed < ends[2]:
+                return cached.share
         share = self._prior
         for histogram in chain:
             kin = self.policy.kin_weight
             share = (histogram.bins + kin * share) / (histogram.weight + kin)
         if key in self._models:
-            self._cache[key] = _Cached(share, tuple(one.observed + 1 + int(0.02 * one.weight) for one in chain))
+            first, second, third = (one.observed + 1 + int(0.02 * one.weight) for one in chain)
+            self._cache[key] = _Cached(share, (first, second, third))
         return share
