@@ -28,6 +28,9 @@ _FIRST_ANSWER = 5.0
 """Seconds for connecting and for the first directive."""
 _MISSED = 3
 """A control plane that leaves that many reports unanswered is given up and dialled anew."""
+_LEAST_PATIENCE = 3.0
+"""Seconds until then, however often it wants reports: a process that is held up for a second is not gone, and to dial
+it anew voids every ticket."""
 _AFTER_OUTCOME = 0.001
 """Seconds that an outcome waits, so that the answer goes out before the report of it."""
 _BETWEEN_OUTCOMES = 0.01
@@ -143,7 +146,7 @@ class Reporter:
         async with asyncio.timeout(_FIRST_ANSWER) as patience:
             async for directive in call:
                 self._obey(directive)
-                patience.reschedule(time() + max(_MISSED * self._interval, 1.0))
+                patience.reschedule(time() + max(_MISSED * self._interval, _LEAST_PATIENCE))
 
     def _obey(self, directive: fleet_pb2.ServerDirective) -> None:
         self._orchestrator_id = directive.orchestrator_id
