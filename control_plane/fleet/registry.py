@@ -546,10 +546,8 @@ class Fleet:
         stats, breaker = pair.stats, pair.breaker
         success = stats.success_at(now)
         self._table.set_success(server_id, *key, success)
-        closed = breaker.state is BreakerState.CLOSED
-        if not closed or (server_id, key) in self._troubled:  # else it was closed before
-            self._table.set_breaker(server_id, *key, open=not breaker.allows(now))
-        if closed and abs(success - stats.prior) < _NEARLY:
+        self._table.set_breaker(server_id, *key, open=not breaker.allows(now))
+        if breaker.state is BreakerState.CLOSED and abs(success - stats.prior) < _NEARLY:
             self._troubled.discard((server_id, key))
         else:
             self._troubled.add((server_id, key))

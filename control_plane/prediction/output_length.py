@@ -99,7 +99,7 @@ class OutputLength:
         if cut and number + 1 < BINS:
             # To the right, as those went that were not cut. Source: Efron, "The two sample problem with censored
             # data", 5th Berkeley Symposium, 1967.
-            tail = self._share(task, model)[number:].copy()
+            tail = self._known(task, model).share[number:].copy()
             tail[0] *= math.log(_UPPER[number] / tokens) / _WIDTH[number]
             total = float(tail.sum())
             later = (tail / total).tolist() if total > 0 else None
@@ -110,16 +110,15 @@ class OutputLength:
     def expect(self, task: TaskType, model: str, max_tokens: float | None = None, produced: float = 0) -> Length:
         """Of an answer of at most `max_tokens` that has `produced` tokens already."""
         most = MOST_TOKENS if max_tokens is None else min(max(1.0, count(max_tokens)), MOST_TOKENS)
+        known = self._known(task, model)
         if produced:
-            return self._expect(self._share(task, model), most, min(count(produced), most))
-        share = self._share(task, model)
-        cached = self._cache.get((task, model))
-        known = cached.lengths.get(most) if cached is not None else None
-        if known is None:
-            known = self._expect(share, most, 0.0)
-            if cached is not None and len(cached.lengths) < _LENGTHS_KEPT:
-                cached.lengths[most] = known
-        return known
+            return self._expect(known.share, most, min(count(produced), most))
+        length = known.lengths.get(most)
+        if length is None:
+            length = self._expect(known.share, most, 0.0)
+            if len(known.lengths) < _LENGTHS_KEPT:
+                known.lengths[most] = length
+        return length
 
     def _expect(self, share: Vector, most: float, done: float) -> Length:
         upper = _UPPER
@@ -180,7 +179,7 @@ class OutputLength:
         self._models.move_to_end(key)
         return self._all, self._tasks[task], own
 
-    def _share(self, task: TaskType, model: str) -> Vector:
+    def _known(self, task: TaskType, model: str) -> _Cached:
         """The expected share of each bin: each histogram, and the one above as `kin_weight` observations of it."""
         key = task, model
         cached = self._cache.get(key)
@@ -189,12 +188,13 @@ class OutputLength:
         if cached is not None:
             ends = cached.until
             if chain[0].observed < ends[0] and chain[1].observed < ends[1] and own.observed < ends[2]:
-                return cached.share
+                return cached
         share = self._prior
         for histogram in chain:
             kin = self.policy.kin_weight
             share = (histogram.bins + kin * share) / (histogram.weight + kin)
+        first, second, third = (one.observed + 1 + int(0.02 * one.weight) for one in chain)
+        known = _Cached(share, (first, second, third))
         if key in self._models:
-            first, second, third = (one.observed + 1 + int(0.02 * one.weight) for one in chain)
-            self._cache[key] = _Cached(share, (first, second, third))
-        return share
+            self._cache[key] = known
+        return known

@@ -45,7 +45,7 @@ def add_services(server: grpc.aio.Server, *handlers: grpc.GenericRpcHandler) -> 
     return calls
 
 
-class Unary(NamedTuple):
+class _Unary(NamedTuple):
     """A handler."""
 
     serve: Callable[[bytes, Any], Awaitable[Any]]
@@ -95,18 +95,14 @@ class _Stream:
         self._metadata: Pairs = tuple(context.invocation_metadata() or ())
         self._calls: dict[int, _Call] = {}
         """Those whose answers are not on their way yet."""
-        self._known: dict[str, Unary] = {}
+        self._known: dict[str, _Unary] = {}
         """Handlers that were found, by method."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._outbox: deque[bytes] = deque()
-        self._ending: deque[_Call | None] = deque()
-        """Whose answer each message in the outbox ends."""
-        self._put = self._sent = 0
-        """Messages, counted."""
+        self._behind: deque[_Call | asyncio.Future[None]] = deque()
+        """For each message in the outbox: the call that it ends, or who waits for it to be sent."""
         self._sending = False
         """Somebody is sending whatever comes into the outbox."""
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
-        """For so many messages to be sent, in order."""
 
     async def read(self, requests: AsyncIterator[calls_pb2.MultiplexRequest]) -> None:
         """Begin and cancel what is asked for, until the client half-closes."""
@@ -163,7 +159,7 @@ class _Stream:
         """Whether somebody waits for its answer."""
         return self._calls.get(call.id) is call
 
-    def _handler(self, method: str) -> Unary | None:
+    def _handler(self, method: str) -> _Unary | None:
         """What serves a method; None: nobody."""
         known = self._known.get(method)
         if known is None:
@@ -172,23 +168,21 @@ class _Stream:
             handler: Any = next((each for each in found if each is not None and each.unary_unary is not None), None)
             if handler is None:
                 return None
-            known = self._known[method] = Unary(handler.unary_unary, handler.response_serializer)
+            known = self._known[method] = _Unary(handler.unary_unary, handler.response_serializer)
         return known
 
     async def send(self, message: calls_pb2.MultiplexResponse) -> None:
         """Return when it is sent, with whatever came about meanwhile; what comes later is for somebody else to send."""
-        self._post(message)
-        sent = self._loop.create_future()
-        self._waiting.append((self._put, sent))
+        sent: asyncio.Future[None] = self._loop.create_future()
+        self._post(message, sent)
         if not self._sending:
             self._begin(self._send_all())
         await sent
 
-    def _post(self, message: calls_pb2.MultiplexResponse, ends: _Call | None = None) -> None:
+    def _post(self, message: calls_pb2.MultiplexResponse, behind: _Call | asyncio.Future[None]) -> None:
         """Into the outbox, for `_send_all`."""
         self._outbox.append(message.SerializeToString())
-        self._ending.append(ends)
-        self._put += 1
+        self._behind.append(behind)
 
     async def _send_all(self) -> None:
         """Send until nothing is left, for whoever comes meanwhile, too: others return at once. So only whoever has
@@ -199,16 +193,15 @@ class _Stream:
         try:
             while self._outbox:
                 batch, count = next_batch(self._outbox)
-                for call in [self._ending.popleft() for _ in range(count)]:
-                    if call is not None and self._awaited(call):
-                        del self._calls[call.id]  # its client may begin another one as soon as it has the answer
+                behind = [self._behind.popleft() for _ in range(count)]
+                for each in behind:
+                    if isinstance(each, _Call) and self._awaited(each):
+                        del self._calls[each.id]  # its client may begin another one as soon as it has the answer
                 with contextlib.suppress(grpc.aio.BaseError, asyncio.InvalidStateError):  # the stream has ended
                     await self._context.write(batch)
-                self._sent += count
-                while self._waiting and self._waiting[0][0] <= self._sent:
-                    sent = self._waiting.popleft()[1]
-                    if not sent.done():
-                        sent.set_result(None)
+                for each in behind:
+                    if isinstance(each, asyncio.Future) and not each.done():
+                        each.set_result(None)
         finally:
             self._sending = False
 
@@ -251,7 +244,7 @@ class _Call:
         if self._running and self.task is not None:
             self.task.cancel()
 
-    async def run(self, find: Callable[[str], Unary | None]) -> tuple[bytes, Status]:
+    async def run(self, find: Callable[[str], _Unary | None]) -> tuple[bytes, Status]:
         """The answer and the status of what is found to serve its method."""
         try:
             handler = find(self.method)
